@@ -68,6 +68,16 @@ class StepFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class StepAborted:
+    """The step came to nothing because the swap-in that it waited for failed or was cancelled.
+
+    No request advanced; all of them wait again, running ones with the cache that they had before the step.
+    """
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class SwapFinished:
     """`pages`: the image's page indices that are now on the device."""
 
@@ -129,6 +139,7 @@ Event = (
     | RequestCancelled
     | StepFinished
     | StepFailed
+    | StepAborted
     | SwapFinished
     | SwapFailed
     | SwapCancelled
