@@ -1,0 +1,29 @@
+"""Why the scheduler turned a request away, in words for the client."""
+
+from __future__ import annotations
+
+from computron.errors import ComputronError, DeadlineExceeded, ModelNotFound, OutOfMemory, QueueFull, SwapFailed
+from computron.scheduling.actions import Reject, RejectReason
+
+RETRY_AFTER = 1.0  # seconds a client is told to wait where nothing better is known
+
+
+def rejection(action: Reject) -> ComputronError:
+    """The error that the request's reader gets."""
+    model = action.model
+    match action.reason:
+        case RejectReason.QUEUE_FULL:
+            return QueueFull(f"the queue of model {model!r} is full; try again later", retry_after=RETRY_AFTER)
+        case RejectReason.TOO_LARGE:
+            return OutOfMemory(
+                f"the request's KV cache does not fit the device beside model {model!r}: shorten the prompt or "
+                "max_tokens, or raise device.memory"
+            )
+        case RejectReason.DEADLINE:
+            return DeadlineExceeded("the request's deadline passed before it could be started")
+        case RejectReason.SWAP_FAILED:
+            return SwapFailed(
+                f"model {model!r} could not be brought to the device; try again later", retry_after=RETRY_AFTER
+            )
+        case RejectReason.UNKNOWN_MODEL:
+            return ModelNotFound(f"The model `{model}` does not exist.", param="model")
