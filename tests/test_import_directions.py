@@ -1,0 +1,64 @@
+"""The layers of docs/architecture.md hold: a package imports only from those below it."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "computron"
+
+COMMON = {"config", "errors", "metrics"}
+BELOW: dict[str, set[str]] = {
+    "memory": {"_transfer", "errors"},
+    "models": {"memory", *COMMON},
+    "execution": {"models", "memory", *COMMON},
+    "scheduling": set(),
+    "node": {"scheduling", "execution", "models", "memory", "_transfer", *COMMON},
+    "api": {"node", "scheduling", "execution", "models", "memory", *COMMON},
+    "config": {"errors"},
+    "errors": set(),
+    "metrics": set(),
+}
+FREE = {"cli", "__main__", "__init__"}  # may import anything
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            found.update(f"{module}.{alias.name}" if module == "computron" else module for alias in node.names)
+    return found
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return relative.parts[0].removesuffix(".py").removeprefix("_config") or "config"
+
+
+FILES = sorted(p for p in ROOT.rglob("*.py") if part_of(p) not in FREE)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_part_imports_only_from_the_parts_below_it(path: Path) -> None:
+    part = part_of(path)
+    assert part in BELOW, f"{part} has no place in the layers: give it one here and in docs/architecture.md"
+    ours = {name.split(".")[1] for name in imports_of(path) if name.startswith("computron.")}
+    assert ours - {part} <= BELOW[part]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scheduling").rglob("*.py")), ids=lambda p: p.name)
+def test_scheduling_imports_only_the_standard_library(path: Path) -> None:
+    outside = {name.split(".")[0] for name in imports_of(path)} - {"computron"} - set(sys.stdlib_module_names)
+    assert not outside
+
+
+def test_every_part_is_covered() -> None:
+    assert {part_of(path) for path in FILES} <= set(BELOW)
+    assert len(FILES) > 20
