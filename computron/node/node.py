@@ -21,7 +21,7 @@ from computron.models.plan import plan_model
 from computron.node.busy import BusyClock
 from computron.node.handle import RequestHandle
 from computron.node.rejections import RETRY_AFTER, rejection
-from computron.node.snapshot import ModelSnapshot, NodeSnapshot, NodeState
+from computron.node.snapshot import NodeSnapshot, NodeState, take_snapshot
 from computron.node.worker import Progress, ServedModel, Step, Worker
 from computron.scheduling import actions, events
 from computron.scheduling.scheduler import Scheduler
@@ -78,7 +78,7 @@ class Node:
         self.state = NodeState.READY
 
     async def shutdown(self, drain: float) -> None:
-        """Take no more requests, let those that are here end within `drain` seconds, then end the rest with an error."""
+        """Take no more requests, give those that are here `drain` seconds to end, then end the rest with an error."""
         if self.state is NodeState.READY:
             self.state = NodeState.DRAINING
             try:
@@ -196,7 +196,7 @@ class Node:
     # The main loop
 
     def _handle(self, event: events.Event) -> None:
-        """Tell the scheduler, and do what it says. An event that an action causes waits until the action's turn is over."""
+        """Tell the scheduler, and do what it says. Events that actions cause wait until all its actions are done."""
         self._events.append(event)
         if self._handling or self._scheduler is None:
             return
@@ -363,38 +363,7 @@ class Node:
 
     def snapshot(self) -> NodeSnapshot:
         """Figures for /metrics, /v1/models and /health, taken now."""
-        worker, scheduler = self._worker, self._scheduler
-        if worker is None or scheduler is None or self.state is NodeState.STARTING:
-            return NodeSnapshot(self.state, self.failure, 0, (), {}, {}, 0, 0)
-        models = tuple(
-            ModelSnapshot(
-                model=model,
-                task=served.plan.config.task,
-                state=scheduler.state(model),
-                nbytes=served.image.nbytes,
-                resident_ratio=scheduler.resident_fraction(model),
-                queue_depth=scheduler.queue_depth(model),
-                running=scheduler.running_count(model),
-            )
-            for model, served in worker.models.items()
-        )
-        host = worker.store.statistics()
-        device = worker.swapper.statistics()
-        page = worker.page_bytes
-        return NodeSnapshot(
-            state=self.state,
-            failure=self.failure,
-            requests=len(self._handles),
-            models=models,
-            device_memory={
-                "parameters": device.parameter_frames * page,
-                "cache": device.cache_frames * page,
-                "free": device.free_frames * page,
-            },
-            host_memory={"used": host.used, "free": host.budget - host.used},
-            pages_shared=host.shared_pages,
-            transfer_bytes=device.bytes_moved,
-        )
+        return take_snapshot(self.state, self.failure, len(self._handles), self._worker, self._scheduler)
 
     def _spec(self, served: ServedModel) -> events.ModelSpec:
         config = served.plan.config
