@@ -52,6 +52,14 @@ class PayloadTooLarge(BadRequest):
     code = "request_too_large"
 
 
+class Unauthorized(ComputronError):
+    """The API key is missing or wrong."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
 class ModelNotFound(ComputronError):
     """No model of that id is served here."""
 

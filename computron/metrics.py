@@ -1,0 +1,179 @@
+"""Prometheus metrics under their fixed names, in base units, in a registry of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+SWAP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0)
+
+
+class ModelFigures(Protocol):
+    """One model at one moment. `resident_ratio`: share of its pages on the device, 0 to 1."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def resident_ratio(self) -> float: ...
+    @property
+    def queue_depth(self) -> int: ...
+
+
+class NodeFigures(Protocol):
+    """One node at one moment. Memory in bytes by state; `transfer_bytes` since the start."""
+
+    @property
+    def models(self) -> Sequence[ModelFigures]: ...
+    @property
+    def device_memory(self) -> Mapping[str, int]: ...
+    @property
+    def host_memory(self) -> Mapping[str, int]: ...
+    @property
+    def pages_shared(self) -> int: ...
+    @property
+    def transfer_bytes(self) -> int: ...
+
+
+class Metrics:
+    """What happened, told by whoever saw it; what is now, read at each scrape from the snapshot given to `watch`.
+
+    Model names must come from the configuration, never from a client: each one is a label for good.
+    """
+
+    def __init__(self, node: str = "0") -> None:
+        self.registry = CollectorRegistry()
+        self._node = node
+        self._requests = self._counter(
+            "computron_requests", "Requests that have ended: ok, error, rejected, cancelled or invalid", "outcome"
+        )
+        self._evictions = self._counter("computron_evictions", "Evictions ordered, by reason", "reason")
+        self._evicted_pages = self._counter("computron_evicted_pages", "Pages that evictions unmapped", "reason")
+        self._request_seconds = self._histogram(
+            "computron_request_seconds", "From a request's arrival to its end", REQUEST_BUCKETS
+        )
+        self._first_token = self._histogram(
+            "computron_time_to_first_token_seconds", "From a request's arrival to its first token", REQUEST_BUCKETS
+        )
+        self._inter_token = self._histogram(
+            "computron_inter_token_seconds", "Between two outputs of one request", TOKEN_BUCKETS
+        )
+        self._batch_size = self._histogram("computron_batch_size", "Requests in one step", BATCH_BUCKETS)
+        self._swap_seconds = self._histogram("computron_swap_in_seconds", "Length of a swap-in", SWAP_BUCKETS)
+        self._swap_hidden = self._histogram(
+            "computron_swap_hidden_ratio", "Share of a swap-in during which the device computed", SHARE_BUCKETS
+        )
+        self._swap_bytes = self._counter("computron_swap_in_bytes", "Bytes that swap-ins brought")
+
+    def _histogram(self, name: str, help_text: str, buckets: Sequence[float]) -> _ModelHistogram:
+        return _ModelHistogram(Histogram(name, help_text, ["model"], buckets=buckets, registry=self.registry))
+
+    def _counter(self, name: str, help_text: str, *labels: str) -> _LabelledCounter:
+        return _LabelledCounter(Counter(name, help_text, ["model", *labels], registry=self.registry))
+
+    def request_finished(self, model: str, outcome: str, seconds: float) -> None:
+        """A request is over. `outcome`: ok, error, rejected, cancelled, or invalid (refused before it was queued)."""
+        self._requests.add(1, model, outcome)
+        self._request_seconds.observe(model, seconds)
+
+    def first_token(self, model: str, seconds: float) -> None:
+        self._first_token.observe(model, seconds)
+
+    def inter_token(self, model: str, seconds: float) -> None:
+        self._inter_token.observe(model, seconds)
+
+    def batch(self, model: str, size: int) -> None:
+        self._batch_size.observe(model, size)
+
+    def swap_finished(self, model: str, seconds: float, hidden_ratio: float, nbytes: int) -> None:
+        """A swap-in has arrived. `hidden_ratio`: share of its `seconds` in which the device computed, 0 to 1."""
+        self._swap_seconds.observe(model, seconds)
+        self._swap_hidden.observe(model, hidden_ratio)
+        self._swap_bytes.add(nbytes, model)
+
+    def eviction(self, model: str, reason: str, pages: int) -> None:
+        self._evictions.add(1, model, reason)
+        self._evicted_pages.add(pages, model, reason)
+
+    def watch(self, snapshot: Callable[[], NodeFigures]) -> None:
+        """Take the gauges from this at every scrape."""
+        self.registry.register(_SnapshotCollector(snapshot, self._node))
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format, of `CONTENT_TYPE`."""
+        return generate_latest(self.registry)
+
+
+# prometheus_client's own lookup of a child by its labels costs more than the update itself, so children are kept.
+
+
+class _LabelledCounter:
+    __slots__ = ("_children", "_counter")
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._children: dict[tuple[str, ...], Counter] = {}
+
+    def add(self, amount: float, *labels: str) -> None:
+        child = self._children.get(labels)
+        if child is None:
+            child = self._children[labels] = self._counter.labels(*labels)
+        child.inc(amount)
+
+
+class _ModelHistogram:
+    __slots__ = ("_children", "_histogram")
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
+        self._children: dict[str, Histogram] = {}
+
+    def observe(self, model: str, value: float) -> None:
+        child = self._children.get(model)
+        if child is None:
+            child = self._children[model] = self._histogram.labels(model)
+        child.observe(value)
+
+
+class _SnapshotCollector(Collector):
+    def __init__(self, snapshot: Callable[[], NodeFigures], node: str) -> None:
+        self._snapshot = snapshot
+        self._node = node
+
+    def describe(self) -> list[Metric]:
+        return []  # nothing to take a snapshot for at registration
+
+    def collect(self) -> Iterator[Metric]:
+        figures = self._snapshot()
+        depth = GaugeMetricFamily("computron_queue_depth", "Requests waiting to be started", labels=["model"])
+        resident = GaugeMetricFamily(
+            "computron_model_resident_ratio", "Share of the model's pages on the device", labels=["model"]
+        )
+        for model in figures.models:
+            depth.add_metric([model.model], model.queue_depth)
+            resident.add_metric([model.model], model.resident_ratio)
+        yield depth
+        yield resident
+        for name, text, memory in (
+            ("computron_device_memory_bytes", "Device memory by use", figures.device_memory),
+            ("computron_host_memory_bytes", "Host store by use", figures.host_memory),
+        ):
+            family = GaugeMetricFamily(name, text, labels=["node", "state"])
+            for state, nbytes in memory.items():
+                family.add_metric([self._node, state], nbytes)
+            yield family
+        moved = CounterMetricFamily("computron_transfer_bytes", "Bytes moved to the device", labels=["node"])
+        moved.add_metric([self._node], figures.transfer_bytes)
+        yield moved
+        yield CounterMetricFamily(
+            "computron_pages_shared", "Pages that need no storage of their own", value=figures.pages_shared
+        )
