@@ -85,6 +85,10 @@ class MeasuredGate:
         self.waited = 0.0
         self.waiting_since: float | None = None
 
+    @property
+    def is_open(self) -> bool:
+        return self._gate.is_open
+
     def wait(self, segment: int, stream: int = 0) -> None:
         self.waiting_since = time.monotonic()
         try:
