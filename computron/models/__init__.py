@@ -1,0 +1,21 @@
+"""Checkpoints become parameter images, and address ranges become modules.
+
+`plan_model` reads what a model is; its image goes to the host store; `load_model` binds a module to an address range.
+"""
+
+from computron.models.gates import Gate, OpenGate
+from computron.models.geometry import CacheGeometry
+from computron.models.layout import TensorSlot
+from computron.models.loading import LoadedModel, load_model
+from computron.models.plan import ModelPlan, plan_model
+
+__all__ = [
+    "CacheGeometry",
+    "Gate",
+    "LoadedModel",
+    "ModelPlan",
+    "OpenGate",
+    "TensorSlot",
+    "load_model",
+    "plan_model",
+]

@@ -1,0 +1,82 @@
+"""What a generate model keeps of each token: found by running its forward on the meta device, once, without weights."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PretrainedConfig
+
+from computron.config import ModelConfig
+from computron.errors import CheckpointError
+from computron.models import skeleton
+
+PROBE = "computron_probe"
+_calls = threading.local()  # .seen: what the attention layers of this thread's forward were given
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGeometry:
+    """Keys and values of one token: `layers` times `key_value_heads` times (`key_dim` + `value_dim`) of `dtype`.
+
+    Layers with a sliding window keep the whole context, as the others do.
+    """
+
+    layers: int
+    key_value_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.layers * self.key_value_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+def cache_geometry(model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype) -> CacheGeometry:
+    """Geometry of the module that a checkpoint's config describes, when it runs in `dtype`.
+
+    Raises CheckpointError if the model keeps anything else than keys and values of its attention layers, or if its
+    attention does not go through transformers' attention interface.
+    """
+    # Not in `dtype`: some kernels (grouped matrices of experts) know only this one on the meta device.
+    module = skeleton.build(model, config, torch.bfloat16, PROBE)
+    refusal = f'model "{model.id}": {type(module).__name__} cannot be served for generate: '
+    if getattr(module.config, "is_encoder_decoder", False):
+        raise CheckpointError(refusal + "it is an encoder-decoder; decoder-only models are served")
+    if getattr(module, "_is_stateful", False):
+        raise CheckpointError(refusal + "it keeps a recurrent state, which a paged cache cannot hold")
+    layers = module.config.get_text_config().num_hidden_layers
+    ids = torch.zeros((1, 4), dtype=torch.int64, device="meta")
+    positions = torch.zeros((1, 4), dtype=torch.int64, device="meta")
+    _calls.seen = []
+    try:
+        with torch.inference_mode():
+            module(input_ids=ids, position_ids=positions, use_cache=False)
+    except Exception as error:
+        raise CheckpointError(refusal + f"its forward does not take packed sequences ({error!r})") from error
+    calls = _calls.seen
+    if len(calls) != layers or {call[0] for call in calls} != set(range(layers)):
+        raise CheckpointError(
+            refusal + f"{len(calls)} of its {layers} layers use transformers' attention interface, all of them must"
+        )
+    shapes = {call[1:] for call in calls}
+    if len(shapes) != 1:
+        raise CheckpointError(
+            refusal + f"its layers have keys and values of different shapes: {sorted(map(str, shapes))}"
+        )
+    _, key, value = calls[0]
+    return CacheGeometry(layers, key[1], key[3], value[3], dtype)
+
+
+def _record(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    _calls.seen.append((int(getattr(module, "layer_idx", -1)), tuple(key.shape), tuple(value.shape)))
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty((batch, tokens, heads, value.shape[3])), None
+
+
+AttentionInterface.register(PROBE, _record)

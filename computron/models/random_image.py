@@ -1,0 +1,42 @@
+"""Weights made from names alone, for experiments: the same seed gives the same bytes, in any order of reading."""
+
+from __future__ import annotations
+
+import torch
+import xxhash
+
+from computron.models.images import LaidOutImage
+from computron.models.layout import Layout, TensorSlot
+
+CHUNK = 1 << 16  # elements with a generator of their own
+
+
+class RandomImage(LaidOutImage):
+    """Matrices are normal with the model's usual deviation, norms are ones, biases zeros."""
+
+    def __init__(self, layout: Layout, *, seed: int, deviation: float = 0.02) -> None:
+        super().__init__(layout)
+        self._seed = seed
+        self._deviation = deviation
+
+    def read_tensor(self, slot: TensorSlot, start: int, buffer: memoryview) -> None:
+        size = slot.dtype.itemsize
+        done = 0
+        while done < len(buffer):
+            chunk, skip = divmod(start + done, CHUNK * size)
+            values = self._chunk(slot, chunk).view(torch.uint8)[skip : skip + len(buffer) - done]
+            torch.frombuffer(buffer[done : done + len(values)], dtype=torch.uint8).copy_(values)
+            done += len(values)
+
+    def _chunk(self, slot: TensorSlot, index: int) -> torch.Tensor:
+        elements = slot.nbytes // slot.dtype.itemsize
+        count = min(CHUNK, elements - index * CHUNK)
+        last = slot.name.rpartition(".")[2]
+        if not slot.dtype.is_floating_point or last in ("bias", "running_mean"):
+            return torch.zeros(count, dtype=slot.dtype)
+        if len(slot.shape) == 1 and last in ("weight", "running_var"):
+            return torch.ones(count, dtype=slot.dtype)
+        # 63 bits: what torch takes as a seed.
+        seed = xxhash.xxh64_intdigest(f"{self._seed}/{slot.name}/{index}".encode()) >> 1
+        generator = torch.Generator().manual_seed(seed)
+        return torch.empty(count).normal_(0.0, self._deviation, generator=generator).to(slot.dtype)
