@@ -18,7 +18,8 @@ BELOW: dict[str, set[str]] = {
     "scheduling": set(),
     "node": {"scheduling", "execution", "models", "memory", "_transfer", *COMMON},
     "api": {"node", "scheduling", "execution", "models", "memory", *COMMON},
-    "config": {"errors"},
+    "config": {"errors", "_toml"},
+    "_toml": {"errors"},
     "errors": set(),
     "metrics": set(),
 }
@@ -39,7 +40,7 @@ def imports_of(path: Path) -> set[str]:
 
 def part_of(path: Path) -> str:
     relative = path.relative_to(ROOT)
-    return relative.parts[0].removesuffix(".py").removeprefix("_config") or "config"
+    return relative.parts[0].removesuffix(".py")
 
 
 FILES = sorted(p for p in ROOT.rglob("*.py") if part_of(p) not in FREE)
