@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
-import xxhash
 
 from computron.models.images import LaidOutImage
 from computron.models.layout import Layout, TensorSlot
@@ -37,6 +38,7 @@ class RandomImage(LaidOutImage):
         if len(slot.shape) == 1 and last in ("weight", "running_var"):
             return torch.ones(count, dtype=slot.dtype)
         # 63 bits: what torch takes as a seed.
-        seed = xxhash.xxh64_intdigest(f"{self._seed}/{slot.name}/{index}".encode()) >> 1
+        digest = hashlib.blake2b(f"{self._seed}/{slot.name}/{index}".encode(), digest_size=8).digest()
+        seed = int.from_bytes(digest, "little") >> 1
         generator = torch.Generator().manual_seed(seed)
         return torch.empty(count).normal_(0.0, self._deviation, generator=generator).to(slot.dtype)
