@@ -19,12 +19,13 @@ import torch
 from computron import _transfer
 from computron.config import Config, DeviceConfig
 from computron.errors import ConfigError
+from computron.execution.attention import IMPLEMENTATION
 from computron.execution.executor import Executor, make_executor
 from computron.execution.requests import StepResult
 from computron.memory.host_store import HostStore
 from computron.memory.images import StoredImage
 from computron.memory.swapper import Gate, SwapOutcome, Swapper
-from computron.models.load import LoadedModel, load_model
+from computron.models.loading import LoadedModel, load_model
 from computron.models.plan import ModelPlan
 from computron.scheduling.actions import CancelSwap, Evict, Preempt, RaiseUrgency, Run, SetCache, SwapIn
 
@@ -177,7 +178,8 @@ class Worker:
         registered = self.swapper.register(image, cache_bytes=cache_bytes)
         parameters = torch.from_dlpack(registered.parameters.dlpack())
         cache = torch.from_dlpack(registered.cache.dlpack()) if registered.cache is not None else None
-        loaded = load_model(plan, parameters)
+        attention = IMPLEMENTATION if plan.cache is not None else None
+        loaded = load_model(plan, parameters, attention=attention)
         served = ServedModel(plan, image, loaded, make_executor(loaded, cache, self.page_bytes))
         self.models[model_id] = served
         return served
