@@ -1,0 +1,190 @@
+"""Small checkpoints with random weights, and a rig that runs an executor the way a node does, without a scheduler."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from computron.config import ModelConfig
+from computron.execution.executor import Executor, make_executor
+from computron.execution.requests import GenerateJob, Job, Output, SamplingParams, StepResult, TextOutput
+from computron.models import LoadedModel, OpenGate, load_model, plan_model
+from computron.models.byte_tokenizer import byte_tokenizer
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+VOCABULARY = 300
+FRAME_BYTES = 1 << 16
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_GROUPED = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2}
+
+CONFIGS: Mapping[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_GROUPED),
+    "opt": lambda: OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=32, init_std=0.3),
+    "gpt2": lambda: GPT2Config(**_COMMON),
+    "qwen2": lambda: Qwen2Config(**_GROUPED),
+    "gemma2": lambda: Gemma2Config(**_GROUPED, head_dim=8, sliding_window=12, query_pre_attn_scalar=8),
+    "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=11),
+}
+
+
+class Rig:
+    """One model and its executor. Frames of the cache are "mapped" up to `frames`; what lies beyond holds NaNs."""
+
+    def __init__(self, model: LoadedModel, cache_bytes: int = 4 << 20) -> None:
+        self.model = model
+        self.cache: torch.Tensor | None = None
+        if model.plan.cache is not None:
+            self.cache = torch.full((cache_bytes,), 0xFF, dtype=torch.uint8)
+        self.executor: Executor = make_executor(model, self.cache, FRAME_BYTES)
+        self.gate = OpenGate()
+        self._ids = itertools.count()
+        if self.cache is not None:
+            self.executor.set_cache(cache_bytes // FRAME_BYTES)
+
+    def add(self, job: Job) -> int:
+        request = next(self._ids)
+        self.executor.prepare(job)
+        self.executor.add(request, job)
+        return request
+
+    def step(self, requests: Sequence[int]) -> StepResult:
+        return self.executor.step(requests, self.gate)
+
+    def run(self, jobs: Sequence[Job], on_step: Callable[[int, list[int]], None] | None = None) -> list[list[Output]]:
+        """Run all jobs together to their end; gives the outputs of each. `on_step(step, running)` comes before each."""
+        requests = [self.add(job) for job in jobs]
+        outputs: dict[int, list[Output]] = {request: [] for request in requests}
+        running = list(requests)
+        for step in itertools.count():
+            if not running:
+                break
+            if on_step is not None:
+                on_step(step, running)
+            result = self.step(running)
+            for output in result.outputs:
+                outputs[output.request].append(output)
+            running = [request for request in running if request not in result.finished]
+        return [outputs[request] for request in requests]
+
+
+def tokens_of(outputs: Sequence[Output]) -> list[int]:
+    return [token for output in outputs if isinstance(output, TextOutput) for token in output.tokens]
+
+
+def text_of(outputs: Sequence[Output]) -> str:
+    return "".join(output.text for output in outputs if isinstance(output, TextOutput))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTrainedModel], Path]:
+    """Saves a model, with a tokenizer of bytes, as a checkpoint folder."""
+
+    def save(model: PreTrainedModel) -> Path:
+        folder = tmp_path_factory.mktemp("checkpoint")
+        model.save_pretrained(folder)
+        byte_tokenizer(model.config.get_text_config().vocab_size).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[..., LoadedModel]:
+    """Loads a checkpoint folder the way a node does, into plain memory."""
+
+    def load(folder: Path, **settings: Any) -> LoadedModel:
+        plan = plan_model(ModelConfig("model", str(folder), **{"dtype": "float32", **settings}))
+        parameters = torch.empty(plan.image.nbytes, dtype=torch.uint8)
+        plan.image.read_into(0, memoryview(parameters.numpy()))
+        return load_model(plan, parameters)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def family(checkpoint: Callable[[PreTrainedModel], Path]) -> Callable[[str], tuple[PreTrainedModel, Path]]:
+    """A tiny model of an architecture of CONFIGS: transformers' own, in memory, and its checkpoint folder."""
+    from transformers import AutoModelForCausalLM
+
+    known: dict[str, tuple[PreTrainedModel, Path]] = {}
+
+    def make(name: str) -> tuple[PreTrainedModel, Path]:
+        if name not in known:
+            torch.manual_seed(7)
+            model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
+            # Learned positions and norms start as zeros and ones: make them matter.
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+            known[name] = (model, checkpoint(model))
+        return known[name]
+
+    return make
+
+
+@pytest.fixture
+def rig(family: Callable[[str], tuple[PreTrainedModel, Path]], load: Callable[..., LoadedModel]) -> Callable[..., Rig]:
+    def make(name: str = "llama", *, cache_bytes: int = 4 << 20, **settings: Any) -> Rig:
+        return Rig(load(family(name)[1], **settings), cache_bytes)
+
+    return make
+
+
+@pytest.fixture
+def greedy() -> Callable[..., GenerateJob]:
+    def job(prompt: Sequence[int], max_tokens: int = 12, **settings: Any) -> GenerateJob:
+        return GenerateJob(tuple(prompt), SamplingParams(max_tokens, temperature=0.0, **settings))
+
+    return job
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Twenty prompts of different lengths, from one token on."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = [1, 2, 3, 5, 7, 9, 11, 13, 15, 16, 17, 18, 23, 31, 32, 33, 47, 48, 64, 90]
+    return [torch.randint(0, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="session")
+def reference(family: Callable[[str], tuple[PreTrainedModel, Path]]) -> Callable[..., list[int]]:
+    """What transformers generates greedily, computed once for each prompt."""
+    known: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
+
+    def generate(name: str, prompt: Sequence[int], max_tokens: int = 12) -> list[int]:
+        key = (name, tuple(prompt), max_tokens)
+        if key not in known:
+            ids = torch.tensor([prompt])
+            model = family(name)[0]
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, use_cache=True
+            )
+            known[key] = out[0, len(prompt) :].tolist()
+        return list(known[key])
+
+    return copy.copy(generate)
