@@ -32,9 +32,15 @@ class Backend:
     @property
     def free_memory(self) -> int: ...
     @property
+    def host_accessible(self) -> bool:
+        """True if the CPU can read device addresses; DLPack capsules then say CPU, else CUDA."""
+    @property
     def failed(self) -> str | None: ...  # words of the sticky error, if any
     def inject_fault(self, operation: str, after: int, message: str) -> None:
-        """Host and stand-in only: the call number `after` (0: the next) of "copy", "map" or "create" fails once."""
+        """Host and stand-in only: the call number `after` (0: the next) of "copy", "map" or "create" fails once.
+
+        "device": copy number `after` and everything from then on fails (a sticky error).
+        """
 
 def host_backend(
     *, link_bandwidth: float | None = None, link_latency: float = 0.0, copy_threads: int = 1
@@ -100,9 +106,12 @@ class HostMemory:
     def commit(self, offset: int, nbytes: int, threads: int = 1) -> None:
         """Touch (in parallel) and pin; whole slabs. Idempotent. Releases the GIL."""
     def discard(self, offset: int, nbytes: int) -> None:
-        """Give the pages back to the system where the backend can (host: madvise); contents become zeros."""
-    def buffer(self, offset: int, nbytes: int) -> memoryview: ...
-    def close(self) -> None: ...
+        """Host: give the pages back to the system; they read as zeros and come back when touched.
+        CUDA: nothing happens, since pinned pages cannot leave."""
+    def buffer(self, offset: int, nbytes: int) -> memoryview:
+        """Writable; keeps the memory mapped, also after `close`."""
+    def close(self) -> None:
+        """Freed once the last buffer and the last transfer that uses it are gone."""
 
 @final
 class Source:
@@ -110,13 +119,14 @@ class Source:
 
     @staticmethod
     def pinned(address: int) -> Source:
-        """Memory of a HostMemory: goes straight."""
+        """Memory of a HostMemory, committed, the page within one slab (slab_bytes 0: 64 MiB): goes straight."""
     @staticmethod
     def pageable(address: int) -> Source:
-        """Any other memory: goes through the staging ring."""
+        """Any other memory: goes through the staging ring on CUDA. Must stay until the transfer has ended."""
     @staticmethod
     def file(extents: Sequence[tuple[int, int, int, int]], keep: int = 0) -> Source:
         """(offset in page, nbytes, file descriptor, file offset) each; gaps are zeros. Goes through the staging ring.
+        The descriptors must stay open until the transfer has ended.
 
         `keep`: address in a HostMemory where the page's bytes shall also stay (read there, then sent from there).
         """
@@ -175,13 +185,26 @@ class TransferEngine:
         """Copy sources[i] (page_bytes[i] bytes, at most a frame) into frames[i], in this order.
 
         segment_pages[k]: number of pages of segment k; their sum is len(frames). 0 is allowed (done at once).
+        Raises ValueError if the lengths disagree, TransferError if a frame is not allocated or a source not pinned.
+        A frame that is released before its page has arrived becomes free only then.
         """
+    def fetch(
+        self,
+        frames: Sequence[int],
+        addresses: Sequence[int],
+        page_bytes: Sequence[int],
+        *,
+        priority: int = 0,
+        deadline: float = ...,
+    ) -> Transfer:
+        """The other direction: page_bytes[i] bytes of frames[i] to addresses[i] in a HostMemory. One segment."""
     @property
     def completions_fd(self) -> int:
         """An eventfd, readable when a transfer has ended."""
     def completions(self) -> list[Transfer]:
         """Transfers that ended since the last call; resets the eventfd. Never blocks."""
     def statistics(self) -> dict[str, float]:
-        """bytes, chunks, seconds_busy, transfers_done, transfers_failed, transfers_cancelled, in_flight, queued."""
+        """Of the direction to the device: bytes, chunks, seconds_busy, transfers_done, transfers_failed,
+        transfers_cancelled, in_flight (chunks), queued (transfers with chunks to send)."""
     def close(self) -> None:
         """Cancel everything, wait for chunks in flight, join the threads. Idempotent."""

@@ -1,0 +1,127 @@
+"""Builds the extension `computron._transfer` from csrc/.
+
+Only a C++17 compiler is needed. If nvcc is found, it compiles the device kernels, which are embedded as bytes and
+loaded through the driver at run time: the result needs neither CUDA's headers nor its libraries.
+
+COMPUTRON_SANITIZE=address|thread builds with that sanitizer; COMPUTRON_NVCC=path names nvcc ("" turns it off).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fatbin", "-lineinfo"]
+DEVICE_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+
+
+def run(command: list[str]) -> None:
+    print(shlex.join(command), flush=True)
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+def is_current(output: Path, command: list[str], inputs: list[Path]) -> bool:
+    """Was `output` made by this command from inputs that have not changed since?"""
+    recipe = output.with_suffix(output.suffix + ".command")
+    if not output.exists() or not recipe.exists() or recipe.read_text() != shlex.join(command):
+        return False
+    made = output.stat().st_mtime_ns
+    return all(path.exists() and path.stat().st_mtime_ns <= made for path in inputs)
+
+
+def make(output: Path, command: list[str], inputs: list[Path]) -> None:
+    if is_current(output, command, inputs):
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    run(command)
+    output.with_suffix(output.suffix + ".command").write_text(shlex.join(command))
+
+
+def compile_source(source: Path, output: Path, flags: list[str]) -> Path:
+    """Compile one file, unless neither it nor a header that it includes has changed."""
+    depends = output.with_suffix(".d")
+    listed = depends.read_text().replace("\\\n", " ").split(":", 1)[1].split() if depends.exists() else []
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    command = [*compiler, *flags, "-MMD", "-MF", str(depends), "-c", str(source), "-o", str(output)]
+    make(output, command, [source, *(ROOT / path for path in listed)])
+    return output
+
+
+def find_nvcc() -> str | None:
+    named = os.environ.get("COMPUTRON_NVCC")
+    if named is not None:
+        return named or None
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def supported_architectures(nvcc: str) -> list[str]:
+    listed = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
+    return [name for name in DEVICE_ARCHITECTURES if f"sm_{name}" in listed]
+
+
+def embed_kernels(build: Path) -> Path:
+    """A C++ file with the compiled device kernels in it, or with none where there is no nvcc."""
+    kernels, embedded = build / "kernels.fatbin", build / "kernels.cpp"
+    nvcc = find_nvcc()
+    image = b""
+    if nvcc is not None:
+        architectures = supported_architectures(nvcc)
+        targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
+        newest = architectures[-1]
+        targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+        source = ROOT / "csrc" / "digest_kernel.cu"
+        command = [nvcc, *NVCC_FLAGS, *targets, str(source), "-o", str(kernels)]
+        make(kernels, command, [source, ROOT / "csrc" / "xxh64.h"])
+        image = kernels.read_bytes()
+    values = ",".join(map(str, image)) or "0"
+    text = (
+        '#include "kernels.h"\n\n'
+        f"namespace computron {{\nalignas(16) const unsigned char kKernels[] = {{{values}}};\n"
+        f"const size_t kKernelBytes = {len(image)};\n}}\n"
+    )
+    if not embedded.exists() or embedded.read_text() != text:
+        build.mkdir(parents=True, exist_ok=True)
+        embedded.write_text(text)
+    return embedded
+
+
+class BuildExtension(build_ext):
+    """Compiles in parallel, and only what has changed, also in a temporary build of pip's."""
+
+    def build_extension(self, ext: Extension) -> None:
+        sanitizer = os.environ.get("COMPUTRON_SANITIZE", "")
+        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}" + (f"-{sanitizer}" if sanitizer else "")
+        build = ROOT / "build" / f"extension-{tag}"
+        flags = [*FLAGS, f"-I{ROOT / 'csrc'}", f"-isystem{pybind11.get_include()}"]
+        flags.append(f"-isystem{sysconfig.get_path('include')}")
+        if sanitizer:
+            flags += [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer", "-O1"]
+        sources = [*(ROOT / path for path in ext.sources), embed_kernels(build)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda path: compile_source(path, build / f"{path.stem}.o", flags), sources))
+        target = Path(self.get_ext_fullpath(ext.name))
+        link = shlex.split(os.environ.get("CXX", "g++"))
+        link += ["-shared", "-pthread", *([f"-fsanitize={sanitizer}"] if sanitizer else [])]
+        built = build / target.name
+        make(built, [*link, *map(str, objects), "-ldl", "-o", str(built)], objects)
+        if not target.exists() or target.read_bytes() != built.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(built, target)
+
+
+setup(
+    ext_modules=[Extension("computron._transfer", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp")))],
+    cmdclass={"build_ext": BuildExtension},
+)
