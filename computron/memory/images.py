@@ -37,3 +37,26 @@ class ImageSource(Protocol):
 
     def extents(self, offset: int, nbytes: int) -> list[FileExtent] | None:
         """Where these bytes stand on disk, gaps being zeros; None if no file holds them byte for byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An image in the host store.
+
+    `pages`: one content id for each page, in image order; equal ids are one content. `page_sizes`: bytes used of each
+    page, all but the last one full. `segments`: number of pages of each segment; a page that two segments touch
+    belongs to the first.
+    """
+
+    id: str
+    nbytes: int
+    page_bytes: int
+    pages: tuple[int, ...]
+    page_sizes: tuple[int, ...]
+    segments: tuple[int, ...]
+
+
+def pages_of_segments(segment_ends: Sequence[int], page_bytes: int) -> tuple[int, ...]:
+    """Number of pages of each segment, where a page that two segments touch belongs to the first."""
+    ends = [-(-end // page_bytes) for end in segment_ends]
+    return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))

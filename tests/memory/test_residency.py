@@ -26,7 +26,8 @@ class Frames:
         return taken
 
     def release(self, frames) -> None:
-        assert self._owned.issuperset(frames) and len(set(frames)) == len(frames), "double free"
+        assert self._owned.issuperset(frames), "double free"
+        assert len(set(frames)) == len(frames), "double free"
         self._owned.difference_update(frames)
         self._free.extend(frames)
 

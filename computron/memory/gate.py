@@ -1,0 +1,24 @@
+"""What a run waits at before each of its stages."""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+
+class Gate(Protocol):
+    def wait(self, segment: int, stream: int = 0) -> None:
+        """Block, without the GIL, until all pages of segments 0 to `segment` are there. On CUDA the wait for the
+        last bytes happens on `stream`, on the device.
+
+        Raises SwapFailed if they will not come.
+        """
+
+
+class OpenGate:
+    """Nothing is under way: what is there is there."""
+
+    def wait(self, segment: int, stream: int = 0) -> None:
+        return
+
+
+OPEN: Final = OpenGate()

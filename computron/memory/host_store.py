@@ -1,0 +1,178 @@
+"""The host's copy of all images: every distinct page once, under a byte budget, what does not fit on disk."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from computron import _transfer
+from computron.errors import OutOfMemory
+from computron.memory.images import ImageSource, StoredImage
+from computron.memory.loading import ImageLoad
+from computron.memory.pages import Lease, PageStore
+
+
+@dataclass(frozen=True, slots=True)
+class HostStatistics:
+    """Bytes and pages. A page is shared if it stands at several places of images; `shared_bytes_saved` is what those
+    would take on top if each were stored."""
+
+    budget: int
+    used: int
+    committed: int
+    images: int
+    pages: int
+    shared_pages: int
+    shared_bytes_saved: int
+    on_disk_pages: int  # with no copy in memory
+    spilled_pages: int  # in the spill file, in memory too or not
+    pages_read_from_disk: int  # by swaps, since the start
+
+
+class HostStore:
+    """`add`, `remove` and `close` block and are not for the event loop's thread; all other methods are quick.
+
+    `budget` and `page_bytes` are bytes; `load_threads` read, hash and compare pages. Pages that no checkpoint holds
+    are spilled to a nameless file in `spill_directory`, by default the system's directory for temporary files.
+    Raises OutOfMemory if not even one page fits the budget.
+    """
+
+    def __init__(
+        self,
+        backend: _transfer.Backend,
+        *,
+        budget: int,
+        page_bytes: int,
+        load_threads: int,
+        spill_directory: Path | None,
+    ) -> None:
+        if budget < page_bytes:
+            raise OutOfMemory(f"host.memory is {budget} bytes, less than one page of {page_bytes}")
+        self.page_bytes = page_bytes
+        self._budget = budget
+        self._threads = ThreadPoolExecutor(load_threads, thread_name_prefix="load")
+        self._pages = PageStore(
+            backend,
+            slots=budget // page_bytes,
+            page_bytes=page_bytes,
+            spill_directory=spill_directory,
+            threads=self._threads,
+            touch_threads=load_threads,
+        )
+        self._lock = threading.Condition(threading.Lock())
+        self._images: dict[str, StoredImage] = {}
+        self._loading: set[str] = set()
+        self._leases: Counter[str] = Counter()
+        self._closed = False
+
+    def add(self, image_id: str, source: ImageSource, progress: Callable[[int], None] | None = None) -> StoredImage:
+        """Read an image into the store. `progress` is called with the bytes of every page that has been read, from
+        loading threads, one call at a time.
+
+        Raises ValueError if the image is here already, CheckpointError if the source cannot be read, OutOfMemory if
+        there is no room in memory nor on disk. Nothing of the image is left behind then.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the host store is closed")
+            if image_id in self._images or image_id in self._loading:
+                raise ValueError(f"{image_id} is already in the host store")
+            self._loading.add(image_id)
+        try:
+            image = self._load(image_id, source, progress)
+            with self._lock:
+                self._images[image_id] = image
+        finally:
+            with self._lock:
+                self._loading.remove(image_id)
+                self._lock.notify_all()
+        return image
+
+    def _load(self, image_id: str, source: ImageSource, progress: Callable[[int], None] | None) -> StoredImage:
+        load = ImageLoad(self._pages, image_id, source, progress)
+        self._pages.touch(image_id)
+        try:
+            return load.run(self._threads)
+        except BaseException:
+            self._pages.forget(image_id, load.contents)
+            raise
+
+    def remove(self, image_id: str) -> None:
+        """Forget an image, with the pages that no other image has.
+
+        Raises KeyError if it is not here, RuntimeError while a swap reads it.
+        """
+        with self._lock:
+            if self._leases[image_id]:
+                raise RuntimeError(f"{image_id} cannot leave the host store while a swap reads it")
+            image = self._images.pop(image_id)
+        self._pages.forget(image_id, set(image.pages))
+
+    def digest(self, content_id: int) -> bytes:
+        """`_transfer.page_digest` of the content as it was loaded."""
+        return self._pages.digest(content_id)
+
+    def lease(self, image_id: str, content_ids: Sequence[int]) -> Lease:
+        """Sources for a swap of these contents of an image, which now counts as the one wanted last. Reads nothing:
+        pages on disk are read by the transfer, and kept in memory if a slot is free or a colder page can go.
+
+        Raises CheckpointError if a page has to come from a checkpoint that changed on disk.
+        """
+        with self._lock:
+            lease = self._pages.lease(image_id, content_ids)
+            self._leases[image_id] += 1
+            return lease
+
+    def release(self, lease: Lease, arrived: Collection[int]) -> None:
+        """End a lease. `arrived`: ids of the contents whose bytes were read whole."""
+        with self._lock:
+            self._leases[lease.image_id] -= 1
+        self._pages.release(lease, arrived)
+
+    def require_unchanged(self, lease: Lease) -> None:
+        """Raises CheckpointError if a checkpoint that the lease reads from has changed by now."""
+        self._pages.require_unchanged(lease)
+
+    def statistics(self) -> HostStatistics:
+        with self._lock:
+            images = list(self._images.values())
+        sizes: dict[int, int] = {}
+        uses: Counter[int] = Counter()
+        for image in images:
+            uses.update(image.pages)
+            sizes.update(zip(image.pages, image.page_sizes, strict=True))
+        counts = self._pages.counts()
+        return HostStatistics(
+            budget=self._budget,
+            used=counts.used,
+            committed=counts.committed,
+            images=len(images),
+            pages=counts.pages,
+            shared_pages=sum(number > 1 for number in uses.values()),
+            shared_bytes_saved=sum(image.nbytes for image in images) - sum(sizes.values()),
+            on_disk_pages=counts.pages - counts.in_memory,
+            spilled_pages=counts.spilled,
+            pages_read_from_disk=counts.read_from_disk,
+        )
+
+    def check(self) -> None:
+        """Raises AssertionError unless every slot has one owner. For moments without loads and swaps."""
+        assert not any(self._leases.values()), "a lease was not released"
+        self._pages.check()
+        assert self._pages.counts().used <= self._budget, "budget exceeded"
+
+    def close(self) -> None:
+        """End loads with an error and give all memory and files back. No swap may be under way. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._pages.stop()
+        with self._lock:
+            self._lock.wait_for(lambda: not self._loading)
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._pages.close()

@@ -1,0 +1,330 @@
+"""What is where on the device. Carries out swap-ins, evictions and cache sizes; the ledger of whoever orders them is
+the authority, and an order that contradicts this one is refused with OrderRefused."""
+
+from __future__ import annotations
+
+import functools
+import select
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from computron import _transfer
+from computron.errors import CheckpointError, OutOfMemory, SwapFailed
+from computron.memory.gate import OPEN, Gate
+from computron.memory.host_store import HostStore
+from computron.memory.images import StoredImage
+from computron.memory.mapper import Bell, Mapper
+from computron.memory.residency import OrderRefused, Residency
+from computron.memory.swap import Swap, SwapOutcome, SwapState
+
+__all__ = ["DeviceStatistics", "Gate", "OrderRefused", "Registered", "Swap", "SwapOutcome", "Swapper"]
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """The address ranges of an image. Frames come and go behind them; the addresses stay."""
+
+    image: StoredImage
+    parameters: _transfer.AddressRange
+    cache: _transfer.AddressRange | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatistics:
+    """Frames by use, and totals since the start."""
+
+    frames: int
+    free_frames: int
+    parameter_frames: int
+    cache_frames: int
+    arriving_frames: int  # of parameter_frames: with a transfer under way
+    shared_frames: int  # of parameter_frames: mapped at several places
+    bytes_moved: int
+    bytes_shared: int  # bytes of swap-ins that did not move, their content being on the device
+    swaps_done: int
+    swaps_failed: int
+    swaps_cancelled: int
+    link_seconds: float  # in which the link was busy
+
+
+class Swapper:
+    """Used from one thread, but for `register` and the gates. Nothing here waits, `close` excepted.
+
+    Raises OutOfMemory if `device_memory` (bytes) holds no frame of `page_bytes`.
+    """
+
+    def __init__(
+        self,
+        backend: _transfer.Backend,
+        store: HostStore,
+        *,
+        device_memory: int,
+        page_bytes: int,
+        chunk_bytes: int,
+        verify: bool,
+    ) -> None:
+        if device_memory < page_bytes:
+            raise OutOfMemory(f"device.memory is {device_memory} bytes, less than one page of {page_bytes}")
+        if page_bytes != store.page_bytes:
+            raise ValueError(f"pages of {page_bytes} bytes on the device, of {store.page_bytes} in the host store")
+        self.frames = device_memory // page_bytes
+        self.frame_bytes = page_bytes
+        self._store = store
+        self._verify = verify
+        self._pool = _transfer.DevicePool(backend, page_bytes, self.frames)
+        self._engine = _transfer.TransferEngine(backend, self._pool, chunk_bytes=chunk_bytes)
+        self._residency = Residency(self._pool)
+        self._registered: dict[str, Registered] = {}
+        self._swaps: dict[str, Swap] = {}
+        self._by_transfer: dict[int, Swap] = {}
+        self._outcomes: dict[SwapState, int] = {"done": 0, "failed": 0, "cancelled": 0}
+        self._bytes_moved = 0
+        self._bytes_shared = 0
+        self._bell = Bell()
+        self._mapper = Mapper(self._bell)
+        self._epoll = select.epoll()
+        self._epoll.register(self._engine.completions_fd, select.EPOLLIN)
+        self._epoll.register(self._bell.descriptor, select.EPOLLIN)
+        self._closed = False
+
+    @property
+    def free_frames(self) -> int:
+        return self._pool.free
+
+    @property
+    def completions_fd(self) -> int:
+        """Readable when `completions` has something to say."""
+        return self._epoll.fileno()
+
+    def register(self, image: StoredImage, *, cache_bytes: int = 0) -> Registered:
+        """Reserve addresses for an image and, with `cache_bytes`, for a cache. Any thread."""
+        parameters = _transfer.AddressRange(self._pool, max(image.nbytes, 1))
+        cache = _transfer.AddressRange(self._pool, cache_bytes) if cache_bytes else None
+        self._residency.add_image(image.id, image.pages)
+        registered = Registered(image, parameters, cache)
+        self._registered[image.id] = registered
+        return registered
+
+    def unregister(self, image_id: str) -> None:
+        """Give the addresses back once no view of them is left. Everything of the image must have left the device."""
+        self._residency.remove_image(image_id)
+        registered = self._registered.pop(image_id)
+        self._mapper.submit(registered.parameters.close)
+        if registered.cache is not None:
+            self._mapper.submit(registered.cache.close)
+
+    def swap_in(self, image_id: str, pages: Sequence[int], urgency: int) -> Swap:
+        """Start to bring pages to the device, in this order; contents that are there for other images are only mapped.
+
+        The end comes out of `completions`, also that of a swap that cannot even start because a checkpoint changed.
+        """
+        plan = self._residency.begin(image_id, pages)
+        swap = Swap(self._registered[image_id].image, plan, self._verify)
+        self._start(swap, image_id, urgency)
+        self._swaps[image_id] = swap
+        self._by_transfer[swap.transfer.id] = swap
+        return swap
+
+    def _start(self, swap: Swap, image_id: str, urgency: int) -> None:
+        try:
+            swap.lease = self._store.lease(image_id, swap.moved_contents)
+        except CheckpointError as error:
+            swap.fail(str(error))
+            swap.mapping_ended = True
+            # A transfer of nothing ends at once, so that this swap ends in the same way as all others.
+            swap.transfer = self._engine.submit((), (), (), (), priority=urgency)
+            return
+        # The copy goes through addresses of its own: the link is at work while the pages are mapped.
+        swap.transfer = self._engine.submit(
+            [swap.plan.frames[position] for position in swap.plan.moved],
+            swap.lease.sources,
+            swap.moved_sizes,
+            [group.moved for group in swap.groups],
+            priority=urgency,
+        )
+        self._mapper.submit(functools.partial(self._map, swap))
+
+    def _map(self, swap: Swap) -> None:
+        swap.map_all(self._registered[swap.image_id].parameters)
+        self._bell.ring()
+
+    def raise_urgency(self, image_id: str, urgency: int) -> None:
+        """Let the image's swap be of this urgency from its next chunk on, if it is still under way."""
+        if swap := self._swaps.get(image_id):
+            swap.transfer.raise_priority(urgency)
+
+    def cancel(self, image_id: str) -> None:
+        """Stop the image's swap, if it is still under way. `completions` tells what had arrived, and stays."""
+        if swap := self._swaps.get(image_id):
+            swap.transfer.cancel()
+
+    def cancel_all(self) -> None:
+        for image_id in self._swaps:
+            self.cancel(image_id)
+
+    def evict(self, image_id: str, pages: Sequence[int]) -> None:
+        """Unmap pages. The frames of those that no other image has are free at once."""
+        self._residency.evict(image_id, pages)
+        self._unmap(image_id, pages)
+
+    def _unmap(self, image_id: str, slots: Sequence[int]) -> None:
+        if slots:
+            self._mapper.submit(functools.partial(self._registered[image_id].parameters.unmap, tuple(slots)))
+
+    def set_cache(self, image_id: str, frames: int) -> None:
+        """Let the cache range have frames at its slots 0 to `frames`, and no others. Mapped on return.
+
+        Raises SwapFailed, with the cache as it was, if mapping fails.
+        """
+        before = self._residency.cache_frames(image_id)
+        cache = self._registered[image_id].cache
+        if cache is None or frames * self.frame_bytes > cache.nbytes:
+            raise OrderRefused(f"{image_id} has no room for a cache of {frames} frames")
+        if frames < before:
+            cache.unmap(range(frames, before))
+        added = self._residency.set_cache(image_id, frames)
+        if not added:
+            return
+        try:
+            cache.map(range(before, frames), added)
+        except _transfer.TransferError as error:
+            self._residency.set_cache(image_id, before)
+            raise SwapFailed(f"mapping the cache of {image_id} failed: {error}") from error
+
+    def gate(self, image_id: str) -> Gate:
+        """What a run of the image has to wait at: its swap under way, or nothing."""
+        return self._swaps.get(image_id, OPEN)
+
+    def resident_pages(self, image_id: str) -> frozenset[int]:
+        return self._residency.resident(image_id)
+
+    def cache_frames(self, image_id: str) -> int:
+        return self._residency.cache_frames(image_id)
+
+    def completions(self) -> list[SwapOutcome]:
+        """Swaps that ended since the last call. Raises what went wrong while unmapping, if anything did."""
+        self._bell.answer()
+        self._mapper.raise_failure()
+        for transfer in self._engine.completions():
+            self._by_transfer.pop(transfer.id).transfer_ended = True
+        return [self._settle(swap) for swap in list(self._swaps.values()) if self._has_ended(swap)]
+
+    def _has_ended(self, swap: Swap) -> bool:
+        """Whether nothing of the swap is under way; its verification begins when all else has ended."""
+        if not (swap.transfer_ended and swap.mapping_ended):
+            return False
+        if swap.verification == "wanted":
+            swap.verification = "running"
+            self._mapper.submit(functools.partial(self._check_digests, swap))
+        return swap.verification in ("none", "ended")
+
+    def _check_digests(self, swap: Swap) -> None:
+        swap.verify(self._pool, [self._store.digest(content) for content in swap.moved_contents])
+        self._bell.ring()
+
+    def _settle(self, swap: Swap) -> SwapOutcome:
+        image_id = swap.image_id
+        error = self._error_of(swap)
+        if error is None:
+            arrived_contents = swap.arrived_contents()
+            dropped = self._residency.settle(image_id, arrived_contents)
+        else:
+            arrived_contents = set()
+            dropped = self._residency.abandon(image_id)
+        if swap.lease is not None:
+            self._store.release(swap.lease, arrived_contents)
+        gone = set(dropped)
+        self._unmap(image_id, [slot for slot in swap.mapped_slots() if slot in gone])
+        del self._swaps[image_id]
+        state: SwapState = "done"
+        if error is not None:
+            state = "failed"
+        elif swap.transfer.state == "cancelled":
+            state, error = "cancelled", "it was cancelled"
+        swap.end(error)
+        return self._account(swap, state, tuple(page for page in swap.pages if page not in gone))
+
+    def _error_of(self, swap: Swap) -> str | None:
+        if swap.error is not None:
+            return swap.error
+        if swap.transfer.state == "failed":
+            return swap.transfer.error or "the transfer failed"
+        if swap.lease is not None:
+            try:
+                self._store.require_unchanged(swap.lease)
+            except CheckpointError as error:
+                return str(error)
+        return None
+
+    def _account(self, swap: Swap, state: SwapState, arrived: tuple[int, ...]) -> SwapOutcome:
+        moved = swap.transfer.bytes_done
+        self._outcomes[state] += 1
+        self._bytes_moved += moved
+        if state == "done":
+            sizes = self._registered[swap.image_id].image.page_sizes
+            self._bytes_shared += sum(sizes[page] for page in swap.pages) - moved
+        return SwapOutcome(
+            image_id=swap.image_id,
+            pages=swap.pages,
+            state=state,
+            arrived=arrived,
+            seconds=swap.transfer.seconds,
+            bytes_moved=moved,
+            error=swap.error if state == "failed" else None,
+            started=swap.started,
+            finished=time.monotonic(),
+        )
+
+    def statistics(self) -> DeviceStatistics:
+        counts = self._residency.counts()
+        return DeviceStatistics(
+            frames=self.frames,
+            free_frames=counts.free,
+            parameter_frames=counts.parameters,
+            cache_frames=counts.cache,
+            arriving_frames=counts.arriving,
+            shared_frames=counts.shared,
+            bytes_moved=self._bytes_moved,
+            bytes_shared=self._bytes_shared,
+            swaps_done=self._outcomes["done"],
+            swaps_failed=self._outcomes["failed"],
+            swaps_cancelled=self._outcomes["cancelled"],
+            link_seconds=self._engine.statistics()["seconds_busy"],
+        )
+
+    def check(self) -> None:
+        """Raises AssertionError if a frame has two owners or none, or a range maps what it should not.
+
+        Waits for mapping under way: for tests and for moments when nobody is in a hurry.
+        """
+        self._mapper.drain()
+        self._residency.check()
+        for image_id, registered in list(self._registered.items()):
+            if image_id not in self._swaps:
+                expected = self._residency.mapping(image_id)
+                mapped = {slot: frame for slot, frame in enumerate(registered.parameters.mapped()) if frame >= 0}
+                assert mapped == expected, f"{image_id} maps {mapped} instead of {expected}"
+            if registered.cache is not None:
+                frames = [frame for frame in registered.cache.mapped() if frame >= 0]
+                assert frames == self._residency.cache_mapping(image_id), f"the cache of {image_id} maps {frames}"
+
+    def close(self) -> None:
+        """Cancel all transfers, wait for chunks in flight, give the device's memory back. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._engine.close()
+        self._mapper.close()
+        for swap in self._swaps.values():
+            if swap.lease is not None:
+                self._store.release(swap.lease, ())
+            swap.end("the device is being closed")
+        self._swaps.clear()
+        for registered in self._registered.values():
+            registered.parameters.close()
+            if registered.cache is not None:
+                registered.cache.close()
+        self._pool.close()
+        self._epoll.close()
+        self._bell.close()
