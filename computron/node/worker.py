@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
+from torch.utils.dlpack import from_dlpack
 
 from computron import _transfer
 from computron.config import Config, DeviceConfig
@@ -176,8 +176,8 @@ class Worker:
         image = self.store.add(model_id, plan.image, report)
         cache_bytes = self._cache_range(plan)
         registered = self.swapper.register(image, cache_bytes=cache_bytes)
-        parameters = torch.from_dlpack(registered.parameters.dlpack())
-        cache = torch.from_dlpack(registered.cache.dlpack()) if registered.cache is not None else None
+        parameters = from_dlpack(registered.parameters.dlpack())
+        cache = from_dlpack(registered.cache.dlpack()) if registered.cache is not None else None
         attention = IMPLEMENTATION if plan.cache is not None else None
         loaded = load_model(plan, parameters, attention=attention)
         served = ServedModel(plan, image, loaded, make_executor(loaded, cache, self.page_bytes))
