@@ -83,11 +83,11 @@ def embed_kernels(build: Path) -> Path:
         targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
         source = ROOT / "csrc" / "digest_kernel.cu"
         command = [nvcc, *NVCC_FLAGS, *targets, str(source), "-o", str(kernels)]
-        make(kernels, command, [source, ROOT / "csrc" / "xxh64.h"])
+        make(kernels, command, [source, ROOT / "csrc" / "xxh64.hpp"])
         image = kernels.read_bytes()
     values = ",".join(map(str, image)) or "0"
     text = (
-        '#include "kernels.h"\n\n'
+        '#include "kernels.hpp"\n\n'
         f"namespace computron {{\nalignas(16) const unsigned char kKernels[] = {{{values}}};\n"
         f"const size_t kKernelBytes = {len(image)};\n}}\n"
     )
@@ -122,6 +122,8 @@ class BuildExtension(build_ext):
 
 
 setup(
-    ext_modules=[Extension("computron._transfer", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp")))],
+    ext_modules=[
+        Extension("computron._transfer", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp")))
+    ],
     cmdclass={"build_ext": BuildExtension},
 )

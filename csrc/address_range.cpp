@@ -1,4 +1,4 @@
-#include "address_range.h"
+#include "address_range.hpp"
 
 #include <algorithm>
 #include <numeric>

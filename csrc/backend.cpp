@@ -1,6 +1,6 @@
-#include "backend.h"
+#include "backend.hpp"
 
-#include "host_memory.h"
+#include "host_memory.hpp"
 
 namespace computron {
 

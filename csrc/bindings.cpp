@@ -2,13 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "address_range.h"
-#include "device_pool.h"
-#include "digest.h"
-#include "host_backend.h"
-#include "host_memory.h"
-#include "range_view.h"
-#include "transfer_engine.h"
+#include "address_range.hpp"
+#include "device_pool.hpp"
+#include "digest.hpp"
+#include "host_backend.hpp"
+#include "host_memory.hpp"
+#include "range_view.hpp"
+#include "transfer_engine.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -231,8 +231,7 @@ void bind_transfers(py::module_& m) {
            "deadline"_a = kNever, NoGil())
       .def_property_readonly("completions_fd", &TransferEngine::completions_fd)
       .def("completions", &TransferEngine::completions)
-      .def("statistics",
-           [](const TransferEngine& engine) { return to_dict(engine.statistics(Direction::kToDevice)); })
+      .def("statistics", [](const TransferEngine& engine) { return to_dict(engine.statistics(Direction::kToDevice)); })
       .def("close", &TransferEngine::close, NoGil());
 }
 

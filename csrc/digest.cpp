@@ -1,9 +1,9 @@
-#include "digest.h"
+#include "digest.hpp"
 
 #include <algorithm>
 #include <cstring>
 
-#include "xxh64.h"
+#include "xxh64.hpp"
 
 namespace computron {
 

@@ -1,6 +1,6 @@
 // XXH64 of every leaf of a page. Four threads a leaf, one for each accumulator of XXH64: together they read 32
 // neighbouring bytes at a time, a whole memory sector.
-#include "xxh64.h"
+#include "xxh64.hpp"
 
 namespace {
 
@@ -9,8 +9,8 @@ constexpr unsigned long long kStripe = 32;
 
 }  // namespace
 
-extern "C" __global__ void page_leaves(const unsigned char* page, unsigned long long nbytes,
-                                       unsigned long long* leaves, unsigned long long leaf_count) {
+extern "C" __global__ void page_leaves(const unsigned char* page, unsigned long long nbytes, unsigned long long* leaves,
+                                       unsigned long long leaf_count) {
   using namespace computron::xxh;
   const unsigned long long thread = blockIdx.x * static_cast<unsigned long long>(blockDim.x) + threadIdx.x;
   const unsigned long long leaf = thread / 4;

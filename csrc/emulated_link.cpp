@@ -1,4 +1,4 @@
-#include "emulated_link.h"
+#include "emulated_link.hpp"
 
 #include <algorithm>
 #include <thread>
@@ -10,8 +10,8 @@ EmulatedLink::EmulatedLink(double bandwidth, double latency) : bandwidth_(bandwi
 EmulatedLink::Clock::time_point EmulatedLink::send(size_t nbytes, Clock::time_point ready) {
   const double seconds = latency_ + (bandwidth_ > 0 ? static_cast<double>(nbytes) / bandwidth_ : 0);
   std::lock_guard lock(mutex_);
-  free_at_ = std::max(free_at_, ready) +
-             std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+  free_at_ =
+      std::max(free_at_, ready) + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
   return free_at_;
 }
 

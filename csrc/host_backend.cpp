@@ -1,4 +1,4 @@
-#include "host_backend.h"
+#include "host_backend.hpp"
 
 #include <unistd.h>
 
@@ -6,8 +6,8 @@
 #include <fstream>
 #include <stdexcept>
 
-#include "host_copier.h"
-#include "host_pool.h"
+#include "host_copier.hpp"
+#include "host_pool.hpp"
 
 namespace computron {
 

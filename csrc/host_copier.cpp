@@ -1,4 +1,4 @@
-#include "host_copier.h"
+#include "host_copier.hpp"
 
 #include <cstring>
 

@@ -1,4 +1,4 @@
-#include "host_memory.h"
+#include "host_memory.hpp"
 
 #include <linux/mempolicy.h>
 #include <sys/mman.h>
@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "touch.h"
+#include "touch.hpp"
 
 namespace computron {
 namespace {

@@ -1,10 +1,10 @@
-#include "host_pool.h"
+#include "host_pool.hpp"
 
 #include <algorithm>
 #include <cstring>
 #include <thread>
 
-#include "touch.h"
+#include "touch.hpp"
 
 namespace computron {
 namespace {
@@ -38,8 +38,8 @@ class HostReservation : public Reservation {
 
   void unmap(size_t slot, size_t count) override {
     void* const place = range_.address() + slot * frame_bytes_;
-    void* const mapped = mmap(place, count * frame_bytes_, PROT_NONE,
-                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    void* const mapped =
+        mmap(place, count * frame_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     COMPUTRON_CHECK(mapped == place, "unmapping frames failed");
   }
 
@@ -47,8 +47,9 @@ class HostReservation : public Reservation {
   void map_run(size_t slot, int64_t frame, size_t count) {
     backend_.strike("map");
     void* const place = range_.address() + slot * frame_bytes_;
-    void* const mapped = mmap(place, count * frame_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_POPULATE,
-                              memory_, static_cast<off_t>(static_cast<size_t>(frame) * frame_bytes_));
+    void* const mapped =
+        mmap(place, count * frame_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_POPULATE, memory_,
+             static_cast<off_t>(static_cast<size_t>(frame) * frame_bytes_));
     COMPUTRON_CHECK(mapped == place, "mapping frames failed");
   }
 

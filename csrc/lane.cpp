@@ -1,4 +1,4 @@
-#include "lane.h"
+#include "lane.hpp"
 
 #include <algorithm>
 #include <utility>

@@ -1,5 +1,5 @@
 // The part of Lane that keeps its books: what a chunk's start and end mean for its page, its job and its slot.
-#include "lane.h"
+#include "lane.hpp"
 
 namespace computron {
 

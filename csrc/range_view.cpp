@@ -1,4 +1,4 @@
-#include "range_view.h"
+#include "range_view.hpp"
 
 namespace computron {
 namespace {

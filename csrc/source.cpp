@@ -1,4 +1,4 @@
-#include "source.h"
+#include "source.hpp"
 
 #include <unistd.h>
 
@@ -6,7 +6,7 @@
 #include <cerrno>
 #include <cstring>
 
-#include "error.h"
+#include "error.hpp"
 
 namespace computron {
 namespace {

@@ -1,8 +1,8 @@
-#include "transfer.h"
+#include "transfer.hpp"
 
 #include <algorithm>
 
-#include "lane.h"
+#include "lane.hpp"
 
 namespace computron {
 
@@ -42,14 +42,15 @@ std::optional<std::string> Transfer::error() const {
 }
 
 bool Transfer::page_done(size_t page) const {
-  if (page >= pages_.size()) throw std::out_of_range("page " + std::to_string(page) + " of a transfer of " +
-                                                     std::to_string(pages_.size()));
+  if (page >= pages_.size())
+    throw std::out_of_range("page " + std::to_string(page) + " of a transfer of " + std::to_string(pages_.size()));
   return page_chunks_left_[page].load() == 0;
 }
 
 void Transfer::check_segment(size_t segment) const {
-  if (segment >= segments_.size()) throw std::out_of_range("segment " + std::to_string(segment) + " of a transfer of " +
-                                                           std::to_string(segments_.size()));
+  if (segment >= segments_.size())
+    throw std::out_of_range("segment " + std::to_string(segment) + " of a transfer of " +
+                            std::to_string(segments_.size()));
 }
 
 bool Transfer::segment_done(size_t segment) const {
@@ -69,9 +70,8 @@ void Transfer::wait_segment(size_t segment, uint64_t stream) {
   {
     std::unique_lock lock(lane_->mutex_);
     const bool streams = lane_->backend().has_streams();
-    changed_.wait(lock, [&] {
-      return stopped_ || segment_done(segment) || (streams && sent_ >= segments_[segment].end_chunk);
-    });
+    changed_.wait(
+        lock, [&] { return stopped_ || segment_done(segment) || (streams && sent_ >= segments_[segment].end_chunk); });
     throw_if_stopped();
     if (segment_done(segment)) return;
     tickets = lane_->tickets_of(*this, segments_[segment].first_chunk, segments_[segment].end_chunk);

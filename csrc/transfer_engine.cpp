@@ -1,4 +1,4 @@
-#include "transfer_engine.h"
+#include "transfer_engine.hpp"
 
 #include <sys/eventfd.h>
 
@@ -30,7 +30,8 @@ TransferEngine::TransferEngine(std::shared_ptr<DevicePool> pool, size_t chunk_by
     completions->add(std::move(transfer));
   };
   chunk_bytes = std::min(chunk_bytes, pool->frame_bytes());
-  to_device_ = std::make_shared<Lane>(pool, LaneOptions{Direction::kToDevice, chunk_bytes, depth, staging_chunks}, on_end);
+  to_device_ =
+      std::make_shared<Lane>(pool, LaneOptions{Direction::kToDevice, chunk_bytes, depth, staging_chunks}, on_end);
   to_host_ = std::make_shared<Lane>(pool, LaneOptions{Direction::kToHost, chunk_bytes, depth, 0}, on_end);
 }
 

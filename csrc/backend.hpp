@@ -10,8 +10,8 @@
 #include <optional>
 #include <string>
 
-#include "digest.h"
-#include "error.h"
+#include "digest.hpp"
+#include "error.hpp"
 
 namespace computron {
 
@@ -24,7 +24,7 @@ struct Copy {
   uint64_t device = 0;
   void* host = nullptr;
   size_t nbytes = 0;
-  bool staged = false;  // the host side is a staging chunk: travels beside the pinned ones
+  bool staged = false;                            // the host side is a staging chunk: travels beside the pinned ones
   std::chrono::steady_clock::time_point ready{};  // since when it could have travelled
 };
 

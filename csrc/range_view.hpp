@@ -3,8 +3,8 @@
 
 #include <memory>
 
-#include "address_range.h"
-#include "dlpack.h"
+#include "address_range.hpp"
+#include "dlpack.hpp"
 
 namespace computron {
 

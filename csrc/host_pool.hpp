@@ -1,8 +1,8 @@
 // Device memory of the host backend: one memfd, whose frames can be mapped at many places.
 #pragma once
 
-#include "host_backend.h"
-#include "owned.h"
+#include "host_backend.hpp"
+#include "owned.hpp"
 
 namespace computron {
 

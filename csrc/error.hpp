@@ -36,7 +36,7 @@ Failure current_failure();
 }  // namespace computron
 
 // Throws unless `condition`; errno tells why.
-#define COMPUTRON_CHECK(condition, what) \
-  do {                                   \
+#define COMPUTRON_CHECK(condition, what)                                         \
+  do {                                                                           \
     if (!(condition)) ::computron::throw_system_error(what, __FILE__, __LINE__); \
   } while (false)

@@ -10,8 +10,8 @@
 #include <thread>
 #include <vector>
 
-#include "host_memory.h"
-#include "transfer.h"
+#include "host_memory.hpp"
+#include "transfer.hpp"
 
 namespace computron {
 

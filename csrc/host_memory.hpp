@@ -5,7 +5,7 @@
 #include <mutex>
 #include <vector>
 
-#include "backend.h"
+#include "backend.hpp"
 
 namespace computron {
 

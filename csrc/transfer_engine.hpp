@@ -6,8 +6,8 @@
 #include <mutex>
 #include <vector>
 
-#include "lane.h"
-#include "owned.h"
+#include "lane.hpp"
+#include "owned.hpp"
 
 namespace computron {
 

@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "device_pool.h"
-#include "source.h"
+#include "device_pool.hpp"
+#include "source.hpp"
 
 namespace computron {
 
@@ -111,13 +111,13 @@ class Transfer {
   std::atomic<double> seconds_{0};
 
   std::condition_variable changed_;
-  size_t next_ = 0;            // chunk to send next
-  size_t sent_ = 0;            // chunks that have a ticket
-  size_t active_ = 0;          // chunks being filled or in flight
-  size_t left_ = 0;            // chunks that have not arrived
-  size_t fill_next_ = 0;       // no chunk below is empty
-  std::set<size_t> filled_;    // chunks in staging slots, ready and not sent
-  bool stopped_ = false;       // cancelled or failed: nothing more starts
+  size_t next_ = 0;          // chunk to send next
+  size_t sent_ = 0;          // chunks that have a ticket
+  size_t active_ = 0;        // chunks being filled or in flight
+  size_t left_ = 0;          // chunks that have not arrived
+  size_t fill_next_ = 0;     // no chunk below is empty
+  std::set<size_t> filled_;  // chunks in staging slots, ready and not sent
+  bool stopped_ = false;     // cancelled or failed: nothing more starts
   State outcome_ = State::kDone;
   Failure failure_;
   Clock::time_point begin_{};

@@ -3,9 +3,9 @@
 
 #include <string>
 
-#include "backend.h"
-#include "emulated_link.h"
-#include "fault.h"
+#include "backend.hpp"
+#include "emulated_link.hpp"
+#include "fault.hpp"
 
 namespace computron {
 

@@ -5,7 +5,7 @@
 #include <mutex>
 #include <vector>
 
-#include "device_pool.h"
+#include "device_pool.hpp"
 
 namespace computron {
 

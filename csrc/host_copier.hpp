@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "host_backend.h"
+#include "host_backend.hpp"
 
 namespace computron {
 
