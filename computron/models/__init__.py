@@ -3,6 +3,8 @@
 `plan_model` reads what a model is; its image goes to the host store; `load_model` binds a module to an address range.
 """
 
+from computron.models.custom import BatchManager, StackTensors
+from computron.models.embedding import EmbeddingSettings
 from computron.models.gates import Gate, OpenGate
 from computron.models.geometry import CacheGeometry
 from computron.models.layout import TensorSlot
@@ -10,11 +12,14 @@ from computron.models.loading import LoadedModel, load_model
 from computron.models.plan import ModelPlan, plan_model
 
 __all__ = [
+    "BatchManager",
     "CacheGeometry",
+    "EmbeddingSettings",
     "Gate",
     "LoadedModel",
     "ModelPlan",
     "OpenGate",
+    "StackTensors",
     "TensorSlot",
     "load_model",
     "plan_model",

@@ -116,12 +116,17 @@ class CheckpointImage(LaidOutImage):
 class StateImage(LaidOutImage):
     """Copied from tensors that `make` gives when they are first needed, and that are let go once all has been read."""
 
-    def __init__(self, layout: Layout, make: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        """`make`: the tensors by name, the same ones each time. It is called again if bytes are asked for again."""
+    def __init__(
+        self,
+        layout: Layout,
+        make: Callable[[], Mapping[str, torch.Tensor]],
+        first: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """`make`: the tensors by name, the same ones each time. `first`: those of its first call, if it was made."""
         super().__init__(layout)
         self._make = make
         self._lock = threading.Lock()
-        self._state: Mapping[str, torch.Tensor] | None = None
+        self._state = None if first is None else {slot.name: _flat(slot, first) for slot in layout.slots}
         self._unread = self._total = sum(slot.nbytes for slot in layout.slots)
 
     def read_tensor(self, slot: TensorSlot, start: int, buffer: memoryview) -> None:

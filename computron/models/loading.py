@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from computron.errors import BadRequest
-from computron.models import skeleton
+from computron.models.custom import BatchManager, make_batch_manager
 from computron.models.gates import Gate, StageWaits
 from computron.models.layout import persistent_tensors
 from computron.models.plan import ModelPlan
@@ -27,6 +28,11 @@ class LoadedModel:
         self.module = module
         self.device = device
         self._waits = StageWaits(module, plan.layout.stage_of(), device)
+
+    @functools.cached_property
+    def batch_manager(self) -> BatchManager:
+        """Of a custom model. Raises ConfigError if it cannot be made."""
+        return make_batch_manager(self.plan.config, self.module)
 
     @property
     def gate(self) -> Gate:
@@ -57,6 +63,10 @@ class LoadedModel:
             raise BadRequest(f"token ids must be between 0 and {self.plan.vocabulary - 1}", param="prompt")
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    def pixels(self, data: bytes) -> torch.Tensor:
+        """Tensor (C x H x W, float32, on the CPU) of an image file's bytes. Raises BadRequest if they are no image."""
+        return self.plan.image_processor(data)
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
         """The messages as one prompt by the chat template; encode it without adding special tokens.
 
@@ -71,13 +81,14 @@ def load_model(plan: ModelPlan, parameters: torch.Tensor, *, attention: str | No
 
     Nothing of `parameters` is read. `attention`: a name known to transformers' attention interface; None leaves the
     choice to transformers.
-    Raises CheckpointError if the module cannot be built.
+    Raises CheckpointError or ConfigError if the module or its batch manager cannot be built.
     """
-    assert plan.source is not None
-    module = skeleton.build(plan.config, plan.source.config, plan.dtype, attention)
-    skeleton.fill_outside(module, plan.outside, parameters.device)
+    module = plan.build(parameters.device, attention)
     bind(module, plan, parameters)
-    return LoadedModel(plan, module, parameters.device)
+    model = LoadedModel(plan, module, parameters.device)
+    if plan.task == "custom":
+        _ = model.batch_manager  # what is wrong with it is better said now
+    return model
 
 
 def bind(module: nn.Module, plan: ModelPlan, parameters: torch.Tensor) -> None:

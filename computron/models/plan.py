@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from computron.config import ModelConfig, Task
-from computron.errors import CheckpointError
+from computron.errors import CheckpointError, ConfigError
 from computron.memory.images import ImageSource
 from computron.models import skeleton
 from computron.models.checkpoint import Source, checkpoint_tensors, choose_dtype, open_source
+from computron.models.custom import make_module
+from computron.models.embedding import EmbeddingSettings, embedding_settings
 from computron.models.geometry import CacheGeometry, cache_geometry
-from computron.models.images import CheckpointImage, StateImage, tensors_equal
-from computron.models.layout import Layout, TensorSlot, lay_out, model_stages, persistent_tensors
-from computron.models.random_image import RandomImage
-from computron.models.safetensors_file import FileTensor
+from computron.models.images import StateImage
+from computron.models.layout import Layout, TensorSlot, lay_out, module_stages, persistent_tensors
+from computron.models.pretrained import plan_image
 from computron.models.text import GenerationDefaults, generation_defaults, load_tokenizer
+from computron.models.vision import ImageProcessor, load_image_processor
 
-logger = logging.getLogger(__name__)
+# Builds the module for a device, with an attention implementation (None: transformers' choice). Its tensors of the
+# image are about to be replaced; those outside the image are already on the device.
+Builder = Callable[[torch.device, str | None], nn.Module]
 
 
 @dataclass(frozen=True)
 class ModelPlan:
     """What a model is, and how its image is laid out: one segment for each stage.
 
-    `aliases`: tied tensor -> the one that holds the bytes. `outside`: tensors that no checkpoint holds; they are
-    computed on loading and are not part of the image. `max_model_len`: tokens that fit, 0 if not a text model.
+    `max_model_len`: tokens that fit, 0 if it is not a text model. `labels`: of classes, in the order of the logits;
+    `activation` makes probabilities of these.
     """
 
     config: ModelConfig
@@ -40,13 +43,16 @@ class ModelPlan:
     dtype: torch.dtype
     image: ImageSource
     layout: Layout
-    outside: frozenset[str] = frozenset()
+    build: Builder
     source: Source | None = None
     cache: CacheGeometry | None = None
     max_model_len: int = 0
     vocabulary: int = 0
-    labels: tuple[str, ...] = ()
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    embedding: EmbeddingSettings | None = None
+    labels: tuple[str, ...] = ()
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    takes_images: bool = False
 
     @property
     def task(self) -> Task:
@@ -62,139 +68,128 @@ class ModelPlan:
 
     @property
     def aliases(self) -> Mapping[str, str]:
+        """Tied tensor -> the one that holds the bytes."""
         return self.layout.aliases
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises CheckpointError if the checkpoint has none."""
-        if self.source is None:
-            raise CheckpointError(f'model "{self.config.id}" has no tokenizer: it is a custom model')
+        """Raises CheckpointError if the model has none."""
+        if self.source is None or self.takes_images:
+            raise CheckpointError(f'model "{self.config.id}" takes no text')
         return load_tokenizer(self.config, self.source.folder, self.source.config)
+
+    @functools.cached_property
+    def image_processor(self) -> ImageProcessor:
+        """Raises CheckpointError if the model has none."""
+        if self.source is None or not self.takes_images:
+            raise CheckpointError(f'model "{self.config.id}" takes no images')
+        return load_image_processor(self.config, self.source.folder)
 
 
 def plan_model(config: ModelConfig) -> ModelPlan:
-    """Read configs and headers, no weights. Raises CheckpointError or ConfigError with the remedy."""
+    """Read configs and headers, no weights; a custom model's factory is called, and its weights held until they have
+    been read and the module is loaded. Raises CheckpointError or ConfigError with the remedy.
+    """
+    return _plan_custom(config) if config.task == "custom" else _plan_pretrained(config)
+
+
+def _plan_pretrained(config: ModelConfig) -> ModelPlan:
     source = open_source(config)
     tensors = {} if source.random or source.folder is None else checkpoint_tensors(source.folder)
     dtype = choose_dtype(config, source.config, tensors)
-    module = skeleton.build(config, source.config, dtype, None)
     cache = cache_geometry(config, source.config, dtype) if config.task == "generate" else None
-    layout, image, outside = _plan_image(config, source, module, dtype, tensors)
-    text = source.config.get_text_config()
-    return ModelPlan(
+    module = skeleton.build(config, source.config, dtype, None)
+    if config.task == "embed" and getattr(source.config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f'model "{config.id}": {type(module).__name__} is an encoder-decoder, which is not served for embed'
+        )
+    layout, image, outside = plan_image(config, source, module, dtype, tensors)
+
+    def build(device: torch.device, attention: str | None) -> nn.Module:
+        built = skeleton.build(config, source.config, dtype, attention)
+        skeleton.fill_outside(built, outside, device)
+        return built
+
+    classify = config.task == "classify"
+    embedding = embedding_settings(config, source.folder, module) if config.task == "embed" else None
+    takes_images = classify and skeleton.is_image_model(source.config)
+    plan = ModelPlan(
         config=config,
         architecture=type(module).__name__,
         dtype=dtype,
         image=image,
         layout=layout,
-        outside=outside,
+        build=build,
         source=source,
         cache=cache,
-        max_model_len=_max_model_len(config, source.config),
-        vocabulary=int(getattr(text, "vocab_size", 0) or 0),
+        max_model_len=0 if takes_images else _max_model_len(config, source.config, module, embedding),
+        vocabulary=int(getattr(source.config.get_text_config(), "vocab_size", 0) or 0),
         generation=generation_defaults(source.folder, source.config),
+        embedding=embedding,
+        labels=_labels(source.config) if classify else (),
+        activation=_activation(source.config),
+        takes_images=takes_images,
+    )
+    _ = plan.image_processor if takes_images else plan.tokenizer  # what is wrong with it is better said now
+    return plan
+
+
+def _plan_custom(config: ModelConfig) -> ModelPlan:
+    first = make_module(config)
+    spare = [first]  # the module just made serves the first load; a later one makes another
+
+    def build(device: torch.device, attention: str | None) -> nn.Module:
+        module = spare.pop() if spare else make_module(config)
+        for owner in module.modules():
+            for name in owner._non_persistent_buffers_set:
+                if (buffer := owner._buffers[name]) is not None:
+                    setattr(owner, name, buffer.to(device))
+        return module
+
+    held = dict(persistent_tensors(first))
+    names: dict[int, str] = {}
+    aliases = {name: kept for name, tensor in held.items() if (kept := names.setdefault(id(tensor), name)) != name}
+    described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items() if name not in aliases}
+    layout = lay_out(module_stages(first, described), described, aliases)
+    floats = (tensor.dtype for tensor in held.values() if tensor.dtype.is_floating_point)
+    return ModelPlan(
+        config=config,
+        architecture=type(first).__name__,
+        dtype=next(floats, torch.float32),
+        image=StateImage(layout, lambda: dict(persistent_tensors(make_module(config))), held),
+        layout=layout,
+        build=build,
     )
 
 
-def _plan_image(
-    config: ModelConfig,
-    source: Source,
-    module: PreTrainedModel,
-    dtype: torch.dtype,
-    tensors: Mapping[str, FileTensor],
-) -> tuple[Layout, ImageSource, frozenset[str]]:
-    dtypes = skeleton.target_dtypes(module, dtype)
-    shapes = {name: tuple(tensor.shape) for name, tensor in persistent_tensors(module)}
-    if source.random or source.folder is None:
-        aliases = skeleton.resolve_ties(module, dtypes, lambda a, b: True)
-        layout = _layout(module, dtypes, shapes, aliases, frozenset())
-        deviation = getattr(source.config.get_text_config(), "initializer_range", None) or 0.02
-        return layout, RandomImage(layout, seed=config.seed, deviation=deviation), frozenset()
-    names = skeleton.map_names(module, tensors)
-    if names is None:
-        logger.info("%s: loaded by transformers, since its tensors are converted on the way", config.id)
-        aliases = skeleton.resolve_ties(module, {}, lambda a, b: True)
-        layout = _layout(module, dtypes, shapes, aliases, frozenset())
-        load = functools.partial(skeleton.load_state, config, source.folder, dtype)
-        return layout, StateImage(layout, load), frozenset()
-    held = {new: tensors[old] for old, new in names.items()}
-    aliases = skeleton.resolve_ties(module, held, lambda a, b: tensors_equal(held[a], held[b]))
-    outside = _check(source.folder, module, held, shapes, aliases)
-    layout = _layout(module, dtypes, shapes, aliases, outside)
-    return layout, CheckpointImage(layout, {slot.name: held[slot.name] for slot in layout.slots}), outside
-
-
-def _layout(
-    module: PreTrainedModel,
-    dtypes: Mapping[str, torch.dtype],
-    shapes: Mapping[str, tuple[int, ...]],
-    aliases: Mapping[str, str],
-    outside: frozenset[str],
-) -> Layout:
-    names = [name for name in dtypes if name not in aliases and name not in outside]
-    embeddings = _embedding_names(module)
-    first = {aliases.get(name, name) for name in embeddings}
-    return lay_out(model_stages(module, names, first), {name: (dtypes[name], shapes[name]) for name in names}, aliases)
-
-
-def _embedding_names(module: PreTrainedModel) -> list[str]:
-    try:
-        embedding = module.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        return []
-    owned = {id(parameter) for parameter in embedding.parameters()} if isinstance(embedding, nn.Module) else set()
-    return [name for name, tensor in persistent_tensors(module) if id(tensor) in owned]
-
-
-def _check(
-    folder: Path,
-    module: PreTrainedModel,
-    held: Mapping[str, FileTensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    aliases: Mapping[str, str],
-) -> frozenset[str]:
-    """Names to compute on loading, because the checkpoint may lack them. Raises CheckpointError for any other fault."""
-    architecture = type(module).__name__
-    for name, tensor in held.items():
-        if tensor.shape != shapes[name]:
-            raise CheckpointError(
-                f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, {architecture} needs "
-                f"{list(shapes[name])}; the weights and config.json do not belong together"
-            )
-    missing = [name for name in shapes if name not in held and aliases.get(name, name) not in held]
-    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    outside = frozenset(name for name in missing if name in buffers or _may_lack(module, name))
-    lacking = [name for name in missing if name not in outside]
-    if lacking:
-        rest = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise CheckpointError(
-            f"{folder}: tensor {lacking[0]}{rest} of {architecture} is missing; "
-            "fetch the checkpoint again, or choose the task that it was trained for"
-        )
-    return outside
-
-
-def _may_lack(module: PreTrainedModel, name: str) -> bool:
-    import re
-
-    return any(re.search(pattern, name) for pattern in module._keys_to_ignore_on_load_missing or ())
-
-
-def _max_model_len(model: ModelConfig, config: PretrainedConfig) -> int:
+def _max_model_len(
+    model: ModelConfig, config: PretrainedConfig, module: PreTrainedModel, embedding: EmbeddingSettings | None
+) -> int:
     text = config.get_text_config()
     known = next(
-        (
-            int(value)
-            for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-            if (value := getattr(text, key, None))
-        ),
-        0,
+        (int(n) for key in ("max_position_embeddings", "n_positions", "max_seq_len") if (n := getattr(text, key, 0))), 0
     )
-    if model.max_model_len is not None:
-        if known and model.max_model_len > known:
-            raise CheckpointError(
-                f'model "{model.id}": max_model_len = {model.max_model_len} exceeds the {known} positions of its '
-                "checkpoint; lower it"
-            )
-        return model.max_model_len
-    return known
+    for name, part in module.named_modules():
+        # RoBERTa and its kin count positions from the padding token's on.
+        if name.endswith("position_embeddings") and isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            known = part.num_embeddings - part.padding_idx - 1
+    if embedding is not None and embedding.max_length is not None:
+        known = min(known, embedding.max_length) if known else embedding.max_length
+    if model.max_model_len is None:
+        return known
+    if known and model.max_model_len > known:
+        raise ConfigError(
+            f'model "{model.id}": max_model_len = {model.max_model_len} is more than the {known} tokens that its '
+            f"checkpoint is made for; set it to {known} or less"
+        )
+    return model.max_model_len
+
+
+def _labels(config: PretrainedConfig) -> tuple[str, ...]:
+    names: Mapping[Any, str] = config.id2label or {}
+    return tuple(names.get(index, f"LABEL_{index}") for index in range(config.num_labels or 0))
+
+
+def _activation(config: PretrainedConfig) -> Literal["softmax", "sigmoid"]:
+    several = getattr(config, "problem_type", None) == "multi_label_classification"
+    return "sigmoid" if several or config.num_labels == 1 else "softmax"

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from computron.config import ModelConfig
 from computron.errors import BadRequest, CheckpointError
 from computron.models.byte_tokenizer import byte_tokenizer
+from computron.models.checkpoint import RANDOM
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def load_tokenizer(model: ModelConfig, folder: Path | None, config: PretrainedCo
 
     Raises CheckpointError if a checkpoint has none that transformers can read.
     """
-    if folder is None:
+    if folder is None or (model.source.startswith(RANDOM) and not (folder / "tokenizer_config.json").is_file()):
         return byte_tokenizer(config.get_text_config().vocab_size)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
