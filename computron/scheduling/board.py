@@ -1,0 +1,225 @@
+"""The state that events change and decisions read: models, requests, frames, and who is on which agenda."""
+
+from __future__ import annotations
+
+import heapq
+
+from computron.scheduling.agenda import Agenda
+from computron.scheduling.estimates import Link
+from computron.scheduling.events import ModelSpec, Request
+from computron.scheduling.ledger import Ledger
+from computron.scheduling.models import ModelState
+from computron.scheduling.tuning import Tuning
+from computron.scheduling.waiting import Ticket
+
+
+class Board:
+    """A model with work that is not in a step is on `due` and, by its residency, on one of `ready` and `absent`.
+
+    due: by the time from which on nothing due later may delay it.
+    ready: resident, by rank (priority, then the one that waited longest).
+    absent: pages are missing and not on their way, by rank.
+    idle: without work, holding pages that could be taken, the one longest unused first. busy: the same, with work.
+    running: in a step. loading: with a transfer under way, cancelled ones included. cached: holding cache frames.
+    load_asked, unload_asked: what an operator wants and is not done yet.
+    A model on neither agenda costs nothing until an event names it.
+    """
+
+    def __init__(self, *, ledger: Ledger, link: Link, max_wait: float, tuning: Tuning) -> None:
+        self.ledger = ledger
+        self.link = link
+        self.max_wait = max_wait
+        self.tuning = tuning
+        self.models: dict[str, ModelState] = {}
+        self.tickets: dict[int, Ticket] = {}
+        self.due = Agenda()
+        self.ready = Agenda()
+        self.absent = Agenda()
+        self.idle: dict[str, ModelState] = {}
+        self.busy: dict[str, ModelState] = {}
+        self.idle_pages = 0
+        self.running: dict[str, ModelState] = {}
+        self.loading: dict[str, ModelState] = {}
+        self.cached: dict[str, ModelState] = {}
+        self.load_asked: dict[str, ModelState] = {}
+        self.unload_asked: dict[str, ModelState] = {}
+        self.complete = 0  # models with every page on the device
+        self._deadlines: list[tuple[float, int, Ticket]] = []
+        self._added = 0
+        self._pinned_version = 0
+
+    # Models
+
+    def add_model(self, spec: ModelSpec) -> ModelState:
+        model = ModelState(spec, self._added, self.tuning)
+        self._added += 1
+        self.models[spec.model] = model
+        self.ledger.add(model.residency)
+        if spec.pinned:
+            self.ledger.pinned.update(spec.pages)
+            self._pinned_version += 1
+        if model.residency.complete:
+            self.complete += 1
+        self.file(model)
+        return model
+
+    def remove_model(self, model: ModelState) -> None:
+        for ticket in model.tickets():
+            self.forget(ticket)
+        if model.residency.complete:
+            self.complete -= 1
+        self.ledger.remove(model.residency)
+        if model.spec.pinned:
+            self.ledger.pinned.subtract(model.spec.pages)
+            self.ledger.pinned = +self.ledger.pinned
+            self._pinned_version += 1
+        model.load_asked = model.unload_asked = False
+        self.file(model)
+        del self.models[model.name]
+
+    def room_alone(self, model: ModelState) -> int:
+        """Frames for the model's cache if it and the pinned models alone were on the device; may be negative."""
+        room = model.room_alone
+        if room is None or room[0] != self._pinned_version:
+            room = model.room_alone = (self._pinned_version, self.ledger.room_alone(model.residency))
+        return room[1]
+
+    # Requests
+
+    def due_time(self, model: ModelState, since: float, deadline: float | None) -> float:
+        """A request is due ahead of its limit by what its own swap-in and one turn of another model may take."""
+        limit = since + self.max_wait
+        if deadline is not None:
+            limit = min(limit, deadline)
+        return limit - self.link.seconds(len(model.spec.pages)) * (1.0 + self.tuning.keep)
+
+    def enqueue(self, request: Request, model: ModelState) -> None:
+        ticket = Ticket(request, model, self.due_time(model, request.arrival, request.deadline))
+        self.tickets[request.id] = ticket
+        model.waiting.push(ticket)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.id, ticket))
+
+    def admit(self, ticket: Ticket) -> None:
+        ticket.model.waiting.remove(ticket)
+        ticket.model.admitted[ticket.request.id] = ticket
+
+    def preempt(self, ticket: Ticket, now: float) -> None:
+        """An admitted sequence loses its cache and waits again, from now on."""
+        model = ticket.model
+        del model.admitted[ticket.request.id]
+        ticket.since = now
+        ticket.due = self.due_time(model, now, None)
+        model.waiting.push(ticket)
+        self.file(model)
+
+    def forget(self, ticket: Ticket) -> None:
+        """The request has ended, in whichever way."""
+        del self.tickets[ticket.request.id]
+        if ticket.waiting:
+            ticket.model.waiting.remove(ticket)
+        else:
+            ticket.model.admitted.pop(ticket.request.id, None)
+
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of a request that has not been in a step."""
+        deadlines = self._deadlines
+        while deadlines and (deadlines[0][2].started or deadlines[0][1] not in self.tickets):
+            heapq.heappop(deadlines)
+        return deadlines[0][0] if deadlines else None
+
+    def expired(self, now: float) -> list[Ticket]:
+        """Requests whose deadline has come before they were in a step."""
+        late: list[Ticket] = []
+        while (deadline := self.next_deadline()) is not None and deadline <= now:
+            late.append(heapq.heappop(self._deadlines)[2])
+        return late
+
+    # Agendas
+
+    def file(self, model: ModelState) -> None:
+        """Put the model where it belongs after anything about it has changed."""
+        residency = model.residency
+        self._file_holder(model)
+        _keep(self.cached, model, residency.cache > 0)
+        _keep(self.running, model, model.step is not None)
+        _keep(self.loading, model, residency.swap is not None)
+        _keep(self.load_asked, model, model.load_asked)
+        _keep(self.unload_asked, model, model.unload_asked)
+        if model.step is not None or not model.has_work:
+            self.due.drop(model)
+            self.ready.drop(model)
+            self.absent.drop(model)
+            return
+        due, rank = self._keys(model)
+        self.due.file(model, due)
+        if residency.complete:
+            self.ready.file(model, rank)
+            self.absent.drop(model)
+        elif model.loading:
+            self.ready.drop(model)
+            self.absent.drop(model)
+        else:
+            self.ready.drop(model)
+            self.absent.file(model, rank)
+
+    def rank(self, model: ModelState) -> tuple[float, float]:
+        """Place of a model with work in the order of `ready` and `absent`; smaller comes first."""
+        return self._keys(model)[1]
+
+    def _keys(self, model: ModelState) -> tuple[tuple[float], tuple[float, float]]:
+        """When it is due, and its rank. What waits for a place in its own full batch does not count in either."""
+        due = since = float("inf")
+        priority: int | None = None
+        if model.admitted:
+            tickets = model.admitted.values()
+            due = min(ticket.due for ticket in tickets)
+            since = min(ticket.since for ticket in tickets)
+            priority = max(ticket.request.priority for ticket in tickets)
+        if model.waiting and model.free_slots > 0:
+            ticket = model.waiting.first_due()
+            due, since = min(due, ticket.due), min(since, ticket.since)
+            first = model.waiting.first_ranked().request.priority
+            priority = first if priority is None else max(priority, first)
+        assert priority is not None
+        return (due,), (-priority, since)
+
+    def _file_holder(self, model: ModelState) -> None:
+        """Keep `idle`, `busy` and the count of pages that idle models hold."""
+        residency = model.residency
+        takeable = residency.count > 0 and model.step is None and residency.swap is None and not model.spec.pinned
+        idle = takeable and not model.has_work
+        _keep(self.busy, model, takeable and not idle)
+        _keep(self.idle, model, idle)
+        pages = residency.count if idle else 0
+        self.idle_pages += pages - model.idle_pages
+        model.idle_pages = pages
+
+    def check(self) -> None:
+        """Raises AssertionError where the books contradict each other."""
+        self.ledger.check(model.residency for model in self.models.values())
+        for model in self.models.values():
+            residency, has_agenda = model.residency, model.has_work and model.step is None
+            assert (model in self.due) == has_agenda, f"{model} and the due agenda disagree"
+            assert (model in self.ready) == (has_agenda and residency.complete), f"{model}, ready"
+            assert (model in self.absent) == (has_agenda and not residency.complete and not model.loading), f"{model}"
+            if has_agenda:
+                assert self.due.key(model) == self._keys(model)[0], f"{model} is due at another time than filed"
+            assert (model.name in self.loading) == (residency.swap is not None)
+            assert (model.name in self.running) == (model.step is not None)
+            assert (model.name in self.cached) == (residency.cache > 0)
+            assert len(model.admitted) <= model.spec.max_batch_size
+            if model.step is not None:
+                assert residency.complete or residency.swap is not None or model.step.early
+                assert residency.cache >= model.cache_need()
+        assert self.complete == sum(model.residency.complete for model in self.models.values())
+        assert self.idle_pages == sum(model.residency.count for model in self.idle.values())
+        assert len(self.tickets) == sum(model.work for model in self.models.values())
+
+
+def _keep(models: dict[str, ModelState], model: ModelState, belongs: bool) -> None:
+    """Order of insertion is kept while a model stays."""
+    if belongs:
+        models.setdefault(model.name, model)
+    else:
+        models.pop(model.name, None)

@@ -1,0 +1,104 @@
+"""What the scheduler has learnt from the past: the link, the steps of each model, the arrivals of each model."""
+
+from __future__ import annotations
+
+from computron.scheduling.tuning import Tuning
+
+
+class Mean:
+    """Exponentially weighted mean; None before the first sample."""
+
+    __slots__ = ("_weight", "value")
+
+    def __init__(self, weight: float, value: float | None = None) -> None:
+        self._weight = weight
+        self.value = value
+
+    def add(self, sample: float) -> None:
+        self.value = sample if self.value is None else self.value + self._weight * (sample - self.value)
+
+
+class Arrivals:
+    """When will the next request come? Mean and variation of the intervals between requests, and the last one."""
+
+    __slots__ = ("_interval", "_last", "_square", "_tuning")
+
+    def __init__(self, tuning: Tuning) -> None:
+        self._tuning = tuning
+        self._last: float | None = None
+        self._interval = Mean(tuning.smoothing)
+        self._square = Mean(tuning.smoothing)
+
+    def add(self, now: float) -> None:
+        if self._last is not None:
+            interval = now - self._last
+            self._interval.add(interval)
+            self._square.add(interval * interval)
+        self._last = now
+
+    @property
+    def rate(self) -> float:
+        """Requests a second, 0 while fewer than two have come."""
+        mean = self._interval.value
+        return 1.0 / mean if mean else 0.0
+
+    def next_in(self, now: float) -> float:
+        """Expected seconds until the next request, infinite for a model that never had one.
+
+        The mean residual life of a renewal process starts at the mean interval and, for gamma intervals, tends to the
+        mean times the squared variation; between the two it is taken as linear over the first mean interval. Regular
+        arrivals so come closer while one waits for them, and bursty ones recede once the burst is over.
+        """
+        if self._last is None:
+            return float("inf")
+        elapsed = max(0.0, now - self._last)
+        mean, square = self._interval.value, self._square.value
+        if not mean or square is None:
+            return elapsed
+        variation = min(max(0.0, square / (mean * mean) - 1.0), self._tuning.max_variation)
+        residual = mean + (variation - 1.0) * min(elapsed, mean)
+        if elapsed > self._tuning.quiet * mean * max(1.0, variation):
+            return max(residual, elapsed)
+        return residual
+
+
+class Steps:
+    """Seconds of a model's steps: those that take in new requests (a prefill, a whole batch), and those that go on."""
+
+    __slots__ = ("going_on", "opening")
+
+    def __init__(self, weight: float) -> None:
+        self.opening = Mean(weight)
+        self.going_on = Mean(weight)
+
+    def add(self, seconds: float, opening: bool) -> None:
+        (self.opening if opening else self.going_on).add(seconds)
+
+    def expected(self, opening: bool) -> float | None:
+        """Seconds of the next step; None before any was seen."""
+        first, second = (self.opening, self.going_on) if opening else (self.going_on, self.opening)
+        return first.value if first.value is not None else second.value
+
+
+class Link:
+    """Bytes a second from the host to the device."""
+
+    __slots__ = ("_bandwidth", "frame_bytes")
+
+    def __init__(self, hint: float, frame_bytes: int, weight: float) -> None:
+        self._bandwidth = Mean(weight, hint)
+        self.frame_bytes = frame_bytes
+
+    @property
+    def bandwidth(self) -> float:
+        value = self._bandwidth.value
+        assert value is not None
+        return value
+
+    def add(self, frames: int, seconds: float) -> None:
+        """A transfer that had the link to itself took so long."""
+        if frames and seconds > 0.0:
+            self._bandwidth.add(frames * self.frame_bytes / seconds)
+
+    def seconds(self, frames: int) -> float:
+        return frames * self.frame_bytes / self.bandwidth

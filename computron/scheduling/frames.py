@@ -1,0 +1,110 @@
+"""Whose frames may be had, and how far one may go for them."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from itertools import islice
+
+from computron.scheduling.board import Board
+from computron.scheduling.models import ModelState
+from computron.scheduling.policy import Policy
+from computron.scheduling.room import RoomPlan
+from computron.scheduling.waiting import Ticket
+
+
+class Reach(enum.IntEnum):
+    """How far to go for frames; each one includes those before it.
+
+    IDLE: spare cache, and pages of models without work.
+    AGREED: pages of models with work whose turn is over, where the policy agrees.
+    DUE: pages of any model with work whose turn is over and that is not due earlier; then paused sequences.
+    ALL: the same without regard to turns. Only when nothing is under way and nothing could start otherwise.
+    """
+
+    IDLE = 0
+    AGREED = 1
+    DUE = 2
+    ALL = 3
+
+
+def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach: Reach, now: float) -> RoomPlan:
+    """A plan that frees `need` frames for `target`, or as many as can be had.
+
+    Never taken: frames of a model in a step, pages of a pinned model or of one with a transfer under way, contents
+    that `target` would map, the cache of the oldest admitted sequence.
+    """
+    plan = RoomPlan(board, need, board.ledger.wanted_contents(target.residency))
+    for model in list(board.cached.values()):
+        if model is not target and model.step is None:
+            plan.take_spare_cache(model)
+        if plan.enough:
+            return plan
+    if need > plan.gained + board.idle_pages and reach == Reach.IDLE:
+        return plan
+    for group in _groups(board.idle, board.tuning.candidates):
+        for model, limit in policy.victims(board, target, group, now):
+            if model is not target:
+                plan.take_pages(model, limit, policy.whole_models)
+            if plan.enough:
+                return plan
+    if reach >= Reach.AGREED:
+        for model in sorted(board.busy.values(), key=lambda model: model.last_used):
+            if model is target or _has_turn(board, target, model, reach, now):
+                continue
+            if reach > Reach.AGREED or policy.may_take(board, target, model, now):
+                plan.take_pages(model, whole=policy.whole_models)
+            if plan.enough:
+                return plan
+    if reach >= Reach.DUE:
+        for ticket in _sequences(board, target, reach, now):
+            plan.take_sequence(ticket)
+            if plan.enough:
+                return plan
+    return plan
+
+
+def _groups(models: dict[str, ModelState], size: int) -> Iterator[list[ModelState]]:
+    iterator = iter(list(models.values()) if len(models) <= size else models.values())
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _has_turn(board: Board, target: ModelState, victim: ModelState, reach: Reach, now: float) -> bool:
+    """Does the victim's turn stand against the target?
+
+    1. It came in so recently that its swap-in has not paid off: yes.
+    2. It is due, and was so before the target: yes.
+    3. It has not run since it came in: yes, unless the target is due.
+    """
+    if reach == Reach.ALL:
+        return False
+    if now < victim.turn_end:
+        return True
+    due, target_due = board.due.key(victim), board.due.key(target)
+    assert due is not None
+    if due[0] <= now and (target_due is None or due <= target_due):
+        return True
+    return reach == Reach.AGREED and not victim.stepped
+
+
+def _sequences(board: Board, target: ModelState, reach: Reach, now: float) -> list[Ticket]:
+    """Paused sequences of other models, the first to lose its cache first: lowest priority, then youngest."""
+    admitted = [ticket for model in board.cached.values() for ticket in model.admitted.values()]
+    if not admitted:
+        return []
+    senior = min(admitted, key=lambda ticket: ticket.seniority)
+    paused = [
+        ticket
+        for ticket in admitted
+        if ticket is not senior
+        and ticket.model is not target
+        and ticket.model.step is None
+        and not _has_turn(board, target, ticket.model, reach, now)
+    ]
+    return sorted(paused, key=preemption_order)
+
+
+def preemption_order(ticket: Ticket) -> tuple[int, float, int]:
+    arrival, request = ticket.seniority
+    return (ticket.request.priority, -arrival, -request)

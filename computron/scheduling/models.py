@@ -1,0 +1,125 @@
+"""Everything that the scheduler knows of one model at one moment."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from computron.scheduling.estimates import Arrivals, Steps
+from computron.scheduling.events import ModelSpec
+from computron.scheduling.ledger import Residency
+from computron.scheduling.tuning import Tuning
+from computron.scheduling.waiting import Ticket, WaitingQueue
+
+
+def frames_for(blocks: int, blocks_per_frame: float) -> int:
+    """The least number of frames whose whole blocks are enough: floor(frames * blocks_per_frame) >= blocks."""
+    if blocks == 0:
+        return 0
+    frames = math.ceil(blocks / blocks_per_frame)
+    while math.floor(frames * blocks_per_frame) < blocks:
+        frames += 1
+    return frames
+
+
+@dataclass(slots=True)
+class Step:
+    """A step under way. `early`: it started before its pages had come, so its length tells nothing."""
+
+    tickets: dict[int, Ticket]
+    early: bool
+    opening: bool
+    cancelled: set[int] = field(default_factory=set)
+
+
+class ModelState:
+    """waiting: not admitted yet. admitted: in the step under way, or paused between two steps with its cache kept."""
+
+    __slots__ = (
+        "admitted",
+        "arrivals",
+        "failures",
+        "idle_pages",
+        "last_used",
+        "load_asked",
+        "name",
+        "number",
+        "residency",
+        "room_alone",
+        "spec",
+        "step",
+        "stepped",
+        "steps",
+        "turn_end",
+        "unload_asked",
+        "waiting",
+    )
+
+    def __init__(self, spec: ModelSpec, number: int, tuning: Tuning) -> None:
+        self.spec = spec
+        self.name = spec.model
+        self.number = number
+        self.waiting = WaitingQueue()
+        self.admitted: dict[int, Ticket] = {}
+        self.step: Step | None = None
+        self.residency = Residency(spec.model, spec.pages)
+        self.arrivals = Arrivals(tuning)
+        self.steps = Steps(tuning.smoothing)
+        self.last_used = -math.inf
+        self.stepped = False  # has run since it came in
+        self.turn_end = -math.inf  # until then it keeps its frames while it has work
+        self.failures = 0  # swap-ins that failed since the last one that did not
+        self.idle_pages = 0  # its share of the board's count
+        self.room_alone: tuple[int, int] | None = None  # the board's memory of it, and for which set of pinned models
+        self.load_asked = spec.pinned
+        self.unload_asked = False
+
+    def __repr__(self) -> str:
+        return (
+            f"<{self.name}: {self.residency.count}/{len(self.spec.pages)} pages, cache {self.residency.cache}, "
+            f"{len(self.waiting)} waiting, {len(self.admitted)} admitted{', running' if self.step else ''}>"
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.admitted)
+
+    @property
+    def work(self) -> int:
+        """Requests that it would serve if it ran."""
+        return len(self.waiting) + len(self.admitted)
+
+    def tickets(self) -> list[Ticket]:
+        return [*self.admitted.values(), *self.waiting.tickets()]
+
+    @property
+    def free_slots(self) -> int:
+        return self.spec.max_batch_size - len(self.admitted)
+
+    @property
+    def loading(self) -> bool:
+        """A transfer of everything that it lacks is under way."""
+        return self.residency.swap is not None and not self.residency.swap.cancelled
+
+    @property
+    def held_blocks(self) -> int:
+        return sum(ticket.blocks for ticket in self.admitted.values())
+
+    def cache_need(self, more_blocks: int = 0) -> int:
+        """Frames for the blocks of all admitted sequences, and some more."""
+        if not self.spec.blocks_per_frame:
+            return 0
+        return frames_for(self.held_blocks + more_blocks, self.spec.blocks_per_frame)
+
+    def least_cache_need(self, now: float) -> int:
+        """Frames without which its next step cannot be: for what is admitted, or else for the first that waits."""
+        if self.admitted or not self.waiting:
+            return self.cache_need()
+        return self.cache_need(self.waiting.first(now).blocks)
+
+    def expected_step(self) -> float | None:
+        return self.steps.expected(opening=bool(self.waiting))
+
+    def waited(self, now: float) -> float:
+        """Seconds that its requests together have waited for a step."""
+        return self.waiting.waited(now) + sum(now - ticket.since for ticket in self.admitted.values())

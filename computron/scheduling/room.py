@@ -1,0 +1,95 @@
+"""Finding frames: a plan of what to take from whom, made first and carried out only if it is enough."""
+
+from __future__ import annotations
+
+from computron.scheduling.actions import Action, Evict, EvictionReason, Preempt, SetCache
+from computron.scheduling.board import Board
+from computron.scheduling.models import ModelState, frames_for
+from computron.scheduling.waiting import Ticket
+
+
+class RoomPlan:
+    """Takes, until `need` more frames would be free: spare cache, pages, sequences. Nothing happens before `commit`.
+
+    `keep`: contents that must stay, because the model that the room is for would map them.
+    A page that several models map frees its frame only if all of them are asked for it; otherwise it stays mapped.
+    """
+
+    def __init__(self, board: Board, need: int, keep: set[int]) -> None:
+        self._board = board
+        self._keep = keep
+        self._need = need
+        self.gained = 0
+        self._offered: dict[int, list[tuple[ModelState, int]]] = {}  # content -> those asked for it so far
+        self._rest: dict[str, list[int]] = {}  # model -> its pages not asked for yet, the last one last
+        self._evictions: dict[str, list[int]] = {}
+        self._caches: dict[str, int] = {}
+        self._preempted: list[Ticket] = []
+
+    @property
+    def enough(self) -> bool:
+        return self.gained >= self._need
+
+    def take_spare_cache(self, model: ModelState) -> None:
+        """Cache frames that no sequence of the model needs."""
+        self._shrink(model, model.cache_need())
+
+    def take_pages(self, model: ModelState, limit: int | None = None, whole: bool = False) -> None:
+        """Pages from the end of the model, as many as are needed and at most `limit`; all of them if `whole`."""
+        residency = model.residency
+        rest = self._rest.get(model.name)
+        if rest is None:
+            rest = self._rest[model.name] = residency.mapped_pages()
+        taken = self._evictions.setdefault(model.name, [])
+        stop = 0 if limit is None else max(0, len(rest) - limit)
+        holders = self._board.ledger.holders
+        while len(rest) > stop and (whole or not self.enough):
+            page = rest.pop()
+            content = residency.contents[page]
+            if content in self._keep:
+                continue
+            count = holders(content)
+            if count == 1:
+                self.gained += 1
+                taken.append(page)
+                continue
+            asked = self._offered.setdefault(content, [])
+            asked.append((model, page))
+            if len(asked) == count:
+                self.gained += 1
+                for holder, shared in asked:
+                    self._evictions[holder.name].append(shared)
+
+    def take_sequence(self, ticket: Ticket) -> None:
+        """Drop a paused sequence's cache; it will be computed anew."""
+        self._preempted.append(ticket)
+        model = ticket.model
+        left = model.held_blocks - sum(other.blocks for other in self._preempted if other.model is model)
+        self._shrink(model, frames_for(left, model.spec.blocks_per_frame) if model.spec.blocks_per_frame else 0)
+
+    def _shrink(self, model: ModelState, frames: int) -> None:
+        now = self._caches.get(model.name, model.residency.cache)
+        if frames < now:
+            self.gained += now - frames
+            self._caches[model.name] = frames
+
+    def commit(self, reason: EvictionReason, now: float) -> list[Action]:
+        """Carry the plan out on the board, and give the actions that do so on the device."""
+        board = self._board
+        actions: list[Action] = []
+        for ticket in self._preempted:
+            board.preempt(ticket, now)
+            actions.append(Preempt(ticket.model.name, ticket.request.id))
+        for name, frames in self._caches.items():
+            board.ledger.set_cache(board.models[name].residency, frames)
+            actions.append(SetCache(name, frames))
+        for name, pages in self._evictions.items():
+            if pages:
+                residency = board.models[name].residency
+                if residency.complete:
+                    board.complete -= 1
+                board.ledger.evict(residency, pages)
+                actions.append(Evict(name, tuple(sorted(pages, reverse=True)), reason))
+        for name in self._caches.keys() | self._evictions.keys():
+            board.file(board.models[name])
+        return actions

@@ -1,0 +1,379 @@
+"""The scheduler: events in, actions out. It owns no clock, does no I/O, and never waits."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+from computron.scheduling.actions import Action, Reject, RejectReason
+from computron.scheduling.board import Board
+from computron.scheduling.decisions import Decisions
+from computron.scheduling.estimates import Link
+from computron.scheduling.events import (
+    Event,
+    LoadAsked,
+    ModelAdded,
+    ModelRemoved,
+    Request,
+    RequestArrived,
+    RequestCancelled,
+    StepFailed,
+    StepFinished,
+    SwapCancelled,
+    SwapFailed,
+    SwapFinished,
+    TimePassed,
+    UnloadAsked,
+)
+from computron.scheduling.ledger import Ledger, Swap
+from computron.scheduling.models import ModelState, Step, frames_for
+from computron.scheduling.policy import Lru, Policy
+from computron.scheduling.tuning import Tuning
+from computron.scheduling.waiting import Ticket
+
+POLICIES: dict[str, Callable[[], Policy]] = {"lru": Lru}
+
+
+class InvalidTransition(Exception):
+    """An event that cannot be a fact: the scheduler and who drives it disagree. The text tells the last events."""
+
+
+class Scheduler:
+    """Decides for one device what is swapped in, evicted and run.
+
+    frames, frame_bytes: the device's memory for parameters and KV caches together.
+    link_bandwidth_hint: bytes a second; what is measured replaces it.
+    max_wait: seconds; no request waits longer because of other models (docs/scheduling.md has the exact guarantee).
+    prefetch: fetch one more model behind the one that is swapped in.
+    max_steps_in_flight: how many steps, of different models, the device takes at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        frames: int,
+        frame_bytes: int,
+        link_bandwidth_hint: float,
+        policy: str | Policy = "lru",
+        max_wait: float = 30.0,
+        prefetch: bool = True,
+        max_steps_in_flight: int = 1,
+        tuning: Tuning | None = None,
+    ) -> None:
+        tuning = tuning or Tuning()
+        if isinstance(policy, str):
+            if policy not in POLICIES:
+                raise ValueError(f"no policy {policy!r}; there are {', '.join(sorted(POLICIES))}")
+            policy = POLICIES[policy]()
+        self.policy = policy
+        self._board = Board(
+            ledger=Ledger(frames),
+            link=Link(link_bandwidth_hint, frame_bytes, tuning.smoothing),
+            max_wait=max_wait,
+            tuning=tuning,
+        )
+        self._decisions = Decisions(self._board, policy, prefetch=prefetch, max_steps_in_flight=max_steps_in_flight)
+        self._now = float("-inf")
+        self._history: deque[tuple[float, Event]] = deque(maxlen=tuning.history)
+        self._handlers: dict[type, Callable[..., list[Action]]] = {
+            RequestArrived: self._request_arrived,
+            RequestCancelled: self._request_cancelled,
+            StepFinished: self._step_finished,
+            StepFailed: self._step_failed,
+            SwapFinished: self._swap_finished,
+            SwapFailed: self._swap_failed,
+            SwapCancelled: self._swap_cancelled,
+            ModelAdded: self._model_added,
+            ModelRemoved: self._model_removed,
+            LoadAsked: self._load_asked,
+            UnloadAsked: self._unload_asked,
+            TimePassed: self._time_passed,
+        }
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take note of the event, and order what follows from it, in the order in which it shall be carried out.
+
+        Raises InvalidTransition if the event contradicts what was ordered or told before, and ValueError for a
+        ModelAdded whose pinned pages do not fit. Nothing has changed then.
+        """
+        if now < self._now:
+            raise self._invalid(event, f"time went back from {self._now}")
+        actions = self._handlers[type(event)](event, now)
+        self._now = now
+        self._history.append((now, event))
+        return actions + self._decisions.decide(now)
+
+    # Requests
+
+    def _request_arrived(self, event: RequestArrived, now: float) -> list[Action]:
+        request, board = event.request, self._board
+        if request.id in board.tickets:
+            raise self._invalid(event, "there is a request with this id")
+        model = board.models.get(request.model)
+        reason = self._refusal(request, model, now)
+        if model is None or reason is not None:
+            return [Reject(request.id, request.model, reason or RejectReason.UNKNOWN_MODEL)]
+        model.arrivals.add(now)
+        board.enqueue(request, model)
+        board.file(model)
+        return []
+
+    def _refusal(self, request: Request, model: ModelState | None, now: float) -> RejectReason | None:
+        """Why this request is not even queued."""
+        if model is None:
+            return RejectReason.UNKNOWN_MODEL
+        if not self._fits_alone(model, request.cache_blocks):
+            return RejectReason.TOO_LARGE
+        if len(model.waiting) >= model.spec.max_queue:
+            return RejectReason.QUEUE_FULL
+        if request.deadline is not None and request.deadline <= now:
+            return RejectReason.DEADLINE
+        return None
+
+    def _fits_alone(self, model: ModelState, blocks: int) -> bool:
+        """Would the model, with one sequence of so many blocks, fit beside nothing but the pinned models?"""
+        cache = frames_for(blocks, model.spec.blocks_per_frame) if model.spec.blocks_per_frame else 0
+        return cache <= self._board.room_alone(model)
+
+    def _request_cancelled(self, event: RequestCancelled, now: float) -> list[Action]:
+        ticket = self._board.tickets.get(event.request)
+        if ticket is None:
+            return []  # it ended while the cancellation was on its way
+        step = ticket.model.step
+        if step is not None and event.request in step.tickets:
+            step.cancelled.add(event.request)
+            return []
+        self._end(ticket)
+        return []
+
+    def _end(self, ticket: Ticket) -> None:
+        self._board.forget(ticket)
+        self._board.file(ticket.model)
+
+    # Steps
+
+    def _step_finished(self, event: StepFinished, now: float) -> list[Action]:
+        board, model = self._board, self._model(event, event.model)
+        step = self._ended_step(event, model)
+        known = step.tickets.keys() | model.admitted.keys()
+        strangers = (event.cache_blocks.keys() | set(event.finished)) - known
+        if strangers:
+            raise self._invalid(event, f"requests {sorted(strangers)} are not admitted")
+        going_on = model.spec.continuous
+        if going_on and model.spec.blocks_per_frame:
+            untold = step.tickets.keys() - set(event.finished) - step.cancelled - event.cache_blocks.keys()
+            if untold:
+                raise self._invalid(event, f"the cache blocks of requests {sorted(untold)} are missing")
+        if not step.early:
+            model.steps.add(event.seconds, step.opening)
+        model.step, model.stepped, model.last_used = None, True, now
+        for request, blocks in event.cache_blocks.items():
+            model.admitted[request].blocks = blocks
+        for request in event.finished if going_on else list(step.tickets):
+            board.forget(model.admitted[request])
+        for request in step.cancelled & model.admitted.keys():
+            board.forget(model.admitted[request])
+        due = board.due_time(model, now, None)
+        for request in step.tickets.keys() & model.admitted.keys():
+            ticket = model.admitted[request]
+            ticket.since, ticket.due = now, due
+        rejected = self._reject_outgrown(list(model.admitted.values()))
+        board.file(model)
+        return rejected
+
+    def _reject_outgrown(self, tickets: list[Ticket]) -> list[Action]:
+        """Reject those that would not fit even if they had the device to themselves."""
+        actions: list[Action] = []
+        for ticket in tickets:
+            if not self._fits_alone(ticket.model, ticket.blocks):
+                self._board.forget(ticket)
+                actions.append(Reject(ticket.request.id, ticket.model.name, RejectReason.TOO_LARGE))
+        return actions
+
+    def _step_failed(self, event: StepFailed, now: float) -> list[Action]:
+        board, model = self._board, self._model(event, event.model)
+        step = self._ended_step(event, model)
+        strangers = set(event.failed) - model.admitted.keys()
+        if strangers:
+            raise self._invalid(event, f"requests {sorted(strangers)} are not admitted")
+        model.step, model.stepped, model.last_used = None, True, now
+        for request in set(event.failed) | step.tickets.keys():
+            board.forget(model.admitted[request])
+        board.file(model)
+        return []
+
+    def _ended_step(self, event: Event, model: ModelState) -> Step:
+        if model.step is None:
+            raise self._invalid(event, "no step of this model is under way")
+        return model.step
+
+    # Swaps
+
+    def _swap_finished(self, event: SwapFinished, now: float) -> list[Action]:
+        board, model = self._board, self._model(event, event.model)
+        swap = self._ended_swap(event, model, event.pages, whole=True)
+        if swap.alone and not swap.cancelled:
+            board.link.add(swap.frames, event.seconds)
+        model.failures = 0
+        self._pages_came(model, swap, event.pages, event.seconds, now)
+        return []
+
+    def _swap_cancelled(self, event: SwapCancelled, now: float) -> list[Action]:
+        model = self._model(event, event.model)
+        swap = self._ended_swap(event, model, event.pages, whole=True)
+        if not swap.cancelled:
+            raise self._invalid(event, "this transfer was not cancelled")
+        if not set(event.arrived) <= set(swap.pages):
+            raise self._invalid(event, "pages arrived that were not on their way")
+        self._pages_came(model, swap, event.arrived, 0.0, now)
+        return []
+
+    def _pages_came(self, model: ModelState, swap: Swap, pages: tuple[int, ...], seconds: float, now: float) -> None:
+        """The transfer has ended with these pages. Its turn begins if the model is complete now."""
+        board = self._board
+        board.ledger.finish(model.residency, pages)
+        model.last_used = now
+        if model.residency.complete and swap.pages:
+            board.complete += 1
+            model.stepped = False
+            model.turn_end = now + board.tuning.keep * seconds
+            model.load_asked = False
+        board.file(model)
+
+    def _swap_failed(self, event: SwapFailed, now: float) -> list[Action]:
+        board, model = self._board, self._model(event, event.model)
+        self._ended_swap(event, model, event.pages, whole=False)
+        board.ledger.finish(model.residency, ())
+        model.failures += 1
+        actions: list[Action] = []
+        if model.failures > board.tuning.swap_retries:
+            model.failures = 0
+            model.load_asked = False
+            in_step = model.step.tickets if model.step else {}
+            for ticket in model.tickets():
+                if ticket.request.id not in in_step:
+                    board.forget(ticket)
+                    actions.append(Reject(ticket.request.id, model.name, RejectReason.SWAP_FAILED))
+        board.file(model)
+        return actions
+
+    def _ended_swap(self, event: Event, model: ModelState, pages: tuple[int, ...], *, whole: bool) -> Swap:
+        swap = model.residency.swap
+        if swap is None:
+            raise self._invalid(event, "no transfer of this model is under way")
+        if set(pages) - set(swap.pages) or (whole and len(pages) != len(swap.pages)):
+            raise self._invalid(event, f"the transfer under way is of pages {swap.pages}")
+        return swap
+
+    # Models
+
+    def _model_added(self, event: ModelAdded, now: float) -> list[Action]:
+        spec, board = event.spec, self._board
+        if spec.model in board.models:
+            raise self._invalid(event, "there is a model with this name")
+        if spec.pinned:
+            pinned = len(board.ledger.pinned.keys() | set(spec.pages))
+            if pinned > board.ledger.frames:
+                raise ValueError(
+                    f"model {spec.model!r} cannot be pinned: with it, pinned models take {pinned} frames, "
+                    f"the device has {board.ledger.frames}"
+                )
+        board.add_model(spec)
+        actions: list[Action] = []
+        if spec.pinned:
+            for model in board.models.values():
+                in_step = model.step.tickets if model.step else {}
+                actions += self._reject_outgrown([t for t in model.tickets() if t.request.id not in in_step])
+                board.file(model)
+        return actions
+
+    def _model_removed(self, event: ModelRemoved, now: float) -> list[Action]:
+        model = self._model(event, event.model)
+        if model.step is not None or model.residency.swap is not None:
+            raise self._invalid(event, "it has a step or a transfer under way")
+        self._board.remove_model(model)
+        return []
+
+    def _load_asked(self, event: LoadAsked, now: float) -> list[Action]:
+        model = self._model(event, event.model)
+        model.load_asked = not model.residency.complete and self._fits_alone(model, 0)
+        model.unload_asked = False
+        self._board.file(model)
+        return []
+
+    def _unload_asked(self, event: UnloadAsked, now: float) -> list[Action]:
+        model = self._model(event, event.model)
+        model.unload_asked = True
+        model.load_asked = False
+        self._board.file(model)
+        return []
+
+    # Time
+
+    def _time_passed(self, event: TimePassed, now: float) -> list[Action]:
+        self._decisions.time_passed()
+        return []
+
+    # Views
+
+    @property
+    def free_frames(self) -> int:
+        return self._board.ledger.free
+
+    @property
+    def frames(self) -> int:
+        return self._board.ledger.frames
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return tuple(self._board.models)
+
+    def queue_depth(self, model: str) -> int:
+        """Requests that wait for their first step, or for a new one after they lost their cache."""
+        return len(self._board.models[model].waiting)
+
+    def running_count(self, model: str) -> int:
+        """Requests that are in a step, or between two steps with their cache kept."""
+        return len(self._board.models[model].admitted)
+
+    @property
+    def waiting(self) -> int:
+        return sum(len(model.waiting) for model in self._board.models.values())
+
+    @property
+    def running(self) -> int:
+        return len(self._board.tickets) - self.waiting
+
+    def resident_fraction(self, model: str) -> float:
+        residency = self._board.models[model].residency
+        return residency.count / len(residency.contents) if residency.contents else 1.0
+
+    def cache_frames(self, model: str) -> int:
+        return self._board.models[model].residency.cache
+
+    def state(self, model: str) -> Literal["absent", "partial", "loading", "resident", "running"]:
+        known = self._board.models[model]
+        if known.step is not None:
+            return "running"
+        if known.loading:
+            return "loading"
+        if known.residency.complete:
+            return "resident"
+        return "partial" if known.residency.count else "absent"
+
+    def check(self) -> None:
+        """Raises AssertionError if the scheduler's books contradict each other."""
+        self._board.check()
+
+    # Errors
+
+    def _model(self, event: Event, name: str) -> ModelState:
+        model = self._board.models.get(name)
+        if model is None:
+            raise self._invalid(event, "there is no such model")
+        return model
+
+    def _invalid(self, event: Event, why: str) -> InvalidTransition:
+        history = "\n".join(f"  {time:.6f} {past}" for time, past in self._history)
+        return InvalidTransition(f"{event}: {why}. Before it:\n{history}")

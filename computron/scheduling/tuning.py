@@ -1,0 +1,35 @@
+"""The numbers that the policies use, each with its meaning. Nothing else in this package is a magic number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How the scheduler weighs what it cannot know.
+
+    keep: a model that came in stays, while it has work, for at least this many times the seconds of its swap-in,
+        so that swapping never takes more than 1 / (1 + keep) of the time.
+    early_start: a run starts before its pages have come once the rest of the transfer takes at most this many of its
+        steps. Above 1 so that a step that is longer than estimated still hides behind the transfer; 0 never starts
+        early.
+    candidates: how many models, the first of their order, are weighed for one decision. Bounds its cost.
+    hidden_value: value of a page at the end of an image whose transfer hides behind the model's own compute, as a
+        share of the value of a page at its beginning. Above 0 because it still takes the link from others.
+    swap_retries: how often a failed swap-in is tried again before the requests that wait for it are rejected.
+    smoothing: weight of the newest sample in every running mean.
+    quiet: after this many mean intervals without a request, the time of silence is the better forecast of the next one.
+    max_variation: ceiling of the squared coefficient of variation of a model's arrivals; a few samples overstate it.
+    history: how many of the last events an error tells.
+    """
+
+    keep: float = 1.0
+    early_start: float = 2.0
+    candidates: int = 16
+    hidden_value: float = 0.2
+    swap_retries: int = 2
+    smoothing: float = 0.2
+    quiet: float = 3.0
+    max_variation: float = 16.0
+    history: int = 32

@@ -1,0 +1,424 @@
+"""A device that exists only in numbers: carries out the scheduler's actions on a virtual clock and distrusts each one.
+
+Nothing of the scheduler's own bookkeeping is used here, so that a mistake there cannot hide itself.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from computron.scheduling.actions import (
+    Action,
+    CancelSwap,
+    Evict,
+    Preempt,
+    RaiseUrgency,
+    Reject,
+    Run,
+    SetCache,
+    SwapIn,
+    WakeAt,
+)
+from computron.scheduling.events import (
+    Event,
+    ModelAdded,
+    ModelSpec,
+    Request,
+    RequestArrived,
+    RequestCancelled,
+    StepFailed,
+    StepFinished,
+    SwapCancelled,
+    SwapFailed,
+    SwapFinished,
+    TimePassed,
+)
+from computron.scheduling.scheduler import Scheduler
+
+PAGE_SECONDS = 0.1
+CHUNK_SECONDS = 0.01  # a cancelled transfer ends with the chunk that is in flight
+FRAME_BYTES = 1_000_000
+BANDWIDTH = FRAME_BYTES / PAGE_SECONDS
+
+
+@dataclass
+class Transfer:
+    pages: tuple[int, ...]
+    new_contents: tuple[int, ...]  # in the order of arrival
+    urgency: int
+    number: int
+    ordered: float
+    left: float  # seconds of link time
+    fails: bool = False
+    cancelled: bool = False
+    left_at_cancel: float = 0.0
+
+
+@dataclass
+class RunningStep:
+    requests: tuple[int, ...]
+    started: float
+    seconds: float
+    compute_begins: float | None  # None: it waits for pages
+
+
+@dataclass
+class Live:
+    """A request that has arrived and not ended. `steps_left`: steps until it is answered."""
+
+    request: Request
+    steps_left: int
+    growth: int
+    blocks: int
+    holds_cache: bool = False
+    waiting_since: float = 0.0
+    started: float | None = None
+    overtaken: int = 0
+
+
+@dataclass
+class Device:
+    frames: int
+    specs: dict[str, ModelSpec] = field(default_factory=dict)
+    mapped: dict[str, set[int]] = field(default_factory=dict)
+    cache: dict[str, int] = field(default_factory=dict)
+    transfers: dict[str, Transfer] = field(default_factory=dict)
+
+    def contents(self) -> set[int]:
+        """Contents that hold a frame: mapped by someone, or on their way."""
+        held = {self.specs[model].pages[page] for model, pages in self.mapped.items() for page in pages}
+        for model, transfer in self.transfers.items():
+            held |= {self.specs[model].pages[page] for page in transfer.pages}
+        return held
+
+    def in_flight(self) -> set[int]:
+        return {content for transfer in self.transfers.values() for content in transfer.new_contents}
+
+    @property
+    def free(self) -> int:
+        return self.frames - len(self.contents()) - sum(self.cache.values())
+
+
+class Driver:
+    """`at(time, event)` plans events, `drain()` runs until nothing is left to happen."""
+
+    def __init__(
+        self,
+        frames: int,
+        specs: list[ModelSpec],
+        *,
+        step_seconds: float | dict[str, float] = 0.05,
+        step_limit: int = 20_000,
+        **scheduler: object,
+    ) -> None:
+        self.scheduler = Scheduler(frames=frames, frame_bytes=FRAME_BYTES, link_bandwidth_hint=BANDWIDTH, **scheduler)
+        self.device = Device(frames)
+        self.now = 0.0
+        self.actions: list[tuple[float, Action]] = []
+        self.live: dict[int, Live] = {}
+        self.outcomes: dict[int, str] = {}
+        self.waits: dict[int, float] = {}
+        self.steps: dict[str, RunningStep] = {}
+        self.failing_swaps: set[int] = set()  # by the number of the transfer
+        self.failing_steps: set[int] = set()  # by the number of the step
+        self.steps_needed: dict[int, int] = {}
+        self.growth: dict[int, int] = {}
+        self.longest_step = 0.0
+        self.on_run: Callable[[str, tuple[int, ...]], None] = lambda model, requests: None
+        self._seconds = step_seconds
+        self._planned: list[tuple[float, int, Event]] = []
+        self._numbers = itertools.count()
+        self._transfer_number = itertools.count()
+        self._step_number = itertools.count()
+        self._wake: float | None = None
+        self._moved_until = 0.0
+        self._events_left = step_limit
+        for spec in specs:
+            self.tell(ModelAdded(spec))
+
+    # What tests say
+
+    def at(self, time: float, event: Event) -> None:
+        heapq.heappush(self._planned, (time, next(self._numbers), event))
+
+    def arrive(
+        self,
+        request: int,
+        model: str,
+        time: float = 0.0,
+        *,
+        steps: int = 1,
+        growth: int = 0,
+        priority: int = 0,
+        deadline: float | None = None,
+        blocks: int = 0,
+    ) -> None:
+        self.steps_needed[request] = steps
+        self.growth[request] = growth
+        self.at(time, RequestArrived(Request(request, model, time, priority, deadline, blocks)))
+
+    def cancel(self, request: int, time: float) -> None:
+        self.at(time, RequestCancelled(request))
+
+    def of(self, kind: type[Action]) -> list[Action]:
+        return [action for _, action in self.actions if isinstance(action, kind)]
+
+    def runs(self) -> list[str]:
+        """The models that ran, in order, repeated runs of one model told once."""
+        return [name for name, _ in itertools.groupby(run.model for run in self.of(Run))]
+
+    def run_until(self, time: float) -> None:
+        while (following := self._next_time()) is not None and following <= time:
+            self._advance(following)
+        self._move_link(time)
+        self.now = time
+
+    def drain(self) -> None:
+        """Let everything happen that can happen, and then demand that nothing was lost."""
+        while (following := self._next_time()) is not None:
+            self._advance(following)
+        assert not self.live, f"requests were lost: {self.live}"
+        assert not self.steps
+        assert not self.device.transfers
+        assert not any(self.device.cache.values()), "a cache was not given back"
+
+    def tell(self, event: Event) -> None:
+        self._events_left -= 1
+        assert self._events_left > 0, "no progress: too many events"
+        self._note(event)
+        for action in self.scheduler.handle(event, self.now):
+            self.actions.append((self.now, action))
+            self._perform(action)
+        self.scheduler.check()
+        assert self.scheduler.free_frames == self.device.free
+        for name, pages in self.device.mapped.items():
+            count = len(self.device.specs[name].pages)
+            assert self.scheduler.resident_fraction(name) == (len(pages) / count if count else 1.0)
+
+    # The clock
+
+    def _next_time(self) -> float | None:
+        times = [self._planned[0][0]] if self._planned else []
+        if self._wake is not None:
+            times.append(self._wake)
+        transfer = self._on_link()
+        if transfer is not None:
+            times.append(max(self.now, self._moved_until + self.device.transfers[transfer].left))
+        times += [step.compute_begins + step.seconds for step in self.steps.values() if step.compute_begins is not None]
+        return min(times) if times else None
+
+    def _advance(self, time: float) -> None:
+        """Everything that happens at this time, one event after the other."""
+        self._move_link(time)
+        self.now = time
+        for name in [name for name, transfer in self.device.transfers.items() if transfer.left <= 1e-9]:
+            self._end_transfer(name)
+        for name, step in list(self.steps.items()):
+            if step.compute_begins is not None and step.compute_begins + step.seconds <= time + 1e-9:
+                self._end_step(name, step)
+        while self._planned and self._planned[0][0] <= time:
+            self.tell(heapq.heappop(self._planned)[2])
+        if self._wake is not None and self._wake <= time:
+            self._wake = None
+            self.tell(TimePassed())
+
+    # The link
+
+    def _on_link(self) -> str | None:
+        """The model whose transfer moves now."""
+        waiting = self.device.transfers
+        return min(waiting, key=lambda name: (waiting[name].urgency, waiting[name].number)) if waiting else None
+
+    def _move_link(self, time: float) -> None:
+        """No transfer ends before `time`, so that one alone has moved."""
+        name = self._on_link()
+        if name is not None:
+            transfer = self.device.transfers[name]
+            transfer.left = max(0.0, transfer.left - (time - self._moved_until))
+        self._moved_until = time
+
+    def _end_transfer(self, name: str) -> None:
+        transfer = self.device.transfers.pop(name)
+        if transfer.cancelled:
+            count = len(transfer.new_contents)
+            came = count - math.ceil(transfer.left_at_cancel / PAGE_SECONDS)
+            missing = set(transfer.new_contents[came:])
+            arrived = tuple(page for page in transfer.pages if self.device.specs[name].pages[page] not in missing)
+            self.device.mapped[name] |= set(arrived)
+            self.tell(SwapCancelled(name, transfer.pages, arrived))
+        elif transfer.fails:
+            self.tell(SwapFailed(name, transfer.pages))
+            step = self.steps.get(name)
+            if step is not None and step.compute_begins is None:
+                del self.steps[name]
+                self._end_requests(step.requests, "failed")
+                self.tell(StepFailed(name, step.requests))
+        else:
+            self.device.mapped[name] |= set(transfer.pages)
+            if name in self.steps:
+                self.steps[name].compute_begins = self.now
+            self.tell(SwapFinished(name, transfer.pages, self.now - transfer.ordered))
+
+    # Steps
+
+    def _end_step(self, name: str, step: RunningStep) -> None:
+        del self.steps[name]
+        seconds = self.now - step.started
+        if next(self._step_number) in self.failing_steps:
+            self._end_requests(step.requests, "failed")
+            self.tell(StepFailed(name, step.requests))
+            return
+        finished, going_on = [], {}
+        for request in step.requests:
+            live = self.live.get(request)
+            if live is None:
+                continue  # cancelled while it ran
+            live.steps_left -= 1
+            live.waiting_since = self.now
+            if live.steps_left <= 0 or not self.device.specs[name].continuous:
+                finished.append(request)
+            else:
+                live.blocks += live.growth
+                going_on[request] = live.blocks
+        self._end_requests(tuple(finished), "finished")
+        self.tell(StepFinished(name, tuple(finished), seconds, going_on))
+
+    def _end_requests(self, requests: tuple[int, ...], outcome: str) -> None:
+        for request in requests:
+            if self.live.pop(request, None) is not None:
+                self.outcomes[request] = outcome
+
+    # Events, noted before the scheduler hears them
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, ModelAdded):
+            name = event.spec.model
+            self.device.specs[name] = event.spec
+            self.device.mapped[name] = set()
+            self.device.cache[name] = 0
+        elif isinstance(event, RequestArrived):
+            request = event.request
+            assert request.id not in self.outcomes
+            self.live[request.id] = Live(
+                request,
+                self.steps_needed.get(request.id, 1),
+                self.growth.get(request.id, 0),
+                request.cache_blocks,
+                waiting_since=self.now,
+            )
+        elif isinstance(event, RequestCancelled):
+            self._end_requests((event.request,), "cancelled")
+
+    # Actions, each one checked before it is carried out
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case SwapIn():
+                self._swap_in(action)
+            case RaiseUrgency(model, urgency):
+                assert not self.device.transfers[model].cancelled
+                self.device.transfers[model].urgency = urgency
+            case CancelSwap(model):
+                assert model not in self.steps, "a step waits for these pages"
+                transfer = self.device.transfers[model]
+                assert not transfer.cancelled
+                transfer.cancelled = True
+                transfer.left_at_cancel = transfer.left
+                transfer.left = min(transfer.left, CHUNK_SECONDS)
+            case Evict():
+                self._evict(action)
+            case SetCache(model, frames):
+                assert model not in self.steps, "the cache of a running model was changed"
+                assert frames >= 0
+                self.device.cache[model] = frames
+                assert self.device.free >= 0, "frames are over-committed"
+                self._check_cache(model)
+            case Preempt(model, request):
+                live = self.live[request]
+                assert live.request.model == model
+                assert live.holds_cache or not self.device.specs[model].blocks_per_frame
+                assert model not in self.steps or request not in self.steps[model].requests
+                live.holds_cache = False
+            case Run():
+                self._run(action)
+            case Reject(request, _, reason):
+                assert request in self.live
+                assert not any(request in step.requests for step in self.steps.values())
+                self._end_requests((request,), reason.value)
+            case WakeAt(time):
+                assert time > self.now
+                self._wake = time
+
+    def _swap_in(self, action: SwapIn) -> None:
+        device, name = self.device, action.model
+        contents = device.specs[name].pages
+        assert name not in device.transfers, "two transfers of one model"
+        missing = [page for page in range(len(contents)) if page not in device.mapped[name]]
+        assert list(action.pages) == missing, "a swap-in lists all pages that are not mapped, in image order"
+        assert not {contents[page] for page in missing} & device.in_flight(), "a content is in flight already"
+        new = tuple(dict.fromkeys(contents[page] for page in missing if contents[page] not in device.contents()))
+        assert len(new) <= device.free, "frames are over-committed"
+        number = next(self._transfer_number)
+        seconds = len(new) * PAGE_SECONDS
+        fails = number in self.failing_swaps
+        device.transfers[name] = Transfer(action.pages, new, action.urgency, number, self.now, seconds, fails)
+
+    def _evict(self, action: Evict) -> None:
+        device, name = self.device, action.model
+        assert name not in self.steps, "pages of a running model were evicted"
+        assert name not in device.transfers, "pages of a model with a transfer under way were evicted"
+        if device.specs[name].pinned:
+            assert action.reason == "unload", "pages of a pinned model were evicted"
+        assert len(set(action.pages)) == len(action.pages)
+        assert set(action.pages) <= device.mapped[name], "pages were evicted that are not mapped"
+        assert list(action.pages) == sorted(action.pages, reverse=True), "last pages first"
+        device.mapped[name] -= set(action.pages)
+
+    def _run(self, action: Run) -> None:
+        device, name = self.device, action.model
+        spec = device.specs[name]
+        assert name not in self.steps, "two steps of one model"
+        assert action.requests
+        assert len(set(action.requests)) == len(action.requests) <= spec.max_batch_size
+        transfer = device.transfers.get(name)
+        on_the_way = set(transfer.pages) if transfer is not None and not transfer.cancelled else set()
+        assert device.mapped[name] | on_the_way == set(range(len(spec.pages))), "a run starts without its pages"
+        for request in action.requests:
+            live = self.live[request]
+            assert live.request.model == name
+            live.holds_cache = True
+            if live.started is None:
+                live.started = self.now
+                self.waits[request] = self.now - live.request.arrival
+        self._check_cache(name)
+        self.on_run(name, action.requests)
+        seconds = self._seconds if isinstance(self._seconds, float) else self._seconds[name]
+        self.longest_step = max(self.longest_step, seconds)
+        begins = None if on_the_way else self.now
+        self.steps[name] = RunningStep(action.requests, self.now, seconds, begins)
+
+    def _check_cache(self, name: str) -> None:
+        spec = self.device.specs[name]
+        if spec.blocks_per_frame:
+            held = sum(live.blocks for live in self.live.values() if live.request.model == name and live.holds_cache)
+            room = math.floor(self.device.cache[name] * spec.blocks_per_frame)
+            assert held <= room, f"{name} holds {held} blocks, its cache has room for {room}"
+
+
+def spec(
+    model: str, pages: int | tuple[int, ...] = 2, *, batch: int = 4, first: int | None = None, **more: object
+) -> ModelSpec:
+    """A model of so many private pages, or of the given contents."""
+    if isinstance(pages, int):
+        start = hash_of(model) if first is None else first
+        pages = tuple(range(start, start + pages))
+    return ModelSpec(model, pages, (len(pages),), batch, **more)
+
+
+def hash_of(model: str) -> int:
+    """A range of contents of the model's own."""
+    return 1000 * (1 + int.from_bytes(model.encode(), "big"))
