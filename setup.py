@@ -118,7 +118,10 @@ class BuildExtension(build_ext):
         make(built, [*link, *map(str, objects), "-ldl", "-o", str(built)], objects)
         if not target.exists() or target.read_bytes() != built.read_bytes():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(built, target)
+            # A new file in its place: a process that has loaded the old one keeps it.
+            fresh = target.with_suffix(".new")
+            shutil.copy2(built, fresh)
+            fresh.replace(target)
 
 
 setup(
