@@ -81,9 +81,13 @@ class Metrics:
         return _LabelledCounter(Counter(name, help_text, ["model", *labels], registry=self.registry))
 
     def request_finished(self, model: str, outcome: str, seconds: float) -> None:
-        """A request is over. `outcome`: ok, error, rejected, cancelled, or invalid (refused before it was queued)."""
+        """A request that was queued is over. `outcome`: ok, error, rejected or cancelled."""
         self._requests.add(1, model, outcome)
         self._request_seconds.observe(model, seconds)
+
+    def request_refused(self, model: str) -> None:
+        """A request was wrong and was never queued."""
+        self._requests.add(1, model, "invalid")
 
     def first_token(self, model: str, seconds: float) -> None:
         self._first_token.observe(model, seconds)

@@ -1,0 +1,1 @@
+"""Requests in, responses out: OpenAI's routes and Computron's own, over aiohttp."""

@@ -1,0 +1,5 @@
+"""`python -m computron` is `computron`."""
+
+from computron.cli import main
+
+main()

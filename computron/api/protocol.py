@@ -1,0 +1,108 @@
+"""What the API needs of a node and its models; anything of this shape can be served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from computron.config import ModelConfig
+from computron.execution.requests import Job
+from computron.node.handle import RequestHandle
+from computron.node.snapshot import NodeSnapshot
+
+Progress = Callable[[str, int, int], None]
+"""Called from loading threads with (model id, bytes loaded, bytes in all)."""
+
+
+class GenerationDefaults(Protocol):
+    """What the checkpoint says about sampling, for requests that do not say otherwise. None: no opinion."""
+
+    @property
+    def temperature(self) -> float | None: ...
+    @property
+    def top_p(self) -> float | None: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def min_p(self) -> float | None: ...
+    @property
+    def repetition_penalty(self) -> float | None: ...
+    @property
+    def max_tokens(self) -> int | None: ...
+
+
+class BatchManager(Protocol):
+    def parse(self, body: Any) -> Any:
+        """A request's payload from its JSON body. Raises BadRequest."""
+
+
+class LoadedModel(Protocol):
+    """What turns requests into tokens, pixels or payloads. Methods may be called from several threads at once."""
+
+    @property
+    def batch_manager(self) -> BatchManager:
+        """custom"""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Raises BadRequest for an id outside the vocabulary."""
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
+        """The prompt's text, special tokens included. Raises BadRequest."""
+
+    def pixels(self, data: bytes) -> Any:
+        """An image file's bytes as the tensor that the model takes. Raises BadRequest if they are no image."""
+
+
+class ModelPlan(Protocol):
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that fit; 0 for models that read no text."""
+
+    @property
+    def generation(self) -> GenerationDefaults: ...
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """classify: the name of each class."""
+
+    @property
+    def takes_images(self) -> bool: ...
+
+
+class ServedModel(Protocol):
+    @property
+    def plan(self) -> ModelPlan: ...
+    @property
+    def loaded(self) -> LoadedModel: ...
+
+
+class ServingNode(Protocol):
+    """All methods belong to the event loop's thread."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def models(self) -> Mapping[str, ServedModel]: ...
+
+    def model(self, model: str) -> ServedModel:
+        """Raises ModelNotFound, or Unavailable while models cannot be used."""
+
+    def submit(
+        self, model: str, job: Job, *, request_id: str, priority: int = 0, deadline: float | None = None
+    ) -> RequestHandle:
+        """`deadline`: seconds from now. Raises any ComputronError; later ones come from the handle's iteration."""
+
+    def load(self, model: str) -> None: ...
+
+    def unload(self, model: str) -> None: ...
+
+    def snapshot(self) -> NodeSnapshot: ...
+
+    async def startup(self, progress: Progress | None = None) -> None: ...
+
+    async def shutdown(self, drain: float) -> None: ...
