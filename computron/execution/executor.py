@@ -7,15 +7,18 @@ from typing import Protocol
 
 import torch
 
+from computron.execution.classify import ClassifyExecutor
+from computron.execution.custom import CustomExecutor
+from computron.execution.embed import EmbedExecutor
+from computron.execution.generate import GenerateExecutor
 from computron.execution.requests import Job, StepResult
-from computron.models import Gate
-from computron.models import LoadedModel
+from computron.models import Gate, LoadedModel
 
 
 class Executor(Protocol):
-    """Runs one model. `step` belongs to the compute thread; the other methods are called between steps of the model,
+    """Runs one model.
 
-    but for `prepare` and `add`, which may be called at any time.
+    `step` belongs to the compute thread. `prepare` and `add` may be called at any time, the rest between steps.
     """
 
     @property
@@ -53,7 +56,13 @@ def make_executor(model: LoadedModel, cache: torch.Tensor | None, frame_bytes: i
 
     Raises CheckpointError if the model's architecture cannot be run here.
     """
-    from computron.execution.generate import GenerateExecutor
-
-    assert model.plan.task == "generate" and cache is not None
-    return GenerateExecutor(model, cache, frame_bytes)
+    match model.plan.task:
+        case "generate":
+            assert cache is not None, "a model that generates has a cache"
+            return GenerateExecutor(model, cache, frame_bytes)
+        case "embed":
+            return EmbedExecutor(model)
+        case "classify":
+            return ClassifyExecutor(model)
+        case "custom":
+            return CustomExecutor(model)

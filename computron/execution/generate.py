@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from computron.errors import BadRequest, ComputronError, ContextTooLong, ExecutionFailed, OutOfMemory
+from computron.errors import BadRequest, ContextTooLong, OutOfMemory
 from computron.execution.attention import IMPLEMENTATION
+from computron.execution.batching import check_vocabulary, execution_error
 from computron.execution.blocks import BLOCK_TOKENS, BlockAllocator, blocks_for
+from computron.execution.host_linear import speed_up_linears
 from computron.execution.kv_cache import KVCache
 from computron.execution.packed_batch import PackedBatch, Work
 from computron.execution.requests import FailedOutput, GenerateJob, Job, Output, StepResult, TextOutput
 from computron.execution.sampling import UNUSABLE, Ranked, rank, sample
 from computron.execution.sequence import Running
 from computron.execution.token_text import TokenText
-from computron.models import Gate
-from computron.models import LoadedModel
+from computron.models import Gate, LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class GenerateExecutor:
         module = model.module
         assert isinstance(module, PreTrainedModel), "what generates is a transformers model"
         module.set_attn_implementation(IMPLEMENTATION)
+        if model.device.type == "cpu":
+            speed_up_linears(module)
         self._cache = KVCache(plan.cache, cache)
         self._allocator = BlockAllocator()
         self._frame_bytes = frame_bytes
@@ -62,9 +65,9 @@ class GenerateExecutor:
         if not job.prompt:
             raise BadRequest("the prompt is empty: it must have at least one token", param="prompt")
         sampling = job.sampling
-        self._check_tokens(job.prompt, "prompt")
-        self._check_tokens(sampling.logit_bias, "logit_bias")
-        self._check_tokens(sampling.stop_token_ids, "stop_token_ids")
+        check_vocabulary(self._model, job.prompt, "prompt")
+        check_vocabulary(self._model, sampling.logit_bias, "logit_bias")
+        check_vocabulary(self._model, sampling.stop_token_ids, "stop_token_ids")
         length = len(job.prompt)
         if length + min(sampling.max_tokens, 1) > self._max_len:
             raise ContextTooLong(
@@ -72,12 +75,6 @@ class GenerateExecutor:
                 param="prompt",
             )
         return blocks_for(min(length, self._budget))
-
-    def _check_tokens(self, tokens: Iterable[int], param: str) -> None:
-        vocabulary = self._model.plan.vocabulary
-        wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
-        if wrong is not None:
-            raise BadRequest(f"token id {wrong} is outside the vocabulary, 0 to {vocabulary - 1}", param=param)
 
     def add(self, request: int, job: Job) -> None:
         assert isinstance(job, GenerateJob), "prepare() refuses other jobs"
@@ -127,9 +124,7 @@ class GenerateExecutor:
             choices = _choose(batch.works, logits)
         except Exception as error:
             self._take_back(taken)
-            if isinstance(error, ComputronError):
-                raise
-            raise ExecutionFailed(f"the model failed in its forward pass: {type(error).__name__}: {error}") from error
+            raise execution_error(error) from error
         return self._advance(batch, choices)
 
     def _place(self, named: Sequence[Running]) -> tuple[list[tuple[Running, int]], list[tuple[Running, list[int]]]]:

@@ -51,9 +51,9 @@ class PackedBatch:
             self.tokens += length
 
     def forward(self, module: nn.Module, cache: KVCache) -> torch.Tensor:
-        """Write the keys and values of all tokens; gives the logits, [rows, vocabulary], of the works' `logit_rows`,
+        """Write the keys and values of all tokens.
 
-        one work after the other.
+        Gives the logits, [rows, vocabulary], of the works' `logit_rows`, one work after the other.
         """
         ids: list[int] = []
         for work in self.works:
