@@ -28,36 +28,3 @@ class Policy(Protocol):
 
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         """May `target` have pages of `victim`, which has work too, and whose turn is over?"""
-
-
-class Lru:
-    """Computron's: the oldest request is served first, and the model that was used least recently leaves, as a whole.
-
-    1. Several models are resident and have work: the one with the oldest request runs.
-    2. Several models are absent and have work: the one with the oldest request comes; nothing else may come before it.
-    3. Frames are wanted: models without work leave, least recently used first; then models whose requests are all
-       younger.
-    """
-
-    name = "lru"
-    whole_models = True
-
-    def next_to_run(self, board: Board, ready: Sequence[ModelState], now: float) -> ModelState:
-        return ready[0]
-
-    def next_to_bring(self, board: Board, absent: Sequence[ModelState], now: float) -> list[ModelState]:
-        return list(absent[:1])
-
-    def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Iterable[Offer]:
-        return ((model, None) for model in idle)
-
-    def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
-        return oldest(victim) > oldest(target)
-
-
-def oldest(model: ModelState) -> float:
-    """When the oldest of its requests began to wait. The model has work."""
-    times = [ticket.request.arrival for ticket in model.admitted.values()]
-    if model.waiting:
-        times.append(model.waiting.first_due().request.arrival)
-    return min(times)

@@ -9,6 +9,7 @@ from typing import Literal
 from computron.scheduling.actions import Action, Reject, RejectReason
 from computron.scheduling.board import Board
 from computron.scheduling.decisions import Decisions
+from computron.scheduling.default_policy import Default
 from computron.scheduling.estimates import Link
 from computron.scheduling.events import (
     Event,
@@ -27,12 +28,13 @@ from computron.scheduling.events import (
     UnloadAsked,
 )
 from computron.scheduling.ledger import Ledger, Swap
+from computron.scheduling.lru_policy import Lru
 from computron.scheduling.models import ModelState, Step, frames_for
-from computron.scheduling.policy import Lru, Policy
+from computron.scheduling.policy import Policy
 from computron.scheduling.tuning import Tuning
 from computron.scheduling.waiting import Ticket
 
-POLICIES: dict[str, Callable[[], Policy]] = {"lru": Lru}
+POLICIES: dict[str, Callable[[], Policy]] = {"default": Default, "lru": Lru}
 
 
 class InvalidTransition(Exception):
@@ -55,7 +57,7 @@ class Scheduler:
         frames: int,
         frame_bytes: int,
         link_bandwidth_hint: float,
-        policy: str | Policy = "lru",
+        policy: str | Policy = "default",
         max_wait: float = 30.0,
         prefetch: bool = True,
         max_steps_in_flight: int = 1,

@@ -1,0 +1,68 @@
+"""The default policy: what a swap costs against what waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from computron.scheduling.board import Board
+from computron.scheduling.models import ModelState
+from computron.scheduling.policy import Offer
+
+
+class Default:
+    """Its cases:
+
+    1. Several resident models have work: the highest priority runs; among equals the one that waited longest, so that
+       generations of several models take turns step by step.
+    2. Several absent models have work: of the highest priority, the one that serves most requests for each second of
+       link and device comes first, counting those that will probably arrive meanwhile. The others follow in that order
+       if their frames can be had from models without work, so that the link is never idle for the sake of order.
+    3. Pages leave where they are worth least: what is expected to be wanted latest, and of each model first those last
+       pages whose transfer would hide behind its own first steps.
+    4. A model with work gives its frames to one without a place when its turn is over and the requests of the other
+       have together waited for as long as its own requests would lose by the change: rent for as long as buying costs.
+    """
+
+    name = "default"
+    whole_models = False
+
+    def next_to_run(self, board: Board, ready: Sequence[ModelState], now: float) -> ModelState:
+        return ready[0]
+
+    def next_to_bring(self, board: Board, absent: Sequence[ModelState], now: float) -> list[ModelState]:
+        if len(absent) < 2:
+            return list(absent)
+        return sorted(absent, key=lambda model: (board.rank(model)[0], -self._yield(board, model)))
+
+    def _yield(self, board: Board, model: ModelState) -> float:
+        """Requests served for each second that bringing and running the model takes."""
+        seconds = swap_seconds(board, model) + (model.expected_step() or 0.0)
+        if seconds == 0.0:
+            return float("inf")
+        return (min(model.work, model.spec.max_batch_size) + model.arrivals.rate * seconds) / seconds
+
+    def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Iterable[Offer]:
+        offers: list[tuple[float, ModelState, int | None]] = []
+        for model in idle:
+            worth = 1.0 / max(model.arrivals.next_in(now), 1e-9)
+            hidden = self._hidden_pages(board, model)
+            if hidden:
+                offers.append((worth * board.tuning.hidden_value, model, hidden))
+            offers.append((worth, model, None))
+        offers.sort(key=lambda offer: offer[0])
+        return ((model, limit) for _, model, limit in offers)
+
+    def _hidden_pages(self, board: Board, model: ModelState) -> int:
+        """How many of its last pages may be missing at no loss: their transfer hides behind its first step."""
+        step = model.steps.expected(opening=True) or 0.0
+        missing = len(model.spec.pages) - model.residency.count
+        return max(0, int(step / board.link.seconds(1)) - missing)
+
+    def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
+        change = swap_seconds(board, target) + board.link.seconds(len(victim.spec.pages))
+        return target.waited(now) >= victim.work * (change + (target.expected_step() or 0.0))
+
+
+def swap_seconds(board: Board, model: ModelState) -> float:
+    """How long bringing what the model lacks would take on an idle link."""
+    return board.link.seconds(board.ledger.lacking(model.residency))

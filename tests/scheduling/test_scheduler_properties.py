@@ -1,0 +1,149 @@
+"""Random lives of a device. Whatever happens, the driver's checks hold, and every request comes to an end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from driver import PAGE_SECONDS, Driver
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from computron.scheduling.events import LoadAsked, ModelSpec, UnloadAsked
+from computron.scheduling.scheduler import POLICIES
+from computron.scheduling.tuning import Tuning
+
+MODERATE = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+TIMES = st.floats(0.0, 5.0).map(lambda time: round(time, 2))
+
+
+@dataclass
+class Scenario:
+    frames: int
+    models: list[ModelSpec]
+    scheduler: dict[str, object]
+    requests: list[dict[str, object]] = field(default_factory=list)
+    cancels: list[tuple[int, float]] = field(default_factory=list)
+    wishes: list[tuple[str, bool, float]] = field(default_factory=list)
+    failing_swaps: set[int] = field(default_factory=set)
+    failing_steps: set[int] = field(default_factory=set)
+
+    def driver(self) -> Driver:
+        driver = Driver(self.frames, self.models, **self.scheduler)
+        driver.failing_swaps, driver.failing_steps = self.failing_swaps, self.failing_steps
+        for number, request in enumerate(self.requests):
+            driver.arrive(number, **request)
+        for number, time in self.cancels:
+            if number < len(self.requests):
+                driver.cancel(number, max(time, self.requests[number]["time"]))
+        for model, load, time in self.wishes:
+            driver.at(time, LoadAsked(model) if load else UnloadAsked(model))
+        return driver
+
+
+@st.composite
+def models(draw, number, *, caches):
+    shared = draw(st.lists(st.integers(1, 8), max_size=4))
+    private = draw(st.integers(0 if shared else 1, 5))
+    pages = (*shared, *range(1000 * (number + 1), 1000 * (number + 1) + private))
+    continuous = caches and draw(st.booleans())
+    return ModelSpec(
+        f"m{number}",
+        pages,
+        (len(pages),),
+        max_batch_size=draw(st.integers(1, 4)),
+        max_queue=draw(st.sampled_from([2, 100])),
+        continuous=continuous,
+        blocks_per_frame=draw(st.sampled_from([0.4, 1.0, 2.5])) if continuous else 0.0,
+        pinned=number == 0 and caches and private + len(shared) < 4 and draw(st.booleans()),
+    )
+
+
+@st.composite
+def scenarios(draw, *, caches=True, faults=True, deadlines=True):
+    count = draw(st.integers(2, 5))
+    specs = [draw(models(number, caches=caches)) for number in range(count)]
+    request = st.fixed_dictionaries(
+        {
+            "model": st.sampled_from([spec.model for spec in specs]),
+            "time": TIMES,
+            "steps": st.integers(1, 12),
+            "priority": st.integers(0, 2),
+            "growth": st.integers(0, 1) if caches else st.just(0),
+            "blocks": st.integers(0, 3) if caches else st.just(0),
+            "deadline": st.none() | st.floats(0.1, 9.0) if deadlines else st.none(),
+        }
+    )
+    numbers = st.sets(st.integers(0, 15), max_size=6) if faults else st.just(set())
+    return Scenario(
+        frames=draw(st.integers(4, 14)),
+        models=specs,
+        scheduler={
+            "policy": draw(st.sampled_from(sorted(POLICIES))),
+            "max_wait": draw(st.sampled_from([0.2, 1.0, 30.0])),
+            "prefetch": draw(st.booleans()),
+            "max_steps_in_flight": draw(st.sampled_from([1, 1, 2])),
+            "tuning": Tuning(keep=draw(st.sampled_from([0.0, 1.0])), candidates=draw(st.sampled_from([2, 16]))),
+            "step_seconds": draw(st.sampled_from([0.02, 0.1, 0.5])),
+        },
+        requests=draw(st.lists(request, min_size=1, max_size=25)),
+        cancels=draw(st.lists(st.tuples(st.integers(0, 24), TIMES), max_size=5)) if faults else [],
+        wishes=draw(
+            st.lists(st.tuples(st.sampled_from([spec.model for spec in specs]), st.booleans(), TIMES), max_size=3)
+        )
+        if faults
+        else [],
+        failing_swaps=draw(numbers),
+        failing_steps=draw(numbers),
+    )
+
+
+@MODERATE
+@given(scenarios())
+def test_no_request_is_lost_and_no_frame_is_owned_twice(scenario):
+    driver = scenario.driver()
+    driver.drain()
+    assert driver.outcomes.keys() == set(range(len(scenario.requests)))
+
+
+@MODERATE
+@given(scenarios(faults=False, deadlines=False))
+def test_without_faults_everything_that_fits_is_answered(scenario):
+    scenario.models = [ModelSpec(**{**_fields(spec), "max_queue": 1000}) for spec in scenario.models]
+    driver = scenario.driver()
+    driver.drain()
+    assert set(driver.outcomes.values()) <= {"finished", "too_large"}
+
+
+@MODERATE
+@given(scenarios(caches=False, faults=False))
+def test_nobody_waits_past_max_wait_while_others_are_served_after_it(scenario):
+    keep = 0.0
+    max_wait = scenario.scheduler["max_wait"]
+    scenario.scheduler |= {"tuning": Tuning(keep=keep), "max_steps_in_flight": 1}
+    driver = scenario.driver()
+    lead = {spec.model: len(spec.pages) * PAGE_SECONDS * (1 + keep) for spec in scenario.models}
+
+    def due(live):
+        limit = live.waiting_since + max_wait
+        if live.request.deadline is not None and live.started is None:
+            limit = min(limit, live.request.deadline)
+        return limit - lead[live.request.model]
+
+    def on_run(model, requests):
+        first_served = min(due(driver.live[request]) for request in requests)
+        for live in driver.live.values():
+            other = live.request.model
+            if other == model or live.started is not None or driver.now <= live.request.arrival + max_wait + 1e-6:
+                continue
+            link_serves_someone_due = any(not transfer.cancelled for transfer in driver.device.transfers.values())
+            assert first_served <= due(live) + 1e-6 or link_serves_someone_due, (
+                f"{model} runs at {driver.now} for requests due at {first_served}, "
+                f"{live.request.id} of {other} has been due since {due(live)}"
+            )
+
+    driver.on_run = on_run
+    driver.drain()
+
+
+def _fields(spec):
+    return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
