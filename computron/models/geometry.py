@@ -50,11 +50,11 @@ def cache_geometry(model: ModelConfig, config: PretrainedConfig, dtype: torch.dt
         raise CheckpointError(refusal + "it keeps a recurrent state, which a paged cache cannot hold")
     layers = module.config.get_text_config().num_hidden_layers
     ids = torch.zeros((1, 4), dtype=torch.int64, device="meta")
-    positions = torch.zeros((1, 4), dtype=torch.int64, device="meta")
     _calls.seen = []
     try:
         with torch.inference_mode():
-            module(input_ids=ids, position_ids=positions, use_cache=False)
+            # The mask is dropped before the layers; without one, some models look for padding in the values of `ids`.
+            module(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids, use_cache=False)
     except Exception as error:
         raise CheckpointError(refusal + f"its forward does not take packed sequences ({error!r})") from error
     calls = _calls.seen
