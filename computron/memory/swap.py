@@ -63,6 +63,8 @@ def group_by_segment(image: StoredImage, plan: SwapPlan) -> tuple[Group, ...]:
 class Swap:
     """Made and ended by the Swapper on its thread; `map_all` and `verify` run on the mapper's; `wait` on any."""
 
+    is_open = False  # as long as it is under way it is asked, segment by segment
+
     def __init__(self, image: StoredImage, plan: SwapPlan, verify: bool) -> None:
         self.image_id = image.id
         self.plan = plan

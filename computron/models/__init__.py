@@ -3,9 +3,9 @@
 `plan_model` reads what a model is; its image goes to the host store; `load_model` binds a module to an address range.
 """
 
+from computron.memory.gate import Gate, OpenGate
 from computron.models.custom import BatchManager, StackTensors
 from computron.models.embedding import EmbeddingSettings
-from computron.models.gates import Gate, OpenGate
 from computron.models.geometry import CacheGeometry
 from computron.models.layout import TensorSlot
 from computron.models.loading import LoadedModel, load_model

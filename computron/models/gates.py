@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from computron.memory.gate import OPEN, Gate
 from computron.models.layout import persistent_tensors
-
-
-class Gate(Protocol):
-    """What `memory` gives for a swap under way."""
-
-    @property
-    def is_open(self) -> bool:
-        """True if everything is there, so that no wait would block."""
-
-    def wait(self, segment: int, stream: int = 0) -> None:
-        """Return when the segment may be read (on CUDA: by work given to `stream` after this). Raises SwapFailed."""
-
-
-class OpenGate:
-    """Nothing to wait for."""
-
-    is_open = True
-
-    def wait(self, segment: int, stream: int = 0) -> None:
-        pass
 
 
 class StageWaits:
@@ -39,7 +20,7 @@ class StageWaits:
         self._points = waiting_points(module, stage_of)
         self._device = device
         self._handles: list[RemovableHandle] = []
-        self._gate: Gate = OpenGate()
+        self._gate: Gate = OPEN
         self._passed: set[int] = set()
 
     @property

@@ -60,14 +60,13 @@ class Node:
         """
         loop = asyncio.get_running_loop()
         worker = self._worker = Worker(self.config)
-        link = self.config.device.link_bandwidth
         self._scheduler = Scheduler(
             frames=worker.frames,
             frame_bytes=worker.page_bytes,
             policy=self.config.scheduler.policy,
             max_wait=self.config.scheduler.max_wait,
             prefetch=self.config.scheduler.prefetch,
-            **({"link_bandwidth_hint": link} if link is not None else {}),
+            link_bandwidth_hint=worker.link_bandwidth_hint,
         )
         plans = [await loop.run_in_executor(None, plan_model, model) for model in self.config.models]
         for plan in plans:

@@ -34,6 +34,7 @@ MIB = 1 << 20
 
 DEFAULT_PAGE = {"host": 1 * MIB, "cuda": 16 * MIB}
 DEFAULT_CHUNK = {"host": 1 * MIB, "cuda": 4 * MIB}
+LINK_BANDWIDTH = {"host": 8e9, "cuda": 25e9}  # bytes a second, until the first swaps have been measured
 GPU_SHARE = 0.9  # of the free memory of a GPU, where the configuration names no amount: the rest is for activations
 HOST_STORE_SHARE = 0.5  # of the machine's memory, likewise
 
@@ -157,6 +158,7 @@ class Worker:
             chunk_bytes=min(device.chunk_size or DEFAULT_CHUNK[kind], self.page_bytes),
             verify=device.verify,
         )
+        self.link_bandwidth_hint = device.link_bandwidth or LINK_BANDWIDTH[kind]
         self.models: dict[str, ServedModel] = {}
         self.gate: MeasuredGate | None = None  # of the step that runs now
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
