@@ -11,8 +11,8 @@ class TransferError(RuntimeError):
 class DeviceFailed(TransferError):
     """A sticky error: this device can do nothing more until the process is restarted."""
 
-def cuda_unavailable_reason() -> str | None:
-    """None if a CUDA device can be used; otherwise why not, in words for a person."""
+def cuda_unavailable_reason(library: str | None = None) -> str | None:
+    """None if a CUDA device can be used; otherwise why not, in words for a person. `library`: as of `cuda_backend`."""
 
 def page_digest(address: int, nbytes: int) -> bytes:
     """16 bytes: XXH64 of every 4 KiB leaf, then XXH64 of the leaves' digests with seeds 0 and 1. Releases the GIL."""

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "address_range.hpp"
+#include "cuda_backend.hpp"
 #include "device_pool.hpp"
 #include "digest.hpp"
 #include "host_backend.hpp"
@@ -91,6 +92,18 @@ void bind_backend(py::module_& m) {
         return std::make_shared<HostBackend>(link_bandwidth.value_or(0), link_latency, copy_threads);
       },
       py::kw_only(), "link_bandwidth"_a = py::none(), "link_latency"_a = 0.0, "copy_threads"_a = 1);
+  m.def(
+      "cuda_backend",
+      [](int index, const std::optional<std::string>& library) -> std::shared_ptr<Backend> {
+        return std::make_shared<CudaBackend>(index, library.value_or(cuda::kDefaultLibrary));
+      },
+      "index"_a = 0, py::kw_only(), "library"_a = py::none(), NoGil());
+  m.def(
+      "cuda_unavailable_reason",
+      [](const std::optional<std::string>& library) {
+        return cuda_unavailable_reason(library.value_or(cuda::kDefaultLibrary));
+      },
+      "library"_a = py::none(), NoGil());
 }
 
 void bind_memory(py::module_& m) {
