@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -43,11 +44,12 @@ class ContentTable:
 
     _by_id: dict[int, Content] = field(default_factory=dict)
     _by_digest: dict[tuple[bytes, int], list[Content]] = field(default_factory=dict)
-    _in_slots: dict[int, Content] = field(default_factory=dict)
+    in_slots: int = 0
     _heat: dict[str, int] = field(default_factory=dict)
     _clock: int = 0
     _next_id: int = 0
-    _victims: list[tuple[int, Content]] = field(default_factory=list)
+    # A heap of (*rank, content id), the coldest first. An entry may be out of date until it comes to the top.
+    _ranking: list[tuple[int, int, int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -57,10 +59,6 @@ class ContentTable:
 
     def __getitem__(self, content_id: int) -> Content:
         return self._by_id[content_id]
-
-    @property
-    def in_slots(self) -> int:
-        return len(self._in_slots)
 
     def touch(self, image_id: str) -> None:
         """The image is wanted now: its pages are the last to go to disk."""
@@ -75,11 +73,11 @@ class ContentTable:
         return self._by_digest.get((digest, nbytes), ())
 
     def create(self, digest: bytes, nbytes: int, image_id: str, page: int, slot: int) -> Content:
-        content = Content(self._next_id, nbytes, digest, {image_id: page}, slot)
+        content = Content(self._next_id, nbytes, digest, {image_id: page}, None)
         self._next_id += 1
         self._by_id[content.id] = content
         self._by_digest.setdefault((digest, nbytes), []).append(content)
-        self._in_slots[slot] = content
+        self.place(content, slot)
         return content
 
     def remove(self, content: Content) -> None:
@@ -90,12 +88,17 @@ class ContentTable:
         if not same:
             del self._by_digest[content.digest, content.nbytes]
         if content.slot is not None:
-            del self._in_slots[content.slot]
+            self.in_slots -= 1
 
     def place(self, content: Content, slot: int) -> None:
         assert content.slot is None
         content.slot = slot
-        self._in_slots[slot] = content
+        self.in_slots += 1
+        heapq.heappush(self._ranking, (*self._rank(content), content.id))
+        if len(self._ranking) > 2 * self.in_slots + 64:
+            held = (other for other in self._by_id.values() if other.slot is not None)
+            self._ranking = [(*self._rank(other), other.id) for other in held]
+            heapq.heapify(self._ranking)
 
     def displace(self, content: Content) -> int:
         """Take the content out of its slot; it must be on disk."""
@@ -103,35 +106,35 @@ class ContentTable:
         assert content.on_disk
         assert not content.pins
         slot, content.slot = content.slot, None
-        del self._in_slots[slot]
+        self.in_slots -= 1
         return slot
 
     def coldest(self, below: int | None = None) -> Content | None:
         """The least valuable content in a slot that is not pinned: of the image least recently wanted, its last page.
 
-        `below`: only contents of images colder than this.
+        `below`: only of images colder than this.
         """
-        victim = self._next_victim()
-        if victim is None:
-            # One sort serves until all of it is used up: an image that is wanted meanwhile, and whatever comes into a
-            # slot, is hotter than the rest of the list.
-            ranked = sorted(((self._rank(c), c.id) for c in self._in_slots.values() if not c.pins), reverse=True)
-            self._victims = [(heat, self._by_id[content]) for (heat, _), content in ranked]
-            victim = self._next_victim()
+        pinned = []
+        victim = None
+        while self._ranking and victim is None:
+            entry = self._ranking[0]
+            content = self._by_id.get(entry[2])
+            if content is None or content.slot is None:
+                heapq.heappop(self._ranking)
+            elif (rank := self._rank(content)) != entry[:2]:  # wanted since it was entered
+                heapq.heapreplace(self._ranking, (*rank, content.id))
+            elif content.pins:
+                pinned.append(heapq.heappop(self._ranking))
+            else:
+                victim = content
+        for entry in pinned:
+            heapq.heappush(self._ranking, entry)
         if victim is None or (below is not None and self._rank(victim)[0] >= below):
             return None
         return victim
 
     def heat(self, image_id: str) -> int:
         return self._heat[image_id]
-
-    def _next_victim(self) -> Content | None:
-        while self._victims:
-            heat, content = self._victims[-1]
-            if content.slot is not None and not content.pins and content.users and self._rank(content)[0] == heat:
-                return content
-            self._victims.pop()
-        return None
 
     def _rank(self, content: Content) -> tuple[int, int]:
         hottest = max(content.users, key=self._heat.__getitem__)
