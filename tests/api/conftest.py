@@ -277,6 +277,11 @@ def run_server_fixture() -> Any:
 
 
 @pytest.fixture
+async def fake_node() -> FakeNode:
+    return FakeNode()
+
+
+@pytest.fixture
 async def server() -> AsyncIterator[Server]:
     async with run_server() as server:
         yield server

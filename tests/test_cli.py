@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from typer.testing import CliRunner
+
+from computron import cli
+
+MODEL = {
+    "id": "a/b", "task": "generate", "state": "resident", "bytes": 3 << 20, "resident_ratio": 1.0, "pinned": True,
+    "queue_depth": 2, "running": 1,
+}  # fmt: skip
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers as a server with one model, which becomes resident at the second look."""
+
+    seen: ClassVar[list[tuple[str, str, str | None]]] = []
+    ratio: ClassVar[list[float]] = []
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self.reply(200, {"data": [MODEL]})
+        else:
+            self.reply(200, MODEL | {"resident_ratio": self.ratio.pop(0)})
+
+    def do_POST(self) -> None:
+        if "nothing" in self.path:
+            self.reply(404, {"error": {"message": "The model `nothing` does not exist."}})
+        else:
+            self.reply(202, MODEL | {"resident_ratio": self.ratio.pop(0)})
+
+    def reply(self, status: int, body: Any) -> None:
+        self.seen.append((self.command, self.path, self.headers["Authorization"]))
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def url():
+    Handler.seen, Handler.ratio = [], []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(cli.app, arguments)
+
+
+def test_help_names_the_commands():
+    text = run("--help").output
+    assert all(command in text for command in ("serve", "models", "version"))
+
+
+@pytest.mark.parametrize("command", [("serve",), ("models", "list"), ("models", "load"), ("models", "unload")])
+def test_help_has_examples(command):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.output
+    assert "computron " + " ".join(command) in result.output
+
+
+def test_version():
+    result = run("version")
+    assert result.exit_code == 0
+    assert result.output.startswith("computron ")
+
+
+def test_models_are_listed(url):
+    result = run("models", "list", "--url", url)
+    assert result.exit_code == 0
+    assert result.output.splitlines()[1].split() == [
+        "a/b", "(pinned)", "generate", "resident", "3.0", "MiB", "100%", "2", "1",
+    ]  # fmt: skip
+
+
+def test_load_waits_until_the_model_is_resident(url):
+    Handler.ratio += [0.0, 0.5, 1.0]
+    result = run("models", "load", "a/b", "--url", url, "--api-key", "k")
+    assert (result.exit_code, result.output.splitlines()[-1]) == (0, "a/b is resident")
+    assert Handler.seen == [
+        ("POST", "/v1/models/a/b/load", "Bearer k"),
+        ("GET", "/v1/models/a/b", "Bearer k"),
+        ("GET", "/v1/models/a/b", "Bearer k"),
+    ]
+
+
+def test_load_that_takes_too_long_fails_and_says_so(url):
+    Handler.ratio += [0.5]
+    result = run("models", "load", "a/b", "--url", url, "--wait", "0")
+    assert result.exit_code == 1
+    assert "a/b is 50% resident after 0 s" in result.stderr
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(0.0, "a/b is resident"), (0.5, "a/b is resident, and leaves when idle")])
+def test_unload_tells_what_is_left(url, ratio, said):
+    Handler.ratio += [ratio]
+    assert run("models", "unload", "a/b", "--url", url).output.strip() == said
+
+
+def test_the_servers_own_words_are_shown(url):
+    result = run("models", "load", "nothing", "--url", url)
+    assert result.exit_code == 1
+    assert result.stderr == "error: The model `nothing` does not exist.\n"
+
+
+def test_no_server_is_one_line_with_the_remedy():
+    result = run("models", "list", "--url", "http://127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: no server at http://127.0.0.1:1: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_wrong_configuration_is_one_line(tmp_path: Path):
+    path = tmp_path / "serve.toml"
+    path.write_text('[device]\nmemroy = "1GiB"\n')
+    result = run("serve", str(path))
+    assert result.exit_code == 1
+    assert result.stderr == f'error: {path}:2: unknown key "memroy" in [device]; did you mean "memory"?\n'
+
+
+def test_a_wrong_option_is_a_usage_error(tmp_path: Path):
+    assert run("serve", "x.toml", "--port", "70000").exit_code == 2
+    assert run("serve").exit_code == 2
+
+
+def test_options_win_over_the_file(tmp_path: Path, monkeypatch):
+    path = tmp_path / "serve.toml"
+    path.write_text('[server]\nport = 1\nhost = "h"\n[[models]]\nid = "a"\nsource = "org/a"\n')
+    seen = []
+
+    def run_server(config):
+        seen.append(config.server)
+        return 15
+
+    monkeypatch.setattr(cli, "_run_server", run_server)
+    assert run("serve", str(path), "--port", "9", "--log-level", "debug").exit_code == 0
+    assert (seen[0].host, seen[0].port, seen[0].log_level) == ("h", 9, "debug")
