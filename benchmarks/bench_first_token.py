@@ -1,0 +1,180 @@
+"""How near is the first token after a swap to a perfect pipeline of transfer and compute?
+
+A model that has been evicted is asked for one token. Its layers' times are measured in the same run while it is resident,
+the link is emulated so that transfer and compute stand at 3:1, 1:1 and 1:3 (on CUDA: the real link, one row), and the
+bound is what a pipeline without any overhead would need: stage k starts when its own bytes are there and stage k-1 is
+done. Baseline: that bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from dataclasses import dataclass
+
+from _common import Report, arguments
+
+from computron import _transfer
+from computron.config import Config, DeviceConfig, HostConfig, ModelConfig
+from computron.execution.requests import GenerateJob, SamplingParams
+from computron.memory.swapper import Gate
+from computron.node.node import Node
+
+MODEL = "measured"
+RATIOS = {"3:1": 3.0, "1:1": 1.0, "1:3": 1 / 3}  # transfer : compute
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Wraps the worker's gate and notes when each segment was asked for and given."""
+
+    gate: Gate
+    asked: list[tuple[int, float, float]]
+
+    is_open = False  # so that the hooks are installed and tell the stages' times
+
+    def wait(self, segment: int, stream: int = 0) -> None:
+        before = time.perf_counter()
+        self.gate.wait(segment, stream)
+        self.asked.append((segment, before, time.perf_counter()))
+
+
+def perfect_pipeline(segment_bytes: list[int], bandwidth: float, stage_seconds: list[float]) -> float:
+    """Seconds until the last stage ends, if stage k waits only for its own bytes and for stage k-1."""
+    arrived = done = 0.0
+    for nbytes, seconds in zip(segment_bytes, stage_seconds, strict=True):
+        arrived += nbytes / bandwidth
+        done = max(done, arrived) + seconds
+    return done
+
+
+class Bench:
+    def __init__(self, model: ModelConfig, prompt: int, device: DeviceConfig) -> None:
+        self.config = Config(device=device, host=HostConfig(memory=4 << 30), models=(model,))
+        self.prompt = prompt
+
+    async def start(self) -> None:
+        self.node = Node(self.config)
+        await self.node.startup()
+        served = self.node.models[MODEL]
+        ends = [0, *served.plan.image.segment_ends]
+        self.segment_bytes = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+
+    async def ask(self) -> float:
+        """Seconds from submission to the first token."""
+        job = GenerateJob(
+            tuple(1 + i % 1000 for i in range(self.prompt)),
+            SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True),
+        )
+        handle = self.node.submit(MODEL, job, request_id="bench")
+        async for _ in handle:
+            pass
+        seconds = handle.timings.first_output_seconds
+        assert seconds is not None
+        return seconds
+
+    async def evict(self) -> None:
+        self.node.unload(MODEL)
+        while self.node.snapshot().models[0].state != "absent":
+            await asyncio.sleep(0.01)
+
+    async def stage_seconds(self, repeats: int) -> list[float]:
+        """Median time of each stage while the model is resident; the last one includes the step's end."""
+        executor = self.node.models[MODEL].executor
+        step = executor.step
+        runs: list[list[float]] = []
+
+        def timed_step(requests: object, gate: Gate) -> object:
+            timed = Timed(gate, [])
+            began = time.perf_counter()
+            result = step(requests, timed)  # type: ignore[arg-type]
+            ended = time.perf_counter()
+            first = {segment: before for segment, before, _ in reversed(timed.asked)}
+            starts = [began, *(first[k] for k in range(1, len(self.segment_bytes))), ended]
+            runs.append([b - a for a, b in zip(starts, starts[1:], strict=False)])
+            return result
+
+        executor.step = timed_step  # type: ignore[method-assign, assignment]
+        try:
+            for _ in range(repeats + 1):
+                await self.ask()
+        finally:
+            executor.step = step  # type: ignore[method-assign]
+        return [statistics.median(stage) for stage in zip(*runs[1:], strict=True)]
+
+    async def stop(self) -> None:
+        await self.node.shutdown(drain=1.0)
+
+
+async def measure(report: Report, quick: bool, cuda: bool, seed: int) -> None:
+    repeats = 3 if quick else 9
+    preset = "llama-3.2-1b" if cuda else "smollm2-135m"
+    prompt = 2048 if cuda else 192
+    model = ModelConfig(id=MODEL, source=f"random:{preset}", dtype="bfloat16", max_batch_tokens=4096, seed=seed)
+    memory = (8 << 30) if cuda else (768 << 20)
+
+    first = Bench(model, prompt, DeviceConfig(kind="cuda" if cuda else "host", memory=memory))
+    await first.start()
+    await first.ask()
+    compute = sum(await first.stage_seconds(repeats))
+    await first.stop()
+
+    worst = 0.0
+    total = sum(first.segment_bytes)
+    for name, ratio in ({"link": None} if cuda else RATIOS).items():
+        bandwidth = None if ratio is None else total / (compute * ratio)
+        bench = Bench(model, prompt, DeviceConfig(kind="cuda" if cuda else "host", memory=memory, link_bandwidth=bandwidth))
+        await bench.start()
+        await bench.ask()
+        shares: list[float] = []
+        times: list[tuple[float, float, float]] = []
+        for _ in range(repeats):
+            stages = await bench.stage_seconds(3)  # beside each swap, for the machine's speed changes
+            await bench.evict()
+            worker = bench.node._worker
+            assert worker is not None
+            seconds = await bench.ask()
+            link = bandwidth if bandwidth is not None else link_speed(worker.backend)
+            bound = perfect_pipeline(bench.segment_bytes, link, stages)
+            shares.append(seconds / bound)
+            times.append((seconds, bound, sum(stages) + total / link))
+        await bench.stop()
+        over = statistics.median(shares)
+        worst = max(worst, over)
+        seconds, bound, unpipelined = (statistics.median(column) for column in zip(*times, strict=True))
+        report.row(f"first_token.{name}.over_pipeline_bound", seconds, "s", bound, over)
+        report.row(f"first_token.{name}.over_unpipelined", seconds, "s", unpipelined, seconds / unpipelined)
+    report.row("first_token.over_pipeline_bound", worst, "x", 1.0, worst)
+
+
+def link_speed(backend: _transfer.Backend) -> float:
+    """Bytes a second of the real link, by one large transfer from pinned memory."""
+    size = 256 << 20
+    pool = _transfer.DevicePool(backend, size, 1)
+    memory = _transfer.HostMemory(backend, size)
+    memory.commit(0, size, threads=8)
+    engine = _transfer.TransferEngine(backend, pool, chunk_bytes=4 << 20)
+    frames = pool.allocate(1)
+    best = 0.0
+    for _ in range(5):
+        transfer = engine.submit(frames, [_transfer.Source.pinned(memory.address)], [size], [1])
+        transfer.wait()
+        best = max(best, size / transfer.seconds)
+    engine.close()
+    pool.release(frames)
+    pool.close()
+    memory.close()
+    return best
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    report = Report("First token after a swap", options)
+    cuda = options.device == "cuda"
+    asyncio.run(measure(report, options.quick, cuda, options.seed))
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
