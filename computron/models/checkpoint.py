@@ -99,6 +99,11 @@ def choose_dtype(model: ModelConfig, config: PretrainedConfig, tensors: Mapping[
     return next(floats, torch.float32)
 
 
+def in_words(error: BaseException) -> str:
+    """What a library says of an error, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _read_config(path: Path, model: ModelConfig) -> PretrainedConfig:
     file = path if path.is_file() else path / "config.json"
     if not file.is_file():
@@ -106,7 +111,7 @@ def _read_config(path: Path, model: ModelConfig) -> PretrainedConfig:
     try:
         config: Any = AutoConfig.from_pretrained(str(path), trust_remote_code=model.trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: transformers cannot read it: {error}") from error
+        raise CheckpointError(f"{file}: transformers cannot read it: {in_words(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
             f"{file}: the checkpoint is quantized, which is not supported; "

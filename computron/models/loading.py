@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from computron.errors import BadRequest
+from computron.memory.gate import Gate
 from computron.models.custom import BatchManager, make_batch_manager
-from computron.models.gates import Gate, StageWaits
+from computron.models.gates import StageWaits
 from computron.models.layout import persistent_tensors
 from computron.models.plan import ModelPlan
 from computron.models.text import render_chat

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from computron.config import ModelConfig
 from computron.errors import CheckpointError
+from computron.models.checkpoint import in_words
 from computron.models.layout import persistent_tensors
 
 # Building changes torch's default dtype and transformers' tying for the whole process.
@@ -66,7 +67,8 @@ def build(model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype, atte
             module: PreTrainedModel = auto.from_config(copy.deepcopy(config), dtype=dtype, **arguments)
     except (ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f'model "{model.id}": transformers cannot build a {config.model_type} model for {model.task}: {error}'
+            f'model "{model.id}": transformers cannot build a {config.model_type} model for {model.task}: '
+            + in_words(error)
         ) from error
     nn.Module.eval(module)
     return module.requires_grad_(False)
@@ -160,7 +162,7 @@ def load_state(model: ModelConfig, folder: Path, dtype: torch.dtype) -> dict[str
                 str(folder), config=config, dtype=dtype, trust_remote_code=model.trust_remote_code
             )
     except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
+        raise CheckpointError(f"{folder}: transformers cannot load it: {in_words(error)}") from error
     return dict(persistent_tensors(module))
 
 

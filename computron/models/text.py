@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from computron.config import ModelConfig
 from computron.errors import BadRequest, CheckpointError
 from computron.models.byte_tokenizer import byte_tokenizer
-from computron.models.checkpoint import RANDOM
+from computron.models.checkpoint import RANDOM, in_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def load_tokenizer(model: ModelConfig, folder: Path | None, config: PretrainedCo
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder}: transformers cannot load a tokenizer from it ({error}); "
+            f"{folder}: transformers cannot load a tokenizer from it ({in_words(error)}); "
             "put tokenizer.json and tokenizer_config.json beside the weights"
         ) from error
     if model.chat_template is not None:
@@ -91,7 +91,9 @@ def render_chat(
     try:
         rendered = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **arguments)
     except (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise BadRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error
+        raise BadRequest(
+            f"the model's chat template refuses these messages: {in_words(error)}", param="messages"
+        ) from error
     return str(rendered)
 
 

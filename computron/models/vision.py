@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor
 
 from computron.config import ModelConfig
 from computron.errors import BadRequest, CheckpointError
+from computron.models.checkpoint import in_words
 
 MAX_PIXELS = 64 << 20  # more is refused before it is decoded
 
@@ -43,7 +44,9 @@ def load_image_processor(model: ModelConfig, folder: Path | None) -> ImageProces
         load = cast(Any, AutoImageProcessor).from_pretrained
         return ImageProcessor(load(str(folder), backend="pil", trust_remote_code=model.trust_remote_code))
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'preprocessor_config.json'}: transformers cannot use it: {error}") from error
+        raise CheckpointError(
+            f"{folder / 'preprocessor_config.json'}: transformers cannot use it: {in_words(error)}"
+        ) from error
 
 
 def open_image(data: bytes) -> Image.Image:

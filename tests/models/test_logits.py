@@ -43,7 +43,9 @@ def test_logits_equal_those_of_from_pretrained(task, architecture, dtype, checkp
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize(("task", "architecture"), [("generate", "llama-tied"), ("generate", "gpt2"), ("embed", "bert")])
+@pytest.mark.parametrize(
+    ("task", "architecture"), [("generate", "llama-tied"), ("generate", "gpt2"), ("embed", "bert")]
+)
 def test_configured_dtype_is_what_from_pretrained_casts_to(task, architecture, dtype, checkpoint, config, filled, auto):
     folder = checkpoint(task, architecture)
     plan = plan_model(config(folder, task=task, dtype=dtype))
