@@ -45,6 +45,7 @@ class Board:
         self.unload_asked: dict[str, ModelState] = {}
         self.complete = 0  # models with every page on the device
         self._deadlines: list[tuple[float, int, Ticket]] = []
+        self._foretold: list[tuple[float, int, int, ModelState]] = []
         self._added = 0
         self._pinned_version = 0
 
@@ -74,6 +75,7 @@ class Board:
             self.ledger.pinned = +self.ledger.pinned
             self._pinned_version += 1
         model.load_asked = model.unload_asked = False
+        model.arrivals.count += 1  # whatever is foretold of it is void
         self.file(model)
         del self.models[model.name]
 
@@ -134,6 +136,30 @@ class Board:
         while (deadline := self.next_deadline()) is not None and deadline <= now:
             late.append(heapq.heappop(self._deadlines)[2])
         return late
+
+    # Forecasts
+
+    def foresee(self, model: ModelState) -> None:
+        """Note when the model should be fetched for its next request, if that can be foretold."""
+        expected = model.arrivals.regular_next()
+        if expected is not None and not model.spec.pinned:
+            start = expected - self.tuning.fetch_lead * self.link.seconds(len(model.spec.pages))
+            heapq.heappush(self._foretold, (start, model.number, model.arrivals.count, model))
+
+    def next_foretold(self) -> tuple[float, ModelState] | None:
+        """The next model to be fetched ahead, and when. Forecasts that a later request has replaced are dropped."""
+        foretold = self._foretold
+        while foretold and foretold[0][2] != foretold[0][3].arrivals.count:
+            heapq.heappop(foretold)
+        return (foretold[0][0], foretold[0][3]) if foretold else None
+
+    def drop_foretold(self) -> None:
+        """The next forecast has been used."""
+        heapq.heappop(self._foretold)
+
+    def transfer_ends(self) -> list[float]:
+        """When the transfers under way will probably end."""
+        return [model.residency.swap.expected_end for model in self.loading.values() if model.residency.swap]
 
     # Agendas
 

@@ -10,7 +10,8 @@ The cases, in this order:
    - free frames, spare cache and pages of models without work;
    - else also pages of models with work whose turn is over, if the policy says so.
 4. A step can start: the policy's choice of the resident models runs; else a model whose pages are on their way.
-5. A swap-in is under way: one more model with work is fetched behind it, into frames that nobody needs.
+5. A swap-in is under way: one more model with work is fetched behind it. The link is idle: a model whose next
+   request can be foretold. Both into frames that the policy can spare.
 6. The link is idle: what an operator asked for is loaded, or unloaded.
 7. Nothing is under way and nothing could start, but there is work: the first model on the due agenda that can be
    served by force is. The oldest admitted sequence never loses its cache, so that this cannot go round in a circle.
@@ -66,7 +67,9 @@ class Decisions:
             self._reject(ticket.request.id, RejectReason.DEADLINE)
         self._bring_next(now)
         self._run_next(now)
-        self._fetch_behind(now)
+        if self._prefetch:
+            self._fetch_behind(now)
+            self._fetch_ahead(now)
         self._obey(now)
         if not board.running and not board.loading and board.due:
             self._serve_by_force(now)
@@ -108,10 +111,9 @@ class Decisions:
         for model in board.load_asked.values():
             if model.spec.pinned and self._want(model, Reach.DUE, now):
                 return
+        fetched = [model for model in board.loading.values() if model.loading and model.has_work]
         reach = Reach.AGREED
-        candidates = board.absent.head(board.tuning.candidates)
-        candidates += [model for model in board.loading.values() if model.loading and model.has_work]
-        for model in self._policy.next_to_bring(board, candidates, now):
+        for model in fetched or self._policy.next_to_bring(board, board.absent.head(board.tuning.candidates), now):
             if self._want(model, reach, now):
                 return
             reach = Reach.IDLE
@@ -358,12 +360,21 @@ class Decisions:
         """One model, at a lower urgency; a demand overtakes it on the link, and may have its frames."""
         board = self._board
         demand = self._demand()
-        if not self._prefetch or demand is None or len(board.loading) > 1 or not board.absent:
+        if demand is None or len(board.loading) > 1 or not board.absent:
             return
         candidates = board.absent.head(board.tuning.candidates)
         for model in self._policy.next_to_bring(board, candidates, now):
-            if self._order(model, Urgency.PREFETCH, Reach.IDLE, now):
+            if self._order(model, Urgency.PREFETCH, Reach.SPARE, now):
                 return
+
+    def _fetch_ahead(self, now: float) -> None:
+        """On an idle link, a model whose next request is about to come. Each forecast is tried once."""
+        board = self._board
+        while (foretold := board.next_foretold()) is not None and foretold[0] <= now:
+            board.drop_foretold()
+            model = foretold[1]
+            if not board.loading and not model.has_work and not model.residency.complete and not model.unload_asked:
+                self._order(model, Urgency.PREFETCH, Reach.SPARE, now)
 
     # 6. What operators asked for
 
@@ -421,6 +432,9 @@ class Decisions:
         due = board.due.first_after((now,))
         if due is not None:
             times.append(due[0])
+        foretold = board.next_foretold()
+        if self._prefetch and foretold is not None and not foretold[1].residency.complete:
+            times.append(foretold[0])
         demand = self._demand()
         if demand is not None and demand.has_work and demand.step is None:
             times.append(self._early_start_time(demand))

@@ -21,6 +21,8 @@ class Default:
        pages whose transfer would hide behind its own first steps.
     4. A model with work gives its frames to one without a place when its turn is over and the requests of the other
        have together waited for as long as its own requests would lose by the change: rent for as long as buying costs.
+    5. A model is fetched ahead, behind the one that is waited for or because its next request can be foretold: only
+       into free frames and those of models that are expected to be wanted later than the fetched one can be used.
     """
 
     name = "default"
@@ -61,6 +63,13 @@ class Default:
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         change = swap_seconds(board, target) + board.link.seconds(len(victim.spec.pages))
         return target.waited(now) >= victim.work * (change + (target.expected_step() or 0.0))
+
+    def may_spare(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
+        link_busy = max((end - now for end in board.transfer_ends()), default=0.0)
+        usable = max(0.0, link_busy) + swap_seconds(board, target)
+        if not target.has_work:
+            usable = max(usable, target.arrivals.next_in(now))
+        return victim.arrivals.next_in(now) > usable
 
 
 def swap_seconds(board: Board, model: ModelState) -> float:

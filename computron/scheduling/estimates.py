@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from computron.scheduling.tuning import Tuning
 
 
@@ -21,11 +23,12 @@ class Mean:
 class Arrivals:
     """When will the next request come? Mean and variation of the intervals between requests, and the last one."""
 
-    __slots__ = ("_interval", "_last", "_square", "_tuning")
+    __slots__ = ("_interval", "_last", "_square", "_tuning", "count")
 
     def __init__(self, tuning: Tuning) -> None:
         self._tuning = tuning
         self._last: float | None = None
+        self.count = 0
         self._interval = Mean(tuning.smoothing)
         self._square = Mean(tuning.smoothing)
 
@@ -35,6 +38,7 @@ class Arrivals:
             self._interval.add(interval)
             self._square.add(interval * interval)
         self._last = now
+        self.count += 1
 
     @property
     def rate(self) -> float:
@@ -50,16 +54,29 @@ class Arrivals:
         arrivals so come closer while one waits for them, and bursty ones recede once the burst is over.
         """
         if self._last is None:
-            return float("inf")
+            return math.inf
         elapsed = max(0.0, now - self._last)
-        mean, square = self._interval.value, self._square.value
-        if not mean or square is None:
+        mean = self._interval.value
+        if not mean:
             return elapsed
-        variation = min(max(0.0, square / (mean * mean) - 1.0), self._tuning.max_variation)
+        variation = self._variation(mean)
         residual = mean + (variation - 1.0) * min(elapsed, mean)
         if elapsed > self._tuning.quiet * mean * max(1.0, variation):
             return max(residual, elapsed)
         return residual
+
+    def regular_next(self) -> float | None:
+        """When the next request will come, if they come so regularly that this can be said."""
+        mean = self._interval.value
+        if self._last is None or not mean or self._variation(mean) > self._tuning.regular:
+            return None
+        return self._last + mean
+
+    def _variation(self, mean: float) -> float:
+        """Squared coefficient of variation of the intervals."""
+        square = self._square.value
+        assert square is not None
+        return min(max(0.0, square / (mean * mean) - 1.0), self._tuning.max_variation)
 
 
 class Steps:

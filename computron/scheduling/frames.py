@@ -16,16 +16,18 @@ from computron.scheduling.waiting import Ticket
 class Reach(enum.IntEnum):
     """How far to go for frames; each one includes those before it.
 
+    SPARE: spare cache, and pages of models without work that the policy can spare for a fetch ahead.
     IDLE: spare cache, and pages of models without work.
     AGREED: pages of models with work whose turn is over, where the policy agrees.
     DUE: pages of any model with work whose turn is over and that is not due earlier; then paused sequences.
     ALL: the same without regard to turns. Only when nothing is under way and nothing could start otherwise.
     """
 
-    IDLE = 0
-    AGREED = 1
-    DUE = 2
-    ALL = 3
+    SPARE = 0
+    IDLE = 1
+    AGREED = 2
+    DUE = 3
+    ALL = 4
 
 
 def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach: Reach, now: float) -> RoomPlan:
@@ -40,9 +42,11 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
             plan.take_spare_cache(model)
         if plan.enough:
             return plan
-    if need > plan.gained + board.idle_pages and reach == Reach.IDLE:
+    if need > plan.gained + board.idle_pages and reach <= Reach.IDLE:
         return plan
     for group in _groups(board.idle, board.tuning.candidates):
+        if reach == Reach.SPARE:
+            group = [model for model in group if policy.may_spare(board, target, model, now)]
         for model, limit in policy.victims(board, target, group, now):
             if model is not target:
                 plan.take_pages(model, limit, policy.whole_models)

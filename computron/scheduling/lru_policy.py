@@ -15,7 +15,7 @@ class Lru:
     1. Several models are resident and have work: the one with the oldest request runs.
     2. Several models are absent and have work: the one with the oldest request comes; nothing else may come before it.
     3. Frames are wanted: models without work leave, least recently used first; then models whose requests are all
-       younger.
+       younger. What is fetched ahead gets free frames only.
     """
 
     name = "lru"
@@ -32,6 +32,9 @@ class Lru:
 
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         return oldest(victim) > oldest(target)
+
+    def may_spare(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
+        return False
 
 
 def oldest(model: ModelState) -> float:

@@ -28,3 +28,6 @@ class Policy(Protocol):
 
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         """May `target` have pages of `victim`, which has work too, and whose turn is over?"""
+
+    def may_spare(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
+        """May `target` be fetched before its turn into pages of `victim`, which has no work?"""

@@ -117,6 +117,7 @@ class Scheduler:
         if model is None or reason is not None:
             return [Reject(request.id, request.model, reason or RejectReason.UNKNOWN_MODEL)]
         model.arrivals.add(now)
+        board.foresee(model)
         board.enqueue(request, model)
         board.file(model)
         return []

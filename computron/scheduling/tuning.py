@@ -21,6 +21,8 @@ class Tuning:
     smoothing: weight of the newest sample in every running mean.
     quiet: after this many mean intervals without a request, the time of silence is the better forecast of the next one.
     max_variation: ceiling of the squared coefficient of variation of a model's arrivals; a few samples overstate it.
+    regular: up to this squared coefficient of variation the next request of a model can be foretold.
+    fetch_lead: a model whose next request can be foretold is fetched this many swap-in times before it.
     history: how many of the last events an error tells.
     """
 
@@ -32,4 +34,6 @@ class Tuning:
     smoothing: float = 0.2
     quiet: float = 3.0
     max_variation: float = 16.0
+    regular: float = 0.5
+    fetch_lead: float = 1.5
     history: int = 32
