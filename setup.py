@@ -16,9 +16,10 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -27,9 +28,15 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-fatbin", "-lineinfo"]
 DEVICE_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 
-def run(command: list[str]) -> None:
-    print(shlex.join(command), flush=True)
-    subprocess.run(command, check=True, cwd=ROOT)
+def build_folder() -> Path:
+    sanitizer = os.environ.get("COMPUTRON_SANITIZE", "")
+    tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}" + (f"-{sanitizer}" if sanitizer else "")
+    return ROOT / "build" / f"extension-{tag}"
+
+
+def sanitizer_flags() -> list[str]:
+    sanitizer = os.environ.get("COMPUTRON_SANITIZE", "")
+    return [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer", "-O1"] if sanitizer else []
 
 
 def is_current(output: Path, command: list[str], inputs: list[Path]) -> bool:
@@ -45,7 +52,8 @@ def make(output: Path, command: list[str], inputs: list[Path]) -> None:
     if is_current(output, command, inputs):
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    run(command)
+    print(f"making {output.relative_to(ROOT)}", flush=True)
+    subprocess.run(command, check=True, cwd=ROOT)
     output.with_suffix(output.suffix + ".command").write_text(shlex.join(command))
 
 
@@ -97,36 +105,52 @@ def embed_kernels(build: Path) -> Path:
     return embedded
 
 
+def compile_and_link(sources: list[Path], target: Path, includes: list[str]) -> None:
+    """Compile what has changed, in parallel, and link it to a shared library."""
+    build = build_folder() / target.name.split(".")[0]
+    flags = [*FLAGS, *sanitizer_flags(), *includes]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda path: compile_source(path, build / f"{path.stem}.o", flags), sources))
+    built = build / target.name
+    link = [*shlex.split(os.environ.get("CXX", "g++")), "-shared", "-pthread", *sanitizer_flags()]
+    make(built, [*link, *map(str, objects), "-ldl", "-o", str(built)], objects)
+    if not target.exists() or target.read_bytes() != built.read_bytes():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A new file in its place: a process that has loaded the old one keeps it.
+        fresh = target.with_suffix(".new")
+        shutil.copy2(built, fresh)
+        fresh.replace(target)
+
+
 class BuildExtension(build_ext):
     """Compiles in parallel, and only what has changed, also in a temporary build of pip's."""
 
     def build_extension(self, ext: Extension) -> None:
-        sanitizer = os.environ.get("COMPUTRON_SANITIZE", "")
-        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}" + (f"-{sanitizer}" if sanitizer else "")
-        build = ROOT / "build" / f"extension-{tag}"
-        flags = [*FLAGS, f"-I{ROOT / 'csrc'}", f"-isystem{pybind11.get_include()}"]
-        flags.append(f"-isystem{sysconfig.get_path('include')}")
-        if sanitizer:
-            flags += [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer", "-O1"]
-        sources = [*(ROOT / path for path in ext.sources), embed_kernels(build)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda path: compile_source(path, build / f"{path.stem}.o", flags), sources))
-        target = Path(self.get_ext_fullpath(ext.name))
-        link = shlex.split(os.environ.get("CXX", "g++"))
-        link += ["-shared", "-pthread", *([f"-fsanitize={sanitizer}"] if sanitizer else [])]
-        built = build / target.name
-        make(built, [*link, *map(str, objects), "-ldl", "-o", str(built)], objects)
-        if not target.exists() or target.read_bytes() != built.read_bytes():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # A new file in its place: a process that has loaded the old one keeps it.
-            fresh = target.with_suffix(".new")
-            shutil.copy2(built, fresh)
-            fresh.replace(target)
+        sources = [*(ROOT / path for path in ext.sources), embed_kernels(build_folder())]
+        includes = [f"-I{ROOT / 'csrc'}", f"-isystem{pybind11.get_include()}"]
+        includes.append(f"-isystem{sysconfig.get_path('include')}")
+        compile_and_link(sources, Path(self.get_ext_fullpath(ext.name)), includes)
+
+
+class BuildStandin(Command):
+    """Builds the stand-in for the CUDA driver that tests load, and prints its path."""
+
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        sources = [*sorted((ROOT / "csrc" / "standin").glob("*.cpp")), ROOT / "csrc" / "digest.cpp"]
+        target = build_folder() / "libcomputron_standin.so"
+        compile_and_link(sources, target, [])
+        print(target)
 
 
 setup(
     ext_modules=[
         Extension("computron._transfer", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp")))
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "build_standin": BuildStandin},
 )

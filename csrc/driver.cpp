@@ -12,11 +12,6 @@ std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-[[noreturn]] void throw_too_old(const std::string& has) {
-  throw TransferError("the CUDA driver is too old: it supports CUDA " + has + ", and " + version_text(kNeededVersion) +
-                      " is needed; install a newer driver");
-}
-
 }  // namespace
 
 std::string Driver::words(Result result) const {
@@ -32,8 +27,16 @@ Driver load_driver(const std::string& library) {
   // Never closed: the driver keeps threads and exit handlers of its own.
   void* const handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!handle) throw TransferError(std::string("there is no CUDA driver: ") + dlerror());
+  const auto get_version = reinterpret_cast<Result (*)(int*)>(dlsym(handle, "cuDriverGetVersion"));
+  int version = 0;
+  if (!get_version || get_version(&version) != kSuccess) {
+    throw TransferError("there is no CUDA driver: " + library + " does not tell its version");
+  }
   const auto resolve = reinterpret_cast<GetProcAddress>(dlsym(handle, "cuGetProcAddress_v2"));
-  if (!resolve) throw_too_old("11 or less");
+  if (version < kNeededVersion || !resolve) {
+    throw TransferError("the CUDA driver is too old: it supports CUDA " + version_text(version) + ", and " +
+                        version_text(kNeededVersion) + " is needed; install a newer driver");
+  }
 
   Driver driver;
   const auto find = [&](const char* name) {
@@ -44,10 +47,6 @@ Driver load_driver(const std::string& library) {
     }
     return function;
   };
-  driver.cuDriverGetVersion = reinterpret_cast<decltype(driver.cuDriverGetVersion)>(find("cuDriverGetVersion"));
-  int version = 0;
-  if (driver.cuDriverGetVersion(&version) != kSuccess) throw TransferError("the CUDA driver does not tell its version");
-  if (version < kNeededVersion) throw_too_old(version_text(version));
 #define COMPUTRON_RESOLVE(name, parameters) driver.name = reinterpret_cast<decltype(driver.name)>(find(#name));
   COMPUTRON_DRIVER_FUNCTIONS(COMPUTRON_RESOLVE)
 #undef COMPUTRON_RESOLVE

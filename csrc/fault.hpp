@@ -17,6 +17,11 @@ class Faults {
     planned_[operation] = {after, message};
   }
 
+  void clear() {
+    std::lock_guard lock(mutex_);
+    planned_.clear();
+  }
+
   // Counts one call. The message if this is the one to fail.
   std::optional<std::string> strike(const std::string& operation) {
     std::lock_guard lock(mutex_);

@@ -20,25 +20,19 @@ class TransferEngine {
 
   std::shared_ptr<Transfer> submit(Direction direction, TransferRequest request);
   // An eventfd, readable while there are completions to collect.
-  int completions_fd() const { return completions_->event.get(); }
+  int completions_fd() const { return event_.get(); }
   std::vector<std::shared_ptr<Transfer>> completions();
   LaneStatistics statistics(Direction direction) const { return lane(direction).statistics(); }
   void close();
 
  private:
-  // Outlives the engine while a lane may still report.
-  struct Completions {
-    FileDescriptor event;
-    std::mutex mutex;
-    std::vector<std::shared_ptr<Transfer>> ended;
-
-    Completions();
-    void add(std::shared_ptr<Transfer> transfer);
-  };
-
+  void add(std::shared_ptr<Transfer> transfer);
   Lane& lane(Direction direction) const { return direction == Direction::kToDevice ? *to_device_ : *to_host_; }
 
-  const std::shared_ptr<Completions> completions_;
+  const FileDescriptor event_;
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<Transfer>> ended_;
+  // They report to this object until they are closed.
   std::shared_ptr<Lane> to_device_;
   std::shared_ptr<Lane> to_host_;
   std::atomic<uint64_t> sequence_{0};
