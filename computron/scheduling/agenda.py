@@ -51,11 +51,6 @@ class Agenda:
     def first(self) -> ModelState | None:
         return self._entries[0][2] if self._entries else None
 
-    def key(self, model: ModelState) -> Key | None:
-        """The key that the model is filed under."""
-        entry = self._filed.get(model.number)
-        return None if entry is None else entry[0]
-
     def first_after(self, key: Key) -> Key | None:
         """The smallest key above `key`."""
         place = bisect_right(self._entries, key, key=itemgetter(0))

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import heapq
+import math
+from collections.abc import Iterable, Sequence
 
+from computron.scheduling.actions import Urgency
 from computron.scheduling.agenda import Agenda
 from computron.scheduling.estimates import Link
 from computron.scheduling.events import ModelSpec, Request
-from computron.scheduling.ledger import Ledger
-from computron.scheduling.models import ModelState
+from computron.scheduling.ledger import Ledger, Swap
+from computron.scheduling.models import ModelState, Step
 from computron.scheduling.tuning import Tuning
 from computron.scheduling.waiting import Ticket
 
 
 class Board:
-    """A model with work that is not in a step is on `due` and, by its residency, on one of `ready` and `absent`.
+    """A model with work that is not in a step is either resident or not, and so on these agendas:
+    due_ready, due_absent: by the time from which on nothing due later may delay it.
+    ready: by rank (priority, then the one that waited longest). absent: the same, unless its pages are on their way.
+    A model on none of them costs nothing until an event names it.
 
-    due: by the time from which on nothing due later may delay it.
-    ready: resident, by rank (priority, then the one that waited longest).
-    absent: pages are missing and not on their way, by rank.
     idle: without work, holding pages that could be taken, the one longest unused first. busy: the same, with work.
     running: in a step. loading: with a transfer under way, cancelled ones included. cached: holding cache frames.
     load_asked, unload_asked: what an operator wants and is not done yet.
-    A model on neither agenda costs nothing until an event names it.
     """
 
     def __init__(self, *, ledger: Ledger, link: Link, max_wait: float, tuning: Tuning) -> None:
@@ -32,7 +34,8 @@ class Board:
         self.tuning = tuning
         self.models: dict[str, ModelState] = {}
         self.tickets: dict[int, Ticket] = {}
-        self.due = Agenda()
+        self.due_ready = Agenda()
+        self.due_absent = Agenda()
         self.ready = Agenda()
         self.absent = Agenda()
         self.idle: dict[str, ModelState] = {}
@@ -59,24 +62,23 @@ class Board:
         if spec.pinned:
             self.ledger.pinned.update(spec.pages)
             self._pinned_version += 1
-        if model.residency.complete:
-            self.complete += 1
-        self.file(model)
+        self.complete += model.residency.complete
+        self.ask(model, load=spec.pinned, unload=False)
         return model
 
     def remove_model(self, model: ModelState) -> None:
         for ticket in model.tickets():
             self.forget(ticket)
-        if model.residency.complete:
-            self.complete -= 1
+        self.evict(model, model.residency.mapped_pages())
+        self.complete -= model.residency.complete
+        self.set_cache(model, 0)
         self.ledger.remove(model.residency)
         if model.spec.pinned:
             self.ledger.pinned.subtract(model.spec.pages)
             self.ledger.pinned = +self.ledger.pinned
             self._pinned_version += 1
-        model.load_asked = model.unload_asked = False
+        self.ask(model, load=False, unload=False)
         model.arrivals.count += 1  # whatever is foretold of it is void
-        self.file(model)
         del self.models[model.name]
 
     def room_alone(self, model: ModelState) -> int:
@@ -137,6 +139,52 @@ class Board:
             late.append(heapq.heappop(self._deadlines)[2])
         return late
 
+    # The device
+
+    def begin_step(self, model: ModelState, step: Step, now: float) -> None:
+        model.step, model.last_used = step, now
+        for ticket in step.tickets.values():
+            ticket.started = True
+        self.running[model.name] = model
+        self.file(model)
+
+    def end_step(self, model: ModelState, now: float) -> None:
+        """To be filed by the caller, who knows what has become of the requests."""
+        model.step, model.stepped, model.last_used = None, True, now
+        del self.running[model.name]
+
+    def begin_swap(self, model: ModelState, urgency: Urgency, now: float, expected_end: float) -> Swap:
+        swap = self.ledger.order(model.residency, urgency, now, expected_end)
+        swap.alone = not self.loading
+        self.loading[model.name] = model
+        self.file(model)
+        return swap
+
+    def end_swap(self, model: ModelState, arrived: Iterable[int]) -> None:
+        """To be filed by the caller, who knows how it ended."""
+        self.ledger.finish(model.residency, arrived)
+        self.complete += model.residency.complete
+        del self.loading[model.name]
+
+    def evict(self, model: ModelState, pages: Sequence[int]) -> None:
+        self.complete -= model.residency.complete
+        self.ledger.evict(model.residency, pages)
+        self.complete += model.residency.complete
+        self.file(model)
+
+    def set_cache(self, model: ModelState, frames: int) -> None:
+        self.ledger.set_cache(model.residency, frames)
+        if frames:
+            self.cached[model.name] = model
+        else:
+            self.cached.pop(model.name, None)
+
+    def ask(self, model: ModelState, *, load: bool, unload: bool) -> None:
+        """Note what an operator wants of the model; both False once it is done."""
+        model.load_asked, model.unload_asked = load, unload
+        _keep(self.load_asked, model, load)
+        _keep(self.unload_asked, model, unload)
+
     # Forecasts
 
     def foresee(self, model: ModelState) -> None:
@@ -167,35 +215,33 @@ class Board:
         """Put the model where it belongs after anything about it has changed."""
         residency = model.residency
         self._file_holder(model)
-        _keep(self.cached, model, residency.cache > 0)
-        _keep(self.running, model, model.step is not None)
-        _keep(self.loading, model, residency.swap is not None)
-        _keep(self.load_asked, model, model.load_asked)
-        _keep(self.unload_asked, model, model.unload_asked)
         if model.step is not None or not model.has_work:
-            self.due.drop(model)
-            self.ready.drop(model)
-            self.absent.drop(model)
+            model.due = math.inf
+            for agenda in (self.due_ready, self.ready, self.due_absent, self.absent):
+                agenda.drop(model)
             return
-        due, rank = self._keys(model)
-        self.due.file(model, due)
+        model.due, rank = self._keys(model)
         if residency.complete:
-            self.ready.file(model, rank)
+            self.due_absent.drop(model)
             self.absent.drop(model)
-        elif model.loading:
-            self.ready.drop(model)
+            self.due_ready.file(model, (model.due,))
+            self.ready.file(model, rank)
+            return
+        self.due_ready.drop(model)
+        self.ready.drop(model)
+        self.due_absent.file(model, (model.due,))
+        if model.loading:
             self.absent.drop(model)
         else:
-            self.ready.drop(model)
             self.absent.file(model, rank)
 
     def rank(self, model: ModelState) -> tuple[float, float]:
         """Place of a model with work in the order of `ready` and `absent`; smaller comes first."""
         return self._keys(model)[1]
 
-    def _keys(self, model: ModelState) -> tuple[tuple[float], tuple[float, float]]:
+    def _keys(self, model: ModelState) -> tuple[float, tuple[float, float]]:
         """When it is due, and its rank. What waits for a place in its own full batch does not count in either."""
-        due = since = float("inf")
+        due = since = math.inf
         priority: int | None = None
         if model.admitted:
             tickets = model.admitted.values()
@@ -208,7 +254,7 @@ class Board:
             first = model.waiting.first_ranked().request.priority
             priority = first if priority is None else max(priority, first)
         assert priority is not None
-        return (due,), (-priority, since)
+        return due, (-priority, since)
 
     def _file_holder(self, model: ModelState) -> None:
         """Keep `idle`, `busy` and the count of pages that idle models hold."""
@@ -226,14 +272,17 @@ class Board:
         self.ledger.check(model.residency for model in self.models.values())
         for model in self.models.values():
             residency, has_agenda = model.residency, model.has_work and model.step is None
-            assert (model in self.due) == has_agenda, f"{model} and the due agenda disagree"
-            assert (model in self.ready) == (has_agenda and residency.complete), f"{model}, ready"
+            assert (model in self.due_ready) == (model in self.ready) == (has_agenda and residency.complete), f"{model}"
+            assert (model in self.due_absent) == (has_agenda and not residency.complete), f"{model}"
             assert (model in self.absent) == (has_agenda and not residency.complete and not model.loading), f"{model}"
-            if has_agenda:
-                assert self.due.key(model) == self._keys(model)[0], f"{model} is due at another time than filed"
+            assert model.due == (self._keys(model)[0] if has_agenda else math.inf), f"{model} is due at another time"
             assert (model.name in self.loading) == (residency.swap is not None)
             assert (model.name in self.running) == (model.step is not None)
             assert (model.name in self.cached) == (residency.cache > 0)
+            assert (model.name in self.load_asked, model.name in self.unload_asked) == (
+                model.load_asked,
+                model.unload_asked,
+            )
             assert len(model.admitted) <= model.spec.max_batch_size
             if model.step is not None:
                 assert residency.complete or residency.swap is not None or model.step.early

@@ -75,9 +75,8 @@ class Ledger:
             residency.private = False
 
     def remove(self, residency: Residency) -> None:
-        """Forget a model, whose pages and cache have left the device."""
-        self.evict(residency, residency.mapped_pages())
-        self.set_cache(residency, 0)
+        """Forget a model that holds nothing any more."""
+        assert residency.count == residency.cache == 0
         for content in residency.contents:
             if self._owner.get(content) is residency:
                 del self._owner[content]

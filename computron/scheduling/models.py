@@ -38,6 +38,7 @@ class ModelState:
     __slots__ = (
         "admitted",
         "arrivals",
+        "due",
         "failures",
         "idle_pages",
         "last_used",
@@ -68,10 +69,11 @@ class ModelState:
         self.last_used = -math.inf
         self.stepped = False  # has run since it came in
         self.turn_end = -math.inf  # until then it keeps its frames while it has work
+        self.due = math.inf  # when its first request is due; never while it is in a step or has none
         self.failures = 0  # swap-ins that failed since the last one that did not
         self.idle_pages = 0  # its share of the board's count
         self.room_alone: tuple[int, int] | None = None  # the board's memory of it, and for which set of pinned models
-        self.load_asked = spec.pinned
+        self.load_asked = False
         self.unload_asked = False
 
     def __repr__(self) -> str:

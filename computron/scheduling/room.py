@@ -81,15 +81,10 @@ class RoomPlan:
             board.preempt(ticket, now)
             actions.append(Preempt(ticket.model.name, ticket.request.id))
         for name, frames in self._caches.items():
-            board.ledger.set_cache(board.models[name].residency, frames)
+            board.set_cache(board.models[name], frames)
             actions.append(SetCache(name, frames))
         for name, pages in self._evictions.items():
             if pages:
-                residency = board.models[name].residency
-                if residency.complete:
-                    board.complete -= 1
-                board.ledger.evict(residency, pages)
+                board.evict(board.models[name], pages)
                 actions.append(Evict(name, tuple(sorted(pages, reverse=True)), reason))
-        for name in self._caches.keys() | self._evictions.keys():
-            board.file(board.models[name])
         return actions

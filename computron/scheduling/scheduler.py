@@ -170,7 +170,7 @@ class Scheduler:
                 raise self._invalid(event, f"the cache blocks of requests {sorted(untold)} are missing")
         if not step.early:
             model.steps.add(event.seconds, step.opening)
-        model.step, model.stepped, model.last_used = None, True, now
+        board.end_step(model, now)
         for request, blocks in event.cache_blocks.items():
             model.admitted[request].blocks = blocks
         for request in event.finished if going_on else list(step.tickets):
@@ -200,7 +200,7 @@ class Scheduler:
         strangers = set(event.failed) - model.admitted.keys()
         if strangers:
             raise self._invalid(event, f"requests {sorted(strangers)} are not admitted")
-        model.step, model.stepped, model.last_used = None, True, now
+        board.end_step(model, now)
         for request in set(event.failed) | step.tickets.keys():
             board.forget(model.admitted[request])
         board.file(model)
@@ -219,7 +219,7 @@ class Scheduler:
         if swap.alone and not swap.cancelled:
             board.link.add(swap.frames, event.seconds)
         model.failures = 0
-        self._pages_came(model, swap, event.pages, event.seconds, now)
+        self._pages_came(model, event.pages, event.seconds, now)
         return []
 
     def _swap_cancelled(self, event: SwapCancelled, now: float) -> list[Action]:
@@ -229,30 +229,29 @@ class Scheduler:
             raise self._invalid(event, "this transfer was not cancelled")
         if not set(event.arrived) <= set(swap.pages):
             raise self._invalid(event, "pages arrived that were not on their way")
-        self._pages_came(model, swap, event.arrived, 0.0, now)
+        self._pages_came(model, event.arrived, 0.0, now)
         return []
 
-    def _pages_came(self, model: ModelState, swap: Swap, pages: tuple[int, ...], seconds: float, now: float) -> None:
+    def _pages_came(self, model: ModelState, pages: tuple[int, ...], seconds: float, now: float) -> None:
         """The transfer has ended with these pages. Its turn begins if the model is complete now."""
         board = self._board
-        board.ledger.finish(model.residency, pages)
+        board.end_swap(model, pages)
         model.last_used = now
-        if model.residency.complete and swap.pages:
-            board.complete += 1
+        if model.residency.complete:
             model.stepped = False
             model.turn_end = now + board.tuning.keep * seconds
-            model.load_asked = False
+            board.ask(model, load=False, unload=model.unload_asked)
         board.file(model)
 
     def _swap_failed(self, event: SwapFailed, now: float) -> list[Action]:
         board, model = self._board, self._model(event, event.model)
         self._ended_swap(event, model, event.pages, whole=False)
-        board.ledger.finish(model.residency, ())
+        board.end_swap(model, ())
         model.failures += 1
         actions: list[Action] = []
         if model.failures > board.tuning.swap_retries:
             model.failures = 0
-            model.load_asked = False
+            board.ask(model, load=False, unload=model.unload_asked)
             in_step = model.step.tickets if model.step else {}
             for ticket in model.tickets():
                 if ticket.request.id not in in_step:
@@ -300,16 +299,13 @@ class Scheduler:
 
     def _load_asked(self, event: LoadAsked, now: float) -> list[Action]:
         model = self._model(event, event.model)
-        model.load_asked = not model.residency.complete and self._fits_alone(model, 0)
-        model.unload_asked = False
-        self._board.file(model)
+        load = not model.residency.complete and self._fits_alone(model, 0)
+        self._board.ask(model, load=load, unload=False)
         return []
 
     def _unload_asked(self, event: UnloadAsked, now: float) -> list[Action]:
         model = self._model(event, event.model)
-        model.unload_asked = True
-        model.load_asked = False
-        self._board.file(model)
+        self._board.ask(model, load=False, unload=True)
         return []
 
     # Time

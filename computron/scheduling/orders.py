@@ -1,0 +1,189 @@
+"""Giving an order: what it takes to carry it out, noted on the board together with the action that says so."""
+
+from __future__ import annotations
+
+from computron.scheduling.actions import (
+    Action,
+    CancelSwap,
+    Evict,
+    EvictionReason,
+    Preempt,
+    RaiseUrgency,
+    Reject,
+    RejectReason,
+    Run,
+    SetCache,
+    SwapIn,
+    Urgency,
+)
+from computron.scheduling.board import Board
+from computron.scheduling.frames import Reach, plan_room, preemption_order
+from computron.scheduling.models import ModelState, Step, frames_for
+from computron.scheduling.policy import Policy
+
+REASONS = {
+    Urgency.DEMAND: EvictionReason.DEMAND,
+    Urgency.PREFETCH: EvictionReason.PREFETCH,
+    Urgency.BACKGROUND: EvictionReason.PREFETCH,
+}
+
+
+class Orders:
+    """Each order either is given, and then the board and `actions` have it, or changes neither and returns False."""
+
+    def __init__(self, board: Board, policy: Policy) -> None:
+        self.actions: list[Action] = []
+        self._board = board
+        self._policy = policy
+
+    def swap_in(self, model: ModelState, urgency: Urgency, reach: Reach, now: float) -> bool:
+        """Order the swap-in of everything that the model lacks; False if that cannot be now."""
+        board, residency = self._board, model.residency
+        if residency.swap is not None or model.step is not None:
+            return False
+        awaited = board.ledger.awaited(residency)
+        if awaited is not None:
+            owner = board.models[awaited.name]
+            if urgency == Urgency.DEMAND and owner.loading:
+                self.make_demand(owner)
+            return False
+        frames = board.ledger.lacking(residency)
+        if frames > board.ledger.free:
+            self.set_cache(model, min(residency.cache, model.least_cache_need(now)))
+        while not self._make_room(model, frames + self._cache_gap(model, now), reach, REASONS[urgency], now):
+            if reach < Reach.ALL or not self._preempt_own(model, now):
+                return False
+        seconds = board.link.seconds(frames)
+        start = now
+        for other in board.loading.values():
+            swap = other.residency.swap
+            assert swap is not None
+            swap.alone = False
+            if swap.urgency <= urgency and not swap.cancelled:
+                start = max(start, swap.expected_end)
+            else:
+                swap.expected_end += seconds
+        swap = board.begin_swap(model, urgency, now, start + seconds)
+        self.actions.append(SwapIn(model.name, swap.pages, urgency))
+        return True
+
+    def _make_room(self, model: ModelState, frames: int, reach: Reach, reason: EvictionReason, now: float) -> bool:
+        """See to it that so many frames are free. A fetch behind the demand gives way if that helps."""
+        board = self._board
+        need = frames - board.ledger.free
+        if need <= 0:
+            return True
+        plan = plan_room(board, self._policy, model, need, reach, now)
+        if plan.enough:
+            self.actions += plan.commit(reason, now)
+            return True
+        for other in list(board.loading.values()):
+            swap = other.residency.swap
+            assert swap is not None
+            if (
+                reach > Reach.IDLE
+                and other.loading
+                and other.step is None
+                and swap.urgency > Urgency.DEMAND
+                and plan.gained + swap.frames >= need
+            ):
+                self.cancel(other)
+        return False
+
+    def _cache_gap(self, model: ModelState, now: float) -> int:
+        """Frames that the model's cache lacks for its next step."""
+        return max(0, model.least_cache_need(now) - model.residency.cache)
+
+    def _preempt_own(self, model: ModelState, now: float) -> bool:
+        """Let one of several sequences go: the lowest priority and the youngest first, never the oldest."""
+        if len(model.admitted) < 2:
+            return False
+        oldest = min(model.admitted.values(), key=lambda ticket: ticket.seniority)
+        victim = min((ticket for ticket in model.admitted.values() if ticket is not oldest), key=preemption_order)
+        self._board.preempt(victim, now)
+        self.actions.append(Preempt(model.name, victim.request.id))
+        return True
+
+    def make_demand(self, model: ModelState) -> None:
+        swap = model.residency.swap
+        assert swap is not None
+        if swap.urgency != Urgency.DEMAND:
+            swap.urgency = Urgency.DEMAND
+            self.actions.append(RaiseUrgency(model.name, Urgency.DEMAND))
+
+    def cancel(self, model: ModelState) -> None:
+        """Its pages that have come stay; its frames are its own until the cancellation is confirmed."""
+        swap = model.residency.swap
+        assert swap is not None
+        assert model.step is None
+        swap.cancelled = True
+        self.actions.append(CancelSwap(model.name))
+        self._board.file(model)
+
+    def cancelling(self) -> bool:
+        """Is a cancelled transfer about to end?"""
+        return any(not model.loading for model in self._board.loading.values())
+
+    def start(self, model: ModelState, reach: Reach, now: float) -> bool:
+        """Start a step with everything that is admitted and what may join; False if the cache lacks room."""
+        board, residency = self._board, model.residency
+        before = len(model.admitted)
+        if model.spec.blocks_per_frame:
+            if not self._fit_cache(model, reach, now):
+                return False
+        else:
+            while model.waiting and model.free_slots > 0:
+                board.admit(model.waiting.first(now))
+        opening = len(model.admitted) > before
+        board.begin_step(model, Step(dict(model.admitted), early=not residency.complete, opening=opening), now)
+        self.actions.append(Run(model.name, tuple(model.admitted)))
+        return True
+
+    def _fit_cache(self, model: ModelState, reach: Reach, now: float) -> bool:
+        """Admit what finds room, and give the cache its frames.
+
+        1. What is admitted, or else the first that waits, must fit. If it does not, a fetch behind the demand gives
+           way; then the model's own sequences do, the lowest priority and the youngest first, but never the oldest.
+        2. More join while places are free, as far as spare frames and idle models allow.
+        """
+        board, residency, per_frame = self._board, model.residency, model.spec.blocks_per_frame
+        while not self._make_room(model, self._cache_gap(model, now), reach, EvictionReason.CACHE, now):
+            if self.cancelling() or not self._preempt_own(model, now):
+                return False
+        if not model.admitted:
+            board.admit(model.waiting.first(now))
+        blocks = model.held_blocks
+        frames = max(residency.cache, frames_for(blocks, per_frame))
+        while model.waiting and model.free_slots > 0:
+            ticket = model.waiting.first(now)
+            wanted = max(frames, frames_for(blocks + ticket.blocks, per_frame))
+            if not self._make_room(model, wanted - residency.cache, Reach.IDLE, EvictionReason.CACHE, now):
+                break
+            board.admit(ticket)
+            blocks, frames = blocks + ticket.blocks, wanted
+        self.set_cache(model, frames)
+        return True
+
+    def set_cache(self, model: ModelState, frames: int) -> None:
+        if frames != model.residency.cache:
+            self._board.set_cache(model, frames)
+            self.actions.append(SetCache(model.name, frames))
+
+    def unload(self, model: ModelState) -> None:
+        residency = model.residency
+        if residency.swap is not None:
+            if model.loading:
+                self.cancel(model)
+            return
+        self.set_cache(model, 0)
+        pages = residency.mapped_pages()
+        if pages:
+            self._board.evict(model, pages)
+            self.actions.append(Evict(model.name, tuple(reversed(pages)), EvictionReason.UNLOAD))
+        self._board.ask(model, load=False, unload=False)
+
+    def reject(self, request: int, reason: RejectReason) -> None:
+        ticket = self._board.tickets[request]
+        self._board.forget(ticket)
+        self._board.file(ticket.model)
+        self.actions.append(Reject(request, ticket.model.name, reason))
