@@ -21,6 +21,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What a served model reads; weights in other formats stay where they are.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+HUB_DUPLICATES = ["original/*", "consolidated*", "onnx/*", "openvino/*"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -134,7 +135,11 @@ def _fetch(model: ModelConfig) -> Path:
 
     where = f'model "{model.id}": {model.source}'
     try:
-        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=HUB_PATTERNS))
+        return Path(
+            snapshot_download(
+                model.source, revision=model.revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_DUPLICATES
+            )
+        )
     except HFValidationError as error:
         raise ConfigError(f"{where} is neither a folder nor a hub id") from error
     except GatedRepoError as error:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from PIL import Image, UnidentifiedImageError
-from transformers import AutoImageProcessor
 
 from computron.config import ModelConfig
 from computron.errors import BadRequest, CheckpointError
@@ -35,18 +36,22 @@ class ImageProcessor:
 
 def load_image_processor(model: ModelConfig, folder: Path | None) -> ImageProcessor:
     """Raises CheckpointError if the checkpoint has no image processor that transformers can build."""
-    if folder is None or not (folder / "preprocessor_config.json").is_file():
+    file = None if folder is None else folder / "preprocessor_config.json"
+    if file is None or not file.is_file():
         raise CheckpointError(
             f'model "{model.id}": {folder} has no preprocessor_config.json, so it is unknown how images are prepared; '
             "copy it from the model's original checkpoint"
         )
     try:
-        load = cast(Any, AutoImageProcessor).from_pretrained
+        kind = json.loads(file.read_text(encoding="utf-8")).get("image_processor_type") or ""
+        # Asked for by name, because the Auto class of some versions wants torchvision for any of them.
+        chosen: Any = getattr(transformers, kind.removesuffix("Fast") + "Pil", None)
+        if chosen is not None:
+            return ImageProcessor(chosen.from_pretrained(str(folder)))
+        load = cast(Any, transformers.AutoImageProcessor).from_pretrained
         return ImageProcessor(load(str(folder), backend="pil", trust_remote_code=model.trust_remote_code))
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / 'preprocessor_config.json'}: transformers cannot use it: {in_words(error)}"
-        ) from error
+        raise CheckpointError(f"{file}: transformers cannot use it: {in_words(error)}") from error
 
 
 def open_image(data: bytes) -> Image.Image:

@@ -29,6 +29,7 @@ from transformers import (
     Qwen3Config,
     RobertaConfig,
     ViTConfig,
+    ViTImageProcessorPil,
 )
 
 from computron.config import ModelConfig
@@ -100,8 +101,6 @@ def save(folder: Path, task: str, architecture: str, dtype: torch.dtype, **optio
             torch.nn.init.normal_(parameter, std=0.2)
         module.to(dtype).save_pretrained(folder, **options)
     if architecture == "vit":
-        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
         ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     else:
         byte_tokenizer(VOCABULARY).save_pretrained(folder)

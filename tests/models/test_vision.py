@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import ViTImageProcessorPil
 
 from computron.errors import BadRequest, CheckpointError
 from computron.models import load_model, plan_model
@@ -27,7 +27,7 @@ def picture(mode="RGB", file_format="PNG", size=(50, 40)):
 
 def test_pixels_are_what_the_checkpoints_processor_makes(vit, checkpoint):
     data = picture()
-    processor = AutoImageProcessor.from_pretrained(checkpoint("classify", "vit"), backend="pil")
+    processor = ViTImageProcessorPil.from_pretrained(checkpoint("classify", "vit"))
     expected = processor(images=[Image.open(io.BytesIO(data))], return_tensors="pt")["pixel_values"][0]
     assert torch.equal(vit.pixels(data), expected)
     assert vit.pixels(data).shape == (3, 32, 32)
