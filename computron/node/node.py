@@ -364,6 +364,22 @@ class Node:
         """Figures for /metrics, /v1/models and /health, taken now."""
         return take_snapshot(self.state, self.failure, len(self._handles), self._worker, self._scheduler)
 
+    def check(self) -> None:
+        """Raises AssertionError if memory and the scheduler disagree about what is where, or either is inconsistent.
+
+        For tests, at a moment when no transfer is under way.
+        """
+        worker, scheduler = self._worker, self._scheduler
+        assert worker is not None
+        assert scheduler is not None
+        worker.swapper.check()
+        scheduler.check()
+        assert worker.swapper.free_frames == scheduler.free_frames
+        for model, served in worker.models.items():
+            resident = len(worker.swapper.resident_pages(model))
+            assert resident == round(scheduler.resident_fraction(model) * len(served.image.pages)) or not resident
+            assert worker.swapper.cache_frames(model) == scheduler.cache_frames(model)
+
     def _spec(self, served: ServedModel) -> events.ModelSpec:
         config = served.plan.config
         limit = config.max_queue
