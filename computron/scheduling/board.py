@@ -117,6 +117,11 @@ class Board:
         model.waiting.push(ticket)
         self.file(model)
 
+    def readmit_later(self, ticket: Ticket) -> None:
+        """It was admitted to a step that came to nothing: it waits as before."""
+        del ticket.model.admitted[ticket.request.id]
+        ticket.model.waiting.push(ticket)
+
     def forget(self, ticket: Ticket) -> None:
         """The request has ended, in whichever way."""
         del self.tickets[ticket.request.id]

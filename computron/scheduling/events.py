@@ -51,7 +51,10 @@ class RequestCancelled:
 
 @dataclass(frozen=True, slots=True)
 class StepFinished:
-    """`finished`: requests answered. `cache_blocks`: for each one that goes on, the blocks its next step will hold."""
+    """`finished`: requests answered. `cache_blocks`: for each one that goes on, the blocks its next step will hold.
+
+    `seconds`: of compute; time in which the step waited for pages does not count.
+    """
 
     model: str
     finished: tuple[int, ...]

@@ -24,12 +24,19 @@ def frames_for(blocks: int, blocks_per_frame: float) -> int:
 
 @dataclass(slots=True)
 class Step:
-    """A step under way. `early`: it started before its pages had come, so its length tells nothing."""
+    """A step under way.
+
+    early: it started before its pages had come.
+    opened: those of its requests that it takes in; the others were admitted before.
+    cancelled: those whose client has left.
+    given_up: its pages will not come, and what waits for them shall not be tried again.
+    """
 
     tickets: dict[int, Ticket]
     early: bool
-    opening: bool
+    opened: tuple[int, ...]
     cancelled: set[int] = field(default_factory=set)
+    given_up: bool = False
 
 
 class ModelState:

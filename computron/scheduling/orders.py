@@ -127,15 +127,15 @@ class Orders:
     def start(self, model: ModelState, reach: Reach, now: float) -> bool:
         """Start a step with everything that is admitted and what may join; False if the cache lacks room."""
         board, residency = self._board, model.residency
-        before = len(model.admitted)
+        before = model.admitted.copy()
         if model.spec.blocks_per_frame:
             if not self._fit_cache(model, reach, now):
                 return False
         else:
             while model.waiting and model.free_slots > 0:
                 board.admit(model.waiting.first(now))
-        opening = len(model.admitted) > before
-        board.begin_step(model, Step(dict(model.admitted), early=not residency.complete, opening=opening), now)
+        opened = tuple(request for request in model.admitted if request not in before)
+        board.begin_step(model, Step(model.admitted.copy(), early=not residency.complete, opened=opened), now)
         self.actions.append(Run(model.name, tuple(model.admitted)))
         return True
 

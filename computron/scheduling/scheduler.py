@@ -19,6 +19,7 @@ from computron.scheduling.events import (
     Request,
     RequestArrived,
     RequestCancelled,
+    StepAborted,
     StepFailed,
     StepFinished,
     SwapCancelled,
@@ -83,6 +84,7 @@ class Scheduler:
             RequestCancelled: self._request_cancelled,
             StepFinished: self._step_finished,
             StepFailed: self._step_failed,
+            StepAborted: self._step_aborted,
             SwapFinished: self._swap_finished,
             SwapFailed: self._swap_failed,
             SwapCancelled: self._swap_cancelled,
@@ -168,8 +170,7 @@ class Scheduler:
             untold = step.tickets.keys() - set(event.finished) - step.cancelled - event.cache_blocks.keys()
             if untold:
                 raise self._invalid(event, f"the cache blocks of requests {sorted(untold)} are missing")
-        if not step.early:
-            model.steps.add(event.seconds, step.opening)
+        model.steps.add(event.seconds, opening=bool(step.opened))
         board.end_step(model, now)
         for request, blocks in event.cache_blocks.items():
             model.admitted[request].blocks = blocks
@@ -205,6 +206,29 @@ class Scheduler:
             board.forget(model.admitted[request])
         board.file(model)
         return []
+
+    def _step_aborted(self, event: StepAborted, now: float) -> list[Action]:
+        """Its requests wait again, unless their model has been given up; the transfer is as good as ended."""
+        board, model = self._board, self._model(event, event.model)
+        step = self._ended_step(event, model)
+        board.end_step(model, now)
+        model.stepped = False
+        swap = model.residency.swap
+        if swap is not None:
+            swap.cancelled = True
+        actions: list[Action] = []
+        for request in step.cancelled:
+            board.forget(step.tickets[request])
+        for request, ticket in step.tickets.items():
+            if request in step.cancelled:
+                continue
+            if step.given_up:
+                board.forget(ticket)
+                actions.append(Reject(request, model.name, RejectReason.SWAP_FAILED))
+            elif request in step.opened:
+                board.readmit_later(ticket)
+        board.file(model)
+        return actions
 
     def _ended_step(self, event: Event, model: ModelState) -> Step:
         if model.step is None:
@@ -253,6 +277,8 @@ class Scheduler:
             model.failures = 0
             board.ask(model, load=False, unload=model.unload_asked)
             in_step = model.step.tickets if model.step else {}
+            if model.step is not None:
+                model.step.given_up = True
             for ticket in model.tickets():
                 if ticket.request.id not in in_step:
                     board.forget(ticket)

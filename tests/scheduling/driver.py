@@ -30,6 +30,7 @@ from computron.scheduling.events import (
     Request,
     RequestArrived,
     RequestCancelled,
+    StepAborted,
     StepFailed,
     StepFinished,
     SwapCancelled,
@@ -63,6 +64,7 @@ class RunningStep:
     requests: tuple[int, ...]
     started: float
     seconds: float
+    opened: tuple[int, ...]
     compute_begins: float | None  # None: it waits for pages
 
 
@@ -251,12 +253,17 @@ class Driver:
             self.device.mapped[name] |= set(arrived)
             self.tell(SwapCancelled(name, transfer.pages, arrived))
         elif transfer.fails:
-            self.tell(SwapFailed(name, transfer.pages))
-            step = self.steps.get(name)
-            if step is not None and step.compute_begins is None:
-                del self.steps[name]
-                self._end_requests(step.requests, "failed")
-                self.tell(StepFailed(name, step.requests))
+            step = self.steps.pop(name, None)
+            if step is None:
+                self.tell(SwapFailed(name, transfer.pages))
+            elif transfer.number % 2:
+                self.tell(SwapFailed(name, transfer.pages))
+                self._abort(name, step)
+            else:
+                self.device.transfers[name] = transfer  # its end has not been told yet
+                self._abort(name, step)
+                del self.device.transfers[name]
+                self.tell(SwapFailed(name, transfer.pages))
         else:
             self.device.mapped[name] |= set(transfer.pages)
             if name in self.steps:
@@ -267,7 +274,6 @@ class Driver:
 
     def _end_step(self, name: str, step: RunningStep) -> None:
         del self.steps[name]
-        seconds = self.now - step.started
         if next(self._step_number) in self.failing_steps:
             self._end_requests(step.requests, "failed")
             self.tell(StepFailed(name, step.requests))
@@ -285,7 +291,14 @@ class Driver:
                 live.blocks += live.growth
                 going_on[request] = live.blocks
         self._end_requests(tuple(finished), "finished")
-        self.tell(StepFinished(name, tuple(finished), seconds, going_on))
+        self.tell(StepFinished(name, tuple(finished), step.seconds, going_on))
+
+    def _abort(self, name: str, step: RunningStep) -> None:
+        for request in step.opened:
+            if request in self.live:
+                self.live[request].holds_cache = False
+                self.live[request].started = None
+        self.tell(StepAborted(name))
 
     def _end_requests(self, requests: tuple[int, ...], outcome: str) -> None:
         for request in requests:
@@ -387,6 +400,7 @@ class Driver:
         transfer = device.transfers.get(name)
         on_the_way = set(transfer.pages) if transfer is not None and not transfer.cancelled else set()
         assert device.mapped[name] | on_the_way == set(range(len(spec.pages))), "a run starts without its pages"
+        opened = tuple(request for request in action.requests if not self.live[request].holds_cache)
         for request in action.requests:
             live = self.live[request]
             assert live.request.model == name
@@ -399,7 +413,7 @@ class Driver:
         seconds = self._seconds if isinstance(self._seconds, float) else self._seconds[name]
         self.longest_step = max(self.longest_step, seconds)
         begins = None if on_the_way else self.now
-        self.steps[name] = RunningStep(action.requests, self.now, seconds, begins)
+        self.steps[name] = RunningStep(action.requests, self.now, seconds, opened, begins)
 
     def _check_cache(self, name: str) -> None:
         spec = self.device.specs[name]
