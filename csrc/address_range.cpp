@@ -105,7 +105,12 @@ void AddressRange::close() {
   for (size_t slot = 0; slot < frames_.size(); ++slot) {
     if (frames_[slot] != kUnmapped) slots.push_back(static_cast<int64_t>(slot));
   }
-  unmap_sorted(slots);
+  try {
+    unmap_sorted(slots);
+  } catch (const DeviceFailed&) {
+    // The device is gone, and its mappings with it.
+    std::fill(frames_.begin(), frames_.end(), kUnmapped);
+  }
 }
 
 }  // namespace computron

@@ -85,6 +85,7 @@ class Backend : public std::enable_shared_from_this<Backend> {
   // NUMA node of the device, -1 if there is none or it is unknown.
   virtual int numa_node() const { return -1; }
 
+  // Throws std::invalid_argument unless Faults knows the operation.
   virtual void inject_fault(const std::string& operation, uint64_t after, const std::string& message) = 0;
   // Called first in every thread that uses the device.
   virtual void bind_thread() {}

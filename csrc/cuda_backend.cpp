@@ -2,6 +2,7 @@
 
 #include "cuda_copier.hpp"
 #include "cuda_pool.hpp"
+#include "fault.hpp"
 
 namespace computron {
 
@@ -41,9 +42,8 @@ int CudaBackend::numa_node() const { return context_.attribute(cuda::kAttributeH
 void CudaBackend::inject_fault(const std::string& operation, uint64_t after, const std::string& message) {
   const cuda::StandinInject inject = context_.driver().standin_inject;
   if (!inject) throw TransferError("faults can be injected into the stand-in driver only, not into a real device");
-  if (inject(operation.c_str(), after, message.c_str()) != 0) {
-    throw std::invalid_argument("the stand-in driver knows no operation \"" + operation + "\"");
-  }
+  Faults::require(operation);
+  inject(operation.c_str(), after, message.c_str());
 }
 
 std::unique_ptr<PoolMemory> CudaBackend::create_pool(size_t frame_bytes, size_t frames) {

@@ -101,7 +101,7 @@ struct AccessDescription {
 
 // What only the tests' stand-in for the driver exports.
 constexpr const char* kStandinInject = "computron_standin_inject";
-using StandinInject = int (*)(const char* operation, uint64_t after, const char* message);
+using StandinInject = void (*)(const char* operation, uint64_t after, const char* message);
 
 struct Driver {
 #define COMPUTRON_DECLARE(name, parameters) Result(*name) parameters = nullptr;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 
@@ -11,6 +12,15 @@ namespace computron {
 
 class Faults {
  public:
+  // "copy", "map" and "create" fail once; "device" is a copy after which nothing works any more.
+  static bool knows(const std::string& operation) {
+    return operation == "copy" || operation == "map" || operation == "create" || operation == "device";
+  }
+
+  static void require(const std::string& operation) {
+    if (!knows(operation)) throw std::invalid_argument("fault injection knows no operation \"" + operation + "\"");
+  }
+
   // Call number `after` (0: the next) of `operation` will fail, once, with `message`.
   void inject(const std::string& operation, uint64_t after, const std::string& message) {
     std::lock_guard lock(mutex_);

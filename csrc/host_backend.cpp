@@ -38,6 +38,7 @@ size_t HostBackend::free_memory() const {
 }
 
 void HostBackend::inject_fault(const std::string& operation, uint64_t after, const std::string& message) {
+  Faults::require(operation);
   faults_.inject(operation, after, message);
 }
 

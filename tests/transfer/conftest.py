@@ -171,12 +171,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
         driver.delay(0)
     device.close()
     del device.backend
-    gc.collect()
+    gc.collect(1)
     assert len(os.listdir("/proc/self/fd")) <= descriptors, "file descriptors leak"
     if driver:
+        driver.reset()
         leaked = {key: driver.count(key) - before[key] for key in LIVING}
         assert not any(leaked.values()), f"the driver still holds {leaked}"
-        driver.reset()
 
 
 @pytest.fixture
