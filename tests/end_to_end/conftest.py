@@ -57,7 +57,7 @@ _SMALL: dict[str, Any] = {
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_SMALL, vocab_size=512, intermediate_size=256, num_key_value_heads=2),
     "opt": lambda: OPTConfig(**_SMALL, vocab_size=512, ffn_dim=256),
-    "gpt2": lambda: GPT2Config(**_SMALL, vocab_size=512),
+    "gpt2": lambda: GPT2Config(**_SMALL, vocab_size=512, bos_token_id=None, eos_token_id=None),
     "bert": lambda: BertConfig(**_SMALL, vocab_size=512, intermediate_size=256),
     "vit": lambda: ViTConfig(**{**_SMALL, "max_position_embeddings": None}, image_size=32, patch_size=8, num_labels=5),
 }
