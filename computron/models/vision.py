@@ -43,9 +43,11 @@ def load_image_processor(model: ModelConfig, folder: Path | None) -> ImageProces
             "copy it from the model's original checkpoint"
         )
     try:
-        kind = json.loads(file.read_text(encoding="utf-8")).get("image_processor_type") or ""
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
         # Asked for by name, because the Auto class of some versions wants torchvision for any of them.
-        chosen: Any = getattr(transformers, kind.removesuffix("Fast") + "Pil", None)
+        name = kind.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor") + "Pil"
+        chosen: Any = getattr(transformers, name, None)
         if chosen is not None:
             return ImageProcessor(chosen.from_pretrained(str(folder)))
         load = cast(Any, transformers.AutoImageProcessor).from_pretrained

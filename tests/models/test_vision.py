@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -54,6 +55,24 @@ def test_labels_are_those_of_the_config(vit):
     assert vit.plan.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     assert vit.plan.activation == "softmax"
     assert vit.plan.takes_images
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_processor_type": "ViTImageProcessorFast"},
+        {"image_processor_type": "ViTFeatureExtractor", "size": 32},
+        {"feature_extractor_type": "ViTFeatureExtractor", "size": 32},
+    ],
+)
+def test_older_and_newer_names_of_a_processor_are_understood(settings, new_checkpoint, config, vit):
+    folder = new_checkpoint("classify", "vit")
+    file = folder / "preprocessor_config.json"
+    content = json.loads(file.read_text())
+    del content["image_processor_type"]
+    file.write_text(json.dumps(content | settings))
+    processor = plan_model(config(folder, task="classify")).image_processor
+    assert torch.equal(processor(picture()), vit.pixels(picture()))
 
 
 def test_a_checkpoint_without_preprocessor_is_refused(new_checkpoint, config):
