@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import select
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from computron import _transfer
 from computron.memory.host_store import HostStore
@@ -179,3 +181,32 @@ def make_swapper(backend, make_store):
         if not swapper._closed:
             swapper.check()
         swapper.close()
+
+
+def finish(swapper: Swapper, count: int = 1):
+    """Outcomes of the next `count` swaps to end."""
+    poller = select.poll()
+    poller.register(swapper.completions_fd, select.POLLIN)
+    outcomes = []
+    while len(outcomes) < count:
+        assert poller.poll(30_000), "no completion came"
+        outcomes.extend(swapper.completions())
+    return outcomes
+
+
+@pytest.fixture(name="finish")
+def finish_fixture():
+    return finish
+
+
+@pytest.fixture
+def device_bytes():
+    """The bytes of resident pages of a registered image, through its address range as torch sees it."""
+
+    def read(swapper: Swapper, registered, pages) -> dict[int, bytes]:
+        swapper._mapper.drain()
+        view = torch.from_dlpack(registered.parameters.dlpack())
+        sizes = registered.image.page_sizes
+        return {page: view[page * PAGE : page * PAGE + sizes[page]].numpy().tobytes() for page in pages}
+
+    return read
