@@ -48,6 +48,7 @@ class Node:
         self._stepping: str | None = None
         self._wake: asyncio.TimerHandle | None = None
         self._busy = BusyClock()
+        self._swap_errors: dict[str, str] = {}  # the last one of each model
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -228,6 +229,7 @@ class Node:
                     worker.perform(action)
                 except SwapFailed as error:
                     log.error("swap_in_refused model=%s error=%s", action.model, error)
+                    self._swap_errors[action.model] = str(error)
                     self._events.append(events.SwapFailed(action.model, action.pages))
             case actions.Evict():
                 worker.perform(action)
@@ -238,7 +240,7 @@ class Node:
     def _reject(self, action: actions.Reject) -> None:
         handle = self._handles.get(action.request)
         if handle is not None:
-            self._end(handle, outcome="rejected", error=rejection(action))
+            self._end(handle, outcome="rejected", error=rejection(action, self._swap_errors.get(action.model)))
 
     def _wake_at(self, moment: float) -> None:
         if self._wake is not None:
@@ -345,6 +347,7 @@ class Node:
                 return events.SwapCancelled(model, outcome.pages, outcome.arrived)
             case _:
                 log.error("swap_failed model=%s error=%s", model, outcome.error)
+                self._swap_errors[model] = outcome.error or "unknown"
                 return events.SwapFailed(model, outcome.pages)
 
     def _compute_seconds(self) -> float:

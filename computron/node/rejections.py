@@ -8,8 +8,8 @@ from computron.scheduling.actions import Reject, RejectReason
 RETRY_AFTER = 1.0  # seconds a client is told to wait where nothing better is known
 
 
-def rejection(action: Reject) -> ComputronError:
-    """The error that the request's reader gets."""
+def rejection(action: Reject, swap_error: str | None) -> ComputronError:
+    """The error that the request's reader gets. `swap_error`: the words of the model's last failed swap-in."""
     model = action.model
     match action.reason:
         case RejectReason.QUEUE_FULL:
@@ -23,7 +23,8 @@ def rejection(action: Reject) -> ComputronError:
             return DeadlineExceeded("the request's deadline passed before it could be started")
         case RejectReason.SWAP_FAILED:
             return SwapFailed(
-                f"model {model!r} could not be brought to the device; try again later", retry_after=RETRY_AFTER
+                f"model {model!r} could not be brought to the device: {swap_error}; try again later",
+                retry_after=RETRY_AFTER,
             )
         case RejectReason.UNKNOWN_MODEL:
             return ModelNotFound(f"The model `{model}` does not exist.", param="model")

@@ -190,9 +190,9 @@ class Worker:
         pages = -(-plan.image.nbytes // self.page_bytes) + (1 if plan.cache is not None else 0)
         if pages > self.frames:
             raise ConfigError(
-                f"model {plan.config.id!r} needs {pages * self.page_bytes / MIB:.0f} MiB of device memory"
+                f"model {plan.config.id!r} needs {pages * self.page_bytes / MIB:.1f} MiB of device memory"
                 f"{' (its parameters and one page of KV cache)' if plan.cache is not None else ''}, but device.memory "
-                f"is {self.frames * self.page_bytes / MIB:.0f} MiB: raise device.memory or choose a smaller dtype",
+                f"is {self.frames * self.page_bytes / MIB:.1f} MiB: raise device.memory or choose a smaller dtype",
                 param="device.memory",
             )
 
