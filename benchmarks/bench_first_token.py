@@ -13,7 +13,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from _common import Report, arguments
+from _common import Report, arguments, uses_cuda
 
 from computron import _transfer
 from computron.config import Config, DeviceConfig, HostConfig, ModelConfig
@@ -124,7 +124,9 @@ async def measure(report: Report, quick: bool, cuda: bool, seed: int) -> None:
     total = sum(first.segment_bytes)
     for name, ratio in ({"link": None} if cuda else RATIOS).items():
         bandwidth = None if ratio is None else total / (compute * ratio)
-        bench = Bench(model, prompt, DeviceConfig(kind="cuda" if cuda else "host", memory=memory, link_bandwidth=bandwidth))
+        bench = Bench(
+            model, prompt, DeviceConfig(kind="cuda" if cuda else "host", memory=memory, link_bandwidth=bandwidth)
+        )
         await bench.start()
         await bench.ask()
         shares: list[float] = []
@@ -171,7 +173,7 @@ def link_speed(backend: _transfer.Backend) -> float:
 def main() -> None:
     options = arguments(__doc__ or "")
     report = Report("First token after a swap", options)
-    cuda = options.device == "cuda"
+    cuda = uses_cuda(options)
     asyncio.run(measure(report, options.quick, cuda, options.seed))
     report.finish()
 
