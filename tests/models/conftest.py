@@ -33,10 +33,8 @@ from transformers import (
 )
 
 from computron.config import ModelConfig
-from computron.errors import CheckpointError
 from computron.models import ModelPlan
 from computron.models.byte_tokenizer import byte_tokenizer
-from computron.models.demo import DemoModels, demo_models
 
 VOCABULARY = 300
 _TEXT: dict[str, Any] = {
@@ -183,11 +181,3 @@ def filling_gate() -> Callable[[ModelPlan], FillingGate]:
 @pytest.fixture(scope="session")
 def auto() -> Callable[[str, str], Any]:
     return auto_class
-
-
-@pytest.fixture(scope="session")
-def demo() -> DemoModels:
-    try:
-        return demo_models()
-    except CheckpointError as error:
-        pytest.skip(str(error))
