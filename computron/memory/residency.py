@@ -58,7 +58,10 @@ class _Image:
 
 
 class Residency:
-    """Images, their pages and caches, and the frames they own. Every refusal leaves the ledger as it was."""
+    """Images, their pages and caches, and the frames they own. Every refusal leaves the ledger as it was.
+
+    Used from one thread, but for `add_image`.
+    """
 
     def __init__(self, pool: FramePool) -> None:
         self._pool = pool
@@ -175,7 +178,7 @@ class Residency:
         return FrameCounts(
             free=self._pool.free,
             parameters=len(self._held),
-            cache=sum(len(image.cache) for image in self._images.values()),
+            cache=sum(len(image.cache) for image in list(self._images.values())),
             arriving=sum(held.arriving is not None for held in self._held.values()),
             shared=sum(held.references > 1 for held in self._held.values()),
         )
@@ -184,7 +187,7 @@ class Residency:
         """Raises AssertionError unless every frame has exactly one owner and every reference is counted."""
         owned = [held.frame for held in self._held.values()]
         references: dict[int, int] = {}
-        for image_id, image in self._images.items():
+        for image_id, image in list(self._images.items()):
             owned.extend(image.cache)
             pages = set(image.resident)
             if image.plan:

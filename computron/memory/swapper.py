@@ -118,10 +118,17 @@ class Swapper:
         """Start to bring pages to the device, in this order; contents that are there for other images are only mapped.
 
         The end comes out of `completions`, also that of a swap that cannot even start because a checkpoint changed.
+        Raises DeviceFailed if the device is lost.
         """
         plan = self._residency.begin(image_id, pages)
         swap = Swap(self._registered[image_id].image, plan, self._verify)
-        self._start(swap, image_id, urgency)
+        try:
+            self._start(swap, image_id, urgency)
+        except BaseException:
+            self._residency.abandon(image_id)
+            if swap.lease is not None:
+                self._store.release(swap.lease, ())
+            raise
         self._swaps[image_id] = swap
         self._by_transfer[swap.transfer.id] = swap
         return swap
