@@ -1,14 +1,15 @@
 """How near is the first token after a swap to a perfect pipeline of transfer and compute?
 
-A model that has been evicted is asked for one token. Its layers' times are measured in the same run while it is resident,
-the link is emulated so that transfer and compute stand at 3:1, 1:1 and 1:3 (on CUDA: the real link, one row), and the
-bound is what a pipeline without any overhead would need: stage k starts when its own bytes are there and stage k-1 is
-done. Baseline: that bound.
+A model that has been evicted is asked for one token. Its layers' times are measured in the same run while it is
+resident, the link is emulated so that transfer and compute stand at 3:1, 1:1 and 1:3 (on CUDA: the real link, one row),
+and the bound is what a pipeline without any overhead would need: stage k starts when its own bytes are there and stage
+k-1 is done. Baseline: that bound.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 import time
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Bench:
         await self.node.startup()
         served = self.node.models[MODEL]
         ends = [0, *served.plan.image.segment_ends]
-        self.segment_bytes = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        self.segment_bytes = [b - a for a, b in itertools.pairwise(ends)]
 
     async def ask(self) -> float:
         """Seconds from submission to the first token."""
@@ -92,7 +93,7 @@ class Bench:
             ended = time.perf_counter()
             first = {segment: before for segment, before, _ in reversed(timed.asked)}
             starts = [began, *(first[k] for k in range(1, len(self.segment_bytes))), ended]
-            runs.append([b - a for a, b in zip(starts, starts[1:], strict=False)])
+            runs.append([b - a for a, b in itertools.pairwise(starts)])
             return result
 
         executor.step = timed_step  # type: ignore[method-assign, assignment]
@@ -110,7 +111,7 @@ class Bench:
 async def measure(report: Report, quick: bool, cuda: bool, seed: int) -> None:
     repeats = 3 if quick else 9
     preset = "llama-3.2-1b" if cuda else "smollm2-135m"
-    prompt = 2048 if cuda else 192
+    prompt = 2048 if cuda else 512
     model = ModelConfig(id=MODEL, source=f"random:{preset}", dtype="bfloat16", max_batch_tokens=4096, seed=seed)
     memory = (8 << 30) if cuda else (768 << 20)
 
