@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator
-from operator import itemgetter
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -51,9 +50,9 @@ class Agenda:
     def first(self) -> ModelState | None:
         return self._entries[0][2] if self._entries else None
 
-    def first_after(self, key: Key) -> Key | None:
-        """The smallest key above `key`."""
-        place = bisect_right(self._entries, key, key=itemgetter(0))
+    def first_above(self, value: float, measure: Callable[[Key], float]) -> Key | None:
+        """The first key whose measure, which must not fall along the order, is above `value`."""
+        place = bisect_right(self._entries, value, key=lambda entry: measure(entry[0]))
         return self._entries[place][0] if place < len(self._entries) else None
 
     def head(self, count: int) -> list[ModelState]:

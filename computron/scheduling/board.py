@@ -18,7 +18,7 @@ from computron.scheduling.waiting import Ticket
 
 class Board:
     """A model with work that is not in a step is either resident or not, and so on these agendas:
-    due_ready, due_absent: by the time from which on nothing due later may delay it.
+    due_ready, due_absent: by the earliest limit of its requests.
     ready: by rank (priority, then the one that waited longest). absent: the same, unless its pages are on their way.
     A model on none of them costs nothing until an event names it.
 
@@ -49,6 +49,7 @@ class Board:
         self.complete = 0  # models with every page on the device
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._foretold: list[tuple[float, int, int, ModelState]] = []
+        self._largest = 0  # pages of the largest model so far
         self._added = 0
         self._pinned_version = 0
 
@@ -57,6 +58,7 @@ class Board:
     def add_model(self, spec: ModelSpec) -> ModelState:
         model = ModelState(spec, self._added, self.tuning)
         self._added += 1
+        self._largest = max(self._largest, len(spec.pages))
         self.models[spec.model] = model
         self.ledger.add(model.residency)
         if spec.pinned:
@@ -90,15 +92,29 @@ class Board:
 
     # Requests
 
-    def due_time(self, model: ModelState, since: float, deadline: float | None) -> float:
-        """A request is due ahead of its limit by what its own swap-in and one turn of another model may take."""
+    def limit(self, since: float, deadline: float | None = None) -> float:
+        """When a request that began to wait at `since` shall have been in a step."""
         limit = since + self.max_wait
-        if deadline is not None:
-            limit = min(limit, deadline)
-        return limit - self.link.seconds(len(model.spec.pages)) * (1.0 + self.tuning.keep)
+        return limit if deadline is None else min(limit, deadline)
+
+    @property
+    def lead(self) -> float:
+        """How long before its limit a request is due: a swap-in, and the turn of another model, may lie between."""
+        swap = self.link.seconds(self._largest)
+        return min(self.tuning.lead_share * self.max_wait, (1.0 + self.tuning.keep) * swap)
+
+    def is_due(self, model: ModelState, now: float) -> bool:
+        """Has the time come from which on nothing with a later limit may delay the model?"""
+        return model.limit - self.lead <= now
+
+    def next_due(self, now: float) -> float | None:
+        """When the next model that lacks pages will be due."""
+        lead = self.lead
+        limit = self.due_absent.first_above(now, lambda key: key[0] - lead)
+        return None if limit is None else limit[0] - lead
 
     def enqueue(self, request: Request, model: ModelState) -> None:
-        ticket = Ticket(request, model, self.due_time(model, request.arrival, request.deadline))
+        ticket = Ticket(request, model, self.limit(request.arrival, request.deadline))
         self.tickets[request.id] = ticket
         model.waiting.push(ticket)
         if request.deadline is not None:
@@ -108,19 +124,11 @@ class Board:
         ticket.model.waiting.remove(ticket)
         ticket.model.admitted[ticket.request.id] = ticket
 
-    def preempt(self, ticket: Ticket, now: float) -> None:
-        """An admitted sequence loses its cache and waits again, from now on."""
-        model = ticket.model
-        del model.admitted[ticket.request.id]
-        ticket.since = now
-        ticket.due = self.due_time(model, now, None)
-        model.waiting.push(ticket)
-        self.file(model)
-
-    def readmit_later(self, ticket: Ticket) -> None:
-        """It was admitted to a step that came to nothing: it waits as before."""
+    def requeue(self, ticket: Ticket) -> None:
+        """What was admitted waits again; its limit stays, so that it waits no longer for having lost its place."""
         del ticket.model.admitted[ticket.request.id]
         ticket.model.waiting.push(ticket)
+        self.file(ticket.model)
 
     def forget(self, ticket: Ticket) -> None:
         """The request has ended, in whichever way."""
@@ -221,20 +229,20 @@ class Board:
         residency = model.residency
         self._file_holder(model)
         if model.step is not None or not model.has_work:
-            model.due = math.inf
+            model.limit = math.inf
             for agenda in (self.due_ready, self.ready, self.due_absent, self.absent):
                 agenda.drop(model)
             return
-        model.due, rank = self._keys(model)
+        model.limit, rank = self._keys(model)
         if residency.complete:
             self.due_absent.drop(model)
             self.absent.drop(model)
-            self.due_ready.file(model, (model.due,))
+            self.due_ready.file(model, (model.limit,))
             self.ready.file(model, rank)
             return
         self.due_ready.drop(model)
         self.ready.drop(model)
-        self.due_absent.file(model, (model.due,))
+        self.due_absent.file(model, (model.limit,))
         if model.loading:
             self.absent.drop(model)
         else:
@@ -245,21 +253,21 @@ class Board:
         return self._keys(model)[1]
 
     def _keys(self, model: ModelState) -> tuple[float, tuple[float, float]]:
-        """When it is due, and its rank. What waits for a place in its own full batch does not count in either."""
-        due = since = math.inf
+        """Its earliest limit, and its rank. What waits for a place in its own full batch does not count in either."""
+        limit = since = math.inf
         priority: int | None = None
         if model.admitted:
             tickets = model.admitted.values()
-            due = min(ticket.due for ticket in tickets)
+            limit = min(ticket.limit for ticket in tickets)
             since = min(ticket.since for ticket in tickets)
             priority = max(ticket.request.priority for ticket in tickets)
         if model.waiting and model.free_slots > 0:
-            ticket = model.waiting.first_due()
-            due, since = min(due, ticket.due), min(since, ticket.since)
+            ticket = model.waiting.most_urgent()
+            limit, since = min(limit, ticket.limit), min(since, ticket.since)
             first = model.waiting.first_ranked().request.priority
             priority = first if priority is None else max(priority, first)
         assert priority is not None
-        return due, (-priority, since)
+        return limit, (-priority, since)
 
     def _file_holder(self, model: ModelState) -> None:
         """Keep `idle`, `busy` and the count of pages that idle models hold."""
@@ -280,7 +288,7 @@ class Board:
             assert (model in self.due_ready) == (model in self.ready) == (has_agenda and residency.complete), f"{model}"
             assert (model in self.due_absent) == (has_agenda and not residency.complete), f"{model}"
             assert (model in self.absent) == (has_agenda and not residency.complete and not model.loading), f"{model}"
-            assert model.due == (self._keys(model)[0] if has_agenda else math.inf), f"{model} is due at another time"
+            assert model.limit == (self._keys(model)[0] if has_agenda else math.inf), f"{model} has another limit"
             assert (model.name in self.loading) == (residency.swap is not None)
             assert (model.name in self.running) == (model.step is not None)
             assert (model.name in self.cached) == (residency.cache > 0)

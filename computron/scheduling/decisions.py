@@ -2,7 +2,7 @@
 
 The cases, in this order:
 1. Deadlines that passed: reject.
-2. Something is due: it is served next, strictly in the order in which things became due.
+2. Something is due: it is served next, strictly in the order of the limits.
    - resident: nothing else starts before it.
    - absent: its swap-in is ordered, by force if need be; one under way for something later is cancelled.
    - on its way: others run only if they will have ended when it can start.
@@ -72,8 +72,8 @@ class Decisions:
         board = self._board
         demand = self._demand()
         due = board.due_absent.first()
-        if due is not None and is_due(due, now):
-            if demand is not None and demand is not due and demand.step is None and not is_due(demand, now):
+        if due is not None and board.is_due(due, now):
+            if demand is not None and demand is not due and demand.step is None and not board.is_due(demand, now):
                 self._orders.cancel(demand)
             if due.loading:
                 self._orders.make_demand(due)
@@ -81,7 +81,7 @@ class Decisions:
                 self._orders.swap_in(due, Urgency.DEMAND, Reach.DUE, now)
             return
         if demand is not None:
-            if not demand.has_work and board.absent and not demand.spec.pinned:
+            if not demand.has_work and board.due_absent and not demand.spec.pinned:
                 self._orders.cancel(demand)
             return
         for model in board.load_asked.values():
@@ -116,7 +116,7 @@ class Decisions:
             model = self._choose(refused, now)
             if model is None:
                 return
-            reach = Reach.DUE if is_due(model, now) else Reach.AGREED
+            reach = Reach.DUE if board.is_due(model, now) else Reach.AGREED
             if not self._orders.start(model, reach, now):
                 refused.add(model.name)
 
@@ -127,10 +127,10 @@ class Decisions:
         if demand is not None and (demand.step is not None or not demand.has_work or demand.name in refused):
             demand = None
         early = demand is not None and now >= self._early_start_time(demand)
-        awaited = demand if demand is not None and is_due(demand, now) else None  # others may not delay its start
+        awaited = demand if demand is not None and board.is_due(demand, now) else None  # others may not delay its start
         due = next((model for model in board.due_ready.head(count) if model.name not in refused), None)
-        if due is not None and is_due(due, now):
-            if awaited is None or due.due <= awaited.due or (not early and self._ends_before(due, awaited, now)):
+        if due is not None and board.is_due(due, now):
+            if awaited is None or due.limit <= awaited.limit or (not early and self._ends_before(due, awaited, now)):
                 return due
         elif awaited is None and self._frames_come_free_for_due(now):
             return None
@@ -145,8 +145,9 @@ class Decisions:
 
     def _frames_come_free_for_due(self, now: float) -> bool:
         """Something due waits for the end of a cancelled transfer; no step shall now hold the frames that it needs."""
-        first = self._board.due_absent.first()
-        return first is not None and is_due(first, now) and self._orders.cancelling()
+        board = self._board
+        first = board.due_absent.first()
+        return first is not None and board.is_due(first, now) and self._orders.cancelling()
 
     def _early_start_time(self, model: ModelState) -> float:
         """When a run may start whose pages are still on the link. It holds the node until they have come.
@@ -212,7 +213,7 @@ class Decisions:
     # 7. When nothing goes
 
     def _serve_by_force(self, now: float) -> None:
-        models = sorted([*self._board.due_ready, *self._board.due_absent], key=lambda model: model.due)
+        models = sorted([*self._board.due_ready, *self._board.due_absent], key=lambda model: model.limit)
         for model in models:
             if model.residency.complete:
                 if self._orders.start(model, Reach.ALL, now):
@@ -235,9 +236,9 @@ class Decisions:
         deadline = board.next_deadline()
         if deadline is not None:
             times.append(deadline)
-        due = board.due_absent.first_after((now,))
+        due = board.next_due(now)
         if due is not None:
-            times.append(due[0])
+            times.append(due)
         foretold = board.next_foretold()
         if self._prefetch and foretold is not None and not foretold[1].residency.complete:
             times.append(foretold[0])
@@ -248,8 +249,3 @@ class Decisions:
         if ahead and (self._wake is None or min(ahead) < self._wake):
             self._wake = min(ahead)
             self._orders.actions.append(WakeAt(self._wake))
-
-
-def is_due(model: ModelState, now: float) -> bool:
-    """Has the time come from which on nothing due later may delay the model?"""
-    return model.due <= now

@@ -54,7 +54,7 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
                 return plan
     if reach >= Reach.AGREED:
         for model in sorted(board.busy.values(), key=lambda model: model.last_used):
-            if model is target or _has_turn(target, model, reach, now):
+            if model is target or _has_turn(board, target, model, reach, now):
                 continue
             if reach > Reach.AGREED or policy.may_take(board, target, model, now):
                 plan.take_pages(model, whole=policy.whole_models)
@@ -74,18 +74,18 @@ def _groups(models: dict[str, ModelState], size: int) -> Iterator[list[ModelStat
         yield group
 
 
-def _has_turn(target: ModelState, victim: ModelState, reach: Reach, now: float) -> bool:
+def _has_turn(board: Board, target: ModelState, victim: ModelState, reach: Reach, now: float) -> bool:
     """Does the victim's turn stand against the target?
 
     1. It came in so recently that its swap-in has not paid off: yes.
-    2. It is due, and was so before the target: yes.
+    2. It is due, and its limit is not after the target's: yes.
     3. It has not run since it came in: yes, unless the target is due.
     """
     if reach == Reach.ALL:
         return False
     if now < victim.turn_end:
         return True
-    if victim.due <= min(now, target.due):
+    if board.is_due(victim, now) and victim.limit <= target.limit:
         return True
     return reach == Reach.AGREED and not victim.stepped
 
@@ -102,7 +102,7 @@ def _sequences(board: Board, target: ModelState, reach: Reach, now: float) -> li
         if ticket is not senior
         and ticket.model is not target
         and ticket.model.step is None
-        and not _has_turn(target, ticket.model, reach, now)
+        and not _has_turn(board, target, ticket.model, reach, now)
     ]
     return sorted(paused, key=preemption_order)
 

@@ -41,5 +41,5 @@ def oldest(model: ModelState) -> float:
     """When the oldest of its requests began to wait. The model has work."""
     times = [ticket.request.arrival for ticket in model.admitted.values()]
     if model.waiting:
-        times.append(model.waiting.first_due().request.arrival)
+        times.append(model.waiting.most_urgent().request.arrival)
     return min(times)

@@ -45,10 +45,10 @@ class ModelState:
     __slots__ = (
         "admitted",
         "arrivals",
-        "due",
         "failures",
         "idle_pages",
         "last_used",
+        "limit",
         "load_asked",
         "name",
         "number",
@@ -76,7 +76,7 @@ class ModelState:
         self.last_used = -math.inf
         self.stepped = False  # has run since it came in
         self.turn_end = -math.inf  # until then it keeps its frames while it has work
-        self.due = math.inf  # when its first request is due; never while it is in a step or has none
+        self.limit = math.inf  # the earliest of its requests' limits; never while it is in a step or has none
         self.failures = 0  # swap-ins that failed since the last one that did not
         self.idle_pages = 0  # its share of the board's count
         self.room_alone: tuple[int, int] | None = None  # the board's memory of it, and for which set of pinned models
@@ -120,11 +120,11 @@ class ModelState:
             return 0
         return frames_for(self.held_blocks + more_blocks, self.spec.blocks_per_frame)
 
-    def least_cache_need(self, now: float) -> int:
+    def least_cache_need(self, horizon: float) -> int:
         """Frames without which its next step cannot be: for what is admitted, or else for the first that waits."""
         if self.admitted or not self.waiting:
             return self.cache_need()
-        return self.cache_need(self.waiting.first(now).blocks)
+        return self.cache_need(self.waiting.first(horizon).blocks)
 
     def expected_step(self) -> float | None:
         return self.steps.expected(opening=bool(self.waiting))

@@ -49,9 +49,9 @@ class Orders:
             return False
         frames = board.ledger.lacking(residency)
         if frames > board.ledger.free:
-            self.set_cache(model, min(residency.cache, model.least_cache_need(now)))
+            self.set_cache(model, min(residency.cache, model.least_cache_need(now + board.lead)))
         while not self._make_room(model, frames + self._cache_gap(model, now), reach, REASONS[urgency], now):
-            if reach < Reach.ALL or not self._preempt_own(model, now):
+            if reach < Reach.ALL or not self._preempt_own(model):
                 return False
         seconds = board.link.seconds(frames)
         start = now
@@ -75,7 +75,7 @@ class Orders:
             return True
         plan = plan_room(board, self._policy, model, need, reach, now)
         if plan.enough:
-            self.actions += plan.commit(reason, now)
+            self.actions += plan.commit(reason)
             return True
         for other in list(board.loading.values()):
             swap = other.residency.swap
@@ -92,15 +92,15 @@ class Orders:
 
     def _cache_gap(self, model: ModelState, now: float) -> int:
         """Frames that the model's cache lacks for its next step."""
-        return max(0, model.least_cache_need(now) - model.residency.cache)
+        return max(0, model.least_cache_need(now + self._board.lead) - model.residency.cache)
 
-    def _preempt_own(self, model: ModelState, now: float) -> bool:
+    def _preempt_own(self, model: ModelState) -> bool:
         """Let one of several sequences go: the lowest priority and the youngest first, never the oldest."""
         if len(model.admitted) < 2:
             return False
         oldest = min(model.admitted.values(), key=lambda ticket: ticket.seniority)
         victim = min((ticket for ticket in model.admitted.values() if ticket is not oldest), key=preemption_order)
-        self._board.preempt(victim, now)
+        self._board.requeue(victim)
         self.actions.append(Preempt(model.name, victim.request.id))
         return True
 
@@ -133,7 +133,7 @@ class Orders:
                 return False
         else:
             while model.waiting and model.free_slots > 0:
-                board.admit(model.waiting.first(now))
+                board.admit(model.waiting.first(now + board.lead))
         opened = tuple(request for request in model.admitted if request not in before)
         board.begin_step(model, Step(model.admitted.copy(), early=not residency.complete, opened=opened), now)
         self.actions.append(Run(model.name, tuple(model.admitted)))
@@ -148,14 +148,14 @@ class Orders:
         """
         board, residency, per_frame = self._board, model.residency, model.spec.blocks_per_frame
         while not self._make_room(model, self._cache_gap(model, now), reach, EvictionReason.CACHE, now):
-            if self.cancelling() or not self._preempt_own(model, now):
+            if self.cancelling() or not self._preempt_own(model):
                 return False
         if not model.admitted:
-            board.admit(model.waiting.first(now))
+            board.admit(model.waiting.first(now + board.lead))
         blocks = model.held_blocks
         frames = max(residency.cache, frames_for(blocks, per_frame))
         while model.waiting and model.free_slots > 0:
-            ticket = model.waiting.first(now)
+            ticket = model.waiting.first(now + board.lead)
             wanted = max(frames, frames_for(blocks + ticket.blocks, per_frame))
             if not self._make_room(model, wanted - residency.cache, Reach.IDLE, EvictionReason.CACHE, now):
                 break

@@ -73,12 +73,12 @@ class RoomPlan:
             self.gained += now - frames
             self._caches[model.name] = frames
 
-    def commit(self, reason: EvictionReason, now: float) -> list[Action]:
+    def commit(self, reason: EvictionReason) -> list[Action]:
         """Carry the plan out on the board, and give the actions that do so on the device."""
         board = self._board
         actions: list[Action] = []
         for ticket in self._preempted:
-            board.preempt(ticket, now)
+            board.requeue(ticket)
             actions.append(Preempt(ticket.model.name, ticket.request.id))
         for name, frames in self._caches.items():
             board.set_cache(board.models[name], frames)

@@ -178,10 +178,10 @@ class Scheduler:
             board.forget(model.admitted[request])
         for request in step.cancelled & model.admitted.keys():
             board.forget(model.admitted[request])
-        due = board.due_time(model, now, None)
+        limit = board.limit(now)
         for request in step.tickets.keys() & model.admitted.keys():
             ticket = model.admitted[request]
-            ticket.since, ticket.due = now, due
+            ticket.since, ticket.limit = now, limit
         rejected = self._reject_outgrown(list(model.admitted.values()))
         board.file(model)
         return rejected
@@ -226,7 +226,7 @@ class Scheduler:
                 board.forget(ticket)
                 actions.append(Reject(request, model.name, RejectReason.SWAP_FAILED))
             elif request in step.opened:
-                board.readmit_later(ticket)
+                board.requeue(ticket)
         board.file(model)
         return actions
 
@@ -243,7 +243,7 @@ class Scheduler:
         if swap.alone and not swap.cancelled:
             board.link.add(swap.frames, event.seconds)
         model.failures = 0
-        self._pages_came(model, event.pages, event.seconds, now)
+        self._pages_came(model, swap, event.pages, now)
         return []
 
     def _swap_cancelled(self, event: SwapCancelled, now: float) -> list[Action]:
@@ -253,17 +253,17 @@ class Scheduler:
             raise self._invalid(event, "this transfer was not cancelled")
         if not set(event.arrived) <= set(swap.pages):
             raise self._invalid(event, "pages arrived that were not on their way")
-        self._pages_came(model, event.arrived, 0.0, now)
+        self._pages_came(model, swap, event.arrived, now)
         return []
 
-    def _pages_came(self, model: ModelState, pages: tuple[int, ...], seconds: float, now: float) -> None:
+    def _pages_came(self, model: ModelState, swap: Swap, pages: tuple[int, ...], now: float) -> None:
         """The transfer has ended with these pages. Its turn begins if the model is complete now."""
         board = self._board
         board.end_swap(model, pages)
         model.last_used = now
         if model.residency.complete:
             model.stepped = False
-            model.turn_end = now + board.tuning.keep * seconds
+            model.turn_end = now + board.tuning.keep * board.link.seconds(swap.frames)
             board.ask(model, load=False, unload=model.unload_asked)
         board.file(model)
 

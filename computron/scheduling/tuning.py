@@ -11,6 +11,8 @@ class Tuning:
 
     keep: a model that came in stays, while it has work, for at least this many times the seconds of its swap-in,
         so that swapping never takes more than 1 / (1 + keep) of the time.
+    lead_share: requests go first ahead of their limit by what a swap-in and a turn take, but by no more than this
+        share of `max_wait`, or very large models would leave no room for weighing.
     early_start: a run starts before its pages have come once the rest of the transfer takes at most this many of its
         steps. Above 1 so that a step that is longer than estimated still hides behind the transfer; 0 never starts
         early.
@@ -27,6 +29,7 @@ class Tuning:
     """
 
     keep: float = 1.0
+    lead_share: float = 0.5
     early_start: float = 2.0
     candidates: int = 16
     hidden_value: float = 0.2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from driver import Driver, spec
 
-from computron.scheduling.actions import CancelSwap, Evict, Preempt, Reject, Run, SetCache, SwapIn
+from computron.scheduling.actions import Evict, Preempt, Reject, Run, SetCache, SwapIn
 from computron.scheduling.scheduler import POLICIES
 
 
@@ -97,17 +97,6 @@ def test_content_in_flight_for_another_model_is_waited_for(policy):
     driver.drain()
     assert [swap.model for swap in driver.of(SwapIn)] == ["a", "b"]
     assert set(driver.outcomes.values()) == {"finished"}
-
-
-def test_swap_for_nobody_gives_way_to_one_for_somebody(policy):
-    driver = Driver(4, [spec("a", 4), spec("b", 4), spec("c", 1)], policy=policy)
-    driver.arrive(0, "c", 0.0)
-    driver.arrive(1, "a", 0.5)
-    driver.cancel(1, 0.6)
-    driver.arrive(2, "b", 0.65)
-    driver.drain()
-    assert CancelSwap("a") in driver.of(CancelSwap) or driver.outcomes[1] == "cancelled"
-    assert driver.outcomes[2] == "finished"
 
 
 def test_too_large_model_is_rejected_at_arrival(policy):

@@ -1,0 +1,160 @@
+"""What the default policy weighs: who comes, who leaves, what is fetched ahead, when a run starts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from driver import PAGE_SECONDS, Driver, spec
+
+from computron.scheduling.actions import CancelSwap, Evict, Run, SwapIn, Urgency
+from computron.scheduling.events import UnloadAsked
+
+
+def times(driver, kind, model):
+    return [time for time, action in driver.actions if isinstance(action, kind) and action.model == model]
+
+
+def test_only_as_many_pages_leave_as_are_needed_and_the_last_ones_first():
+    driver = Driver(8, [spec("a", 6), spec("b", 4)])
+    driver.arrive(1, "a")
+    driver.arrive(2, "b", 2.0)
+    driver.drain()
+    assert driver.of(Evict)[0].pages == (5, 4)
+
+
+def test_returning_model_brings_only_what_is_missing():
+    driver = Driver(8, [spec("a", 6), spec("b", 4)])
+    driver.arrive(1, "a")
+    driver.arrive(2, "b", 2.0)
+    driver.arrive(3, "a", 4.0)
+    driver.drain()
+    assert driver.of(SwapIn)[-1].pages == (4, 5)
+
+
+def test_rarely_used_model_leaves_before_a_popular_one():
+    driver = Driver(6, [spec("popular", 3), spec("rare", 3), spec("new", 3)], prefetch=False)
+    for number in range(10):
+        driver.arrive(number, "popular", 1.0 + 0.3 * number)
+    driver.arrive(20, "rare", 0.5)
+    driver.arrive(21, "rare", 3.85)  # used last
+    driver.arrive(22, "new", 4.2)
+    driver.drain()
+    assert {evict.model for evict in driver.of(Evict)} == {"rare"}
+
+
+def test_model_with_more_waiting_work_for_its_size_comes_first():
+    driver = Driver(12, [spec("now", 6), spec("few", 6), spec("many", 6)], step_seconds=1.0, prefetch=False)
+    driver.arrive(0, "now")
+    driver.arrive(1, "few", 0.1)
+    for number in range(4):
+        driver.arrive(10 + number, "many", 0.2)
+    driver.drain()
+    assert [swap.model for swap in driver.of(SwapIn)] == ["now", "many", "few"]
+
+
+def test_resident_model_is_served_while_another_comes():
+    driver = Driver(14, [spec("a", 2), spec("b", 10)])
+    for number in range(4):
+        driver.arrive(number, "a", 0.5 * number)
+    driver.arrive(10, "b", 2.0)
+    driver.arrive(11, "b", 4.0)
+    driver.arrive(12, "b", 4.5)
+    driver.at(5.0, UnloadAsked("b"))
+    driver.arrive(13, "b", 6.0)
+    driver.arrive(14, "a", 6.4)
+    driver.drain()
+    assert driver.waits[14] == 0.0
+    assert driver.waits[13] < 10 * PAGE_SECONDS
+
+
+def test_run_starts_before_its_pages_have_come():
+    driver = Driver(14, [spec("a", 2), spec("b", 10)], step_seconds=0.2)
+    driver.arrive(0, "a")
+    driver.arrive(1, "b", 1.0)
+    driver.at(3.0, UnloadAsked("b"))
+    driver.arrive(2, "b", 4.0)
+    driver.drain()
+    assert times(driver, Run, "b")[-1] == pytest.approx(4.0 + 1.0 - 2 * 0.2)
+
+
+def test_model_keeps_its_place_for_as_long_as_its_swap_in_took():
+    models = [spec("a", 4, batch=1), spec("b", 4, batch=1)]
+    driver = Driver(4, models, step_seconds=0.01, max_wait=100.0)
+    for number in range(200):
+        driver.arrive(number, "a", 0.001 * number)
+        driver.arrive(1000 + number, "b", 0.001 * number)
+    driver.drain()
+    # The last turn may be shorter: then the work is done.
+    swaps = [time for time, action in driver.actions if isinstance(action, SwapIn)]
+    gaps = [after - before for before, after in itertools.pairwise(swaps[:-1])]
+    assert min(gaps) >= 2 * 4 * PAGE_SECONDS - 0.02
+
+
+def test_next_wanted_model_is_fetched_behind_the_demand_into_free_frames():
+    driver = Driver(8, [spec("a", 4), spec("b", 4)])
+    driver.arrive(1, "a")
+    driver.arrive(2, "b", 0.1)
+    driver.drain()
+    assert [swap.urgency for swap in driver.of(SwapIn)] == [Urgency.DEMAND, Urgency.PREFETCH]
+    assert times(driver, SwapIn, "b") == [0.1]
+
+
+def test_fetch_ahead_takes_nothing_from_models_that_will_be_wanted_sooner():
+    driver = Driver(8, [spec("hot", 2), spec("a", 4), spec("b", 4)], step_seconds=0.01)
+    for number in range(20):
+        driver.arrive(number, "hot", 0.1 * number)
+    driver.arrive(100, "a", 1.0)
+    driver.arrive(101, "b", 1.05)
+    driver.drain()
+    assert not [evict for evict in driver.of(Evict) if evict.model == "hot"]
+
+
+def test_fetched_model_gives_its_frames_back_to_a_growing_cache():
+    models = [spec("a", 2, continuous=True, blocks_per_frame=1.0), spec("b", 1), spec("c", 30)]
+    driver = Driver(36, models, step_seconds=0.1)
+    driver.arrive(0, "b")
+    driver.arrive(1, "a", 0.5, steps=20, growth=1, blocks=1)
+    driver.arrive(2, "c", 1.5)
+    driver.drain()
+    assert set(driver.outcomes.values()) == {"finished"}
+
+
+def test_model_with_regular_requests_is_fetched_before_the_next_one():
+    driver = Driver(4, [spec("clock", 4), spec("other", 4)], step_seconds=0.05)
+    for number in range(8):
+        driver.arrive(number, "clock", 10.0 * number)
+    for number in range(7):
+        driver.arrive(100 + number, "other", 10.0 * number + 3.0 + (number % 3))
+    driver.drain()
+    assert driver.waits[1] > 0.0
+    assert driver.waits[7] == 0.0
+
+
+def test_prefetch_can_be_switched_off():
+    driver = Driver(8, [spec("a", 4), spec("b", 4)], prefetch=False)
+    driver.arrive(1, "a")
+    driver.arrive(2, "b", 0.1)
+    driver.drain()
+    assert {swap.urgency for swap in driver.of(SwapIn)} == {Urgency.DEMAND}
+    assert not driver.of(CancelSwap)
+
+
+def test_lru_evicts_whole_models_the_least_recently_used_first():
+    driver = Driver(9, [spec("a", 3), spec("b", 3), spec("c", 3), spec("d", 1)], policy="lru")
+    for number, name in enumerate("abca"):
+        driver.arrive(number, name, 2.0 * number)
+    driver.arrive(9, "d", 10.0)
+    driver.drain()
+    assert driver.of(Evict)[0].model == "b"
+    assert driver.of(Evict)[0].pages == (2, 1, 0)
+
+
+def test_lru_brings_nothing_before_the_oldest_request():
+    driver = Driver(12, [spec("now", 6), spec("few", 6), spec("many", 6)], step_seconds=1.0, policy="lru")
+    driver.arrive(0, "now")
+    driver.arrive(1, "few", 0.1)
+    for number in range(4):
+        driver.arrive(10 + number, "many", 0.2)
+    driver.drain()
+    assert [swap.model for swap in driver.of(SwapIn)] == ["now", "few", "many"]
