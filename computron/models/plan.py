@@ -176,6 +176,8 @@ def _max_model_len(
     if embedding is not None and embedding.max_length is not None:
         known = min(known, embedding.max_length) if known else embedding.max_length
     if model.max_model_len is None:
+        if not known and model.task == "generate":
+            raise ConfigError(f'model "{model.id}": its checkpoint names no longest context; set max_model_len')
         return known
     if known and model.max_model_len > known:
         raise ConfigError(

@@ -257,5 +257,14 @@ def test_a_longer_context_than_the_checkpoints_is_refused(checkpoint, config):
         plan_model(config(folder, max_model_len=65))
 
 
+def test_a_context_without_end_must_be_given_one(new_checkpoint, config):
+    folder = new_checkpoint("generate", "llama")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"max_position_embeddings": 0}))
+    with pytest.raises(ConfigError, match="names no longest context; set max_model_len"):
+        plan_model(config(folder))
+    assert plan_model(config(folder, max_model_len=500)).max_model_len == 500
+
+
 def test_positions_that_roberta_reserves_for_padding_do_not_count(checkpoint, config):
     assert plan_model(config(checkpoint("embed", "roberta"), task="embed")).max_model_len == 62
