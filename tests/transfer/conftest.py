@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from computron import _transfer
 from computron._transfer import AddressRange, Backend, DevicePool, HostMemory, Source, Transfer, TransferEngine
 
