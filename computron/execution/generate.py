@@ -17,6 +17,7 @@ from computron.execution.blocks import BLOCK_TOKENS, BlockAllocator, blocks_for
 from computron.execution.host_linear import speed_up_linears
 from computron.execution.kv_cache import KVCache
 from computron.execution.packed_batch import PackedBatch, Work
+from computron.execution.positions import position_limit
 from computron.execution.requests import FailedOutput, GenerateJob, Job, Output, StepResult, TextOutput
 from computron.execution.sampling import UNUSABLE, Ranked, rank, sample
 from computron.execution.sequence import Running
@@ -50,7 +51,8 @@ class GenerateExecutor:
         self._frame_bytes = frame_bytes
         self._budget = max(plan.config.max_batch_tokens, plan.config.max_batch_size)
         capacity = self._cache.capacity * BLOCK_TOKENS
-        self._max_len = min(plan.max_model_len or capacity, capacity)
+        limits = (capacity, plan.max_model_len, position_limit(module.config))
+        self._max_len = min(limit for limit in limits if limit)
         self._sequences: dict[int, Running] = {}
         self._started: set[int] = set()  # those that hold, or may come to hold, blocks
         self._text = TokenText(model)

@@ -20,6 +20,7 @@ class Detokenizer:
     def __init__(self, decode: Decode, prompt: Sequence[int] = ()) -> None:
         self._decode = decode
         self._context = list(prompt[-CONTEXT_TOKENS:])
+        self._before = decode(self._context).rstrip(REPLACEMENT)  # half a character at its end will be completed
         self._run: list[int] = []
 
     def append(self, token: int) -> str:
@@ -29,6 +30,7 @@ class Detokenizer:
         if not text or text.endswith(REPLACEMENT):
             return ""
         self._context, self._run = self._run, []
+        self._before = self._decode(self._context)
         return text
 
     def finish(self) -> str:
@@ -38,8 +40,7 @@ class Detokenizer:
         return text
 
     def _run_text(self) -> str:
-        before = self._decode(self._context).rstrip(REPLACEMENT)
-        return self._decode(self._context + self._run)[len(before) :]
+        return self._decode(self._context + self._run)[len(self._before) :]
 
 
 class StopStrings:

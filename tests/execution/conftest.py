@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from computron.config import ModelConfig
-from computron.execution.executor import Executor, make_executor
-from computron.execution.requests import GenerateJob, Job, Output, SamplingParams, StepResult, TextOutput
-from computron.models import LoadedModel, OpenGate, load_model, plan_model
-from computron.models.byte_tokenizer import byte_tokenizer
 from transformers import (
     Gemma2Config,
     GPT2Config,
@@ -25,6 +20,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+
+from computron.config import ModelConfig
+from computron.execution.executor import Executor, make_executor
+from computron.execution.requests import GenerateJob, Job, Output, SamplingParams, StepResult, TextOutput, TokenLogprob
+from computron.models import Gate, LoadedModel, OpenGate, load_model, plan_model
+from computron.models.byte_tokenizer import byte_tokenizer
 
 VOCABULARY = 300
 FRAME_BYTES = 1 << 16
@@ -52,6 +53,31 @@ CONFIGS: Mapping[str, Callable[[], PretrainedConfig]] = {
 }
 
 
+class Answer:
+    """All that one request gave."""
+
+    def __init__(self, outputs: Sequence[Output]) -> None:
+        self.outputs = list(outputs)
+        self.texts = [output for output in outputs if isinstance(output, TextOutput)]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for output in self.texts for token in output.tokens]
+
+    @property
+    def text(self) -> str:
+        return "".join(output.text for output in self.texts)
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        return [each for output in self.texts for each in output.logprobs]
+
+    @property
+    def finish(self) -> tuple[str | None, str | int | None]:
+        assert all(output.finish_reason is None for output in self.texts[:-1])
+        return self.texts[-1].finish_reason, self.texts[-1].stop_reason
+
+
 class Rig:
     """One model and its executor. Frames of the cache are "mapped" up to `frames`; what lies beyond holds NaNs."""
 
@@ -61,7 +87,7 @@ class Rig:
         if model.plan.cache is not None:
             self.cache = torch.full((cache_bytes,), 0xFF, dtype=torch.uint8)
         self.executor: Executor = make_executor(model, self.cache, FRAME_BYTES)
-        self.gate = OpenGate()
+        self.gate: Gate = OpenGate()
         self._ids = itertools.count()
         if self.cache is not None:
             self.executor.set_cache(cache_bytes // FRAME_BYTES)
@@ -75,8 +101,8 @@ class Rig:
     def step(self, requests: Sequence[int]) -> StepResult:
         return self.executor.step(requests, self.gate)
 
-    def run(self, jobs: Sequence[Job], on_step: Callable[[int, list[int]], None] | None = None) -> list[list[Output]]:
-        """Run all jobs together to their end; gives the outputs of each. `on_step(step, running)` comes before each."""
+    def run(self, jobs: Sequence[Job], on_step: Callable[[int, list[int]], None] | None = None) -> list[Answer]:
+        """Run all jobs together to their end. `on_step(step, running)` is called before each step."""
         requests = [self.add(job) for job in jobs]
         outputs: dict[int, list[Output]] = {request: [] for request in requests}
         running = list(requests)
@@ -89,15 +115,7 @@ class Rig:
             for output in result.outputs:
                 outputs[output.request].append(output)
             running = [request for request in running if request not in result.finished]
-        return [outputs[request] for request in requests]
-
-
-def tokens_of(outputs: Sequence[Output]) -> list[int]:
-    return [token for output in outputs if isinstance(output, TextOutput) for token in output.tokens]
-
-
-def text_of(outputs: Sequence[Output]) -> str:
-    return "".join(output.text for output in outputs if isinstance(output, TextOutput))
+        return [Answer(outputs[request]) for request in requests]
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +175,7 @@ def rig(family: Callable[[str], tuple[PreTrainedModel, Path]], load: Callable[..
 
 @pytest.fixture
 def greedy() -> Callable[..., GenerateJob]:
-    def job(prompt: Sequence[int], max_tokens: int = 12, **settings: Any) -> GenerateJob:
+    def job(prompt: Sequence[int], max_tokens: int = 8, **settings: Any) -> GenerateJob:
         return GenerateJob(tuple(prompt), SamplingParams(max_tokens, temperature=0.0, **settings))
 
     return job
@@ -176,7 +194,7 @@ def reference(family: Callable[[str], tuple[PreTrainedModel, Path]]) -> Callable
     """What transformers generates greedily, computed once for each prompt."""
     known: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
 
-    def generate(name: str, prompt: Sequence[int], max_tokens: int = 12) -> list[int]:
+    def generate(name: str, prompt: Sequence[int], max_tokens: int = 8) -> list[int]:
         key = (name, tuple(prompt), max_tokens)
         if key not in known:
             ids = torch.tensor([prompt])
@@ -187,4 +205,45 @@ def reference(family: Callable[[str], tuple[PreTrainedModel, Path]]) -> Callable
             known[key] = out[0, len(prompt) :].tolist()
         return list(known[key])
 
-    return copy.copy(generate)
+    return generate
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Small models are quicker without a second thread, the more so beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with single_thread():
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2(load: Callable[..., LoadedModel]) -> tuple[Rig, list[list[int]], list[list[int]]]:
+    """SmolLM2 in float32 if the demo models have been fetched: a rig, twenty prompts, what transformers makes of them."""
+    from transformers import AutoModelForCausalLM
+
+    from computron.models.demo import cache_folder
+
+    folder = cache_folder() / "demo" / "smollm2-135m-instruct"
+    if not folder.is_dir():
+        pytest.skip("the demo models have not been fetched: python -m computron.models.demo")
+    text = (
+        "The history of the lighthouse begins long before electricity. Fires were lit on hilltops, later on towers, "
+        "to guide ships past rocks and into harbours. With time the fires became lamps, and the lamps got lenses. "
+    ) * 3
+    rig = Rig(load(folder, max_batch_size=20), cache_bytes=128 << 20)
+    prompts = [rig.model.encode(text[: 8 + 11 * index]) for index in range(20)]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = []
+    with single_thread():
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+            expected.append(out[0, len(prompt) :].tolist())
+    return rig, prompts, expected
