@@ -55,12 +55,22 @@ class Decisions:
         if self._prefetch:
             self._fetch_behind(now)
             self._fetch_ahead(now)
-        self._obey(now)
+        if board.unload_asked or board.load_asked:
+            self._obey(now)
         if not board.running and not board.loading and (board.due_ready or board.due_absent):
             self._serve_by_force(now)
-        self._release_caches()
+        if board.cached:
+            self._release_caches()
         self._ask_to_wake(now)
         return actions
+
+    def nothing_new(self, model: ModelState) -> bool:
+        """Has a request without a deadline that came for this model changed nothing that could be decided now?
+
+        1. The model is in a step: the request can join the next one at the earliest.
+        2. Others wait for the same model already, and the link is taken.
+        """
+        return model.step is not None or (model.work > 1 and self._demand() is not None)
 
     def time_passed(self) -> None:
         """The timer has gone off."""
@@ -129,11 +139,14 @@ class Decisions:
         early = demand is not None and now >= self._early_start_time(demand)
         awaited = demand if demand is not None and board.is_due(demand, now) else None  # others may not delay its start
         due = next((model for model in board.due_ready.head(count) if model.name not in refused), None)
-        if due is not None and board.is_due(due, now):
-            if awaited is None or due.limit <= awaited.limit or (not early and self._ends_before(due, awaited, now)):
-                return due
-        elif awaited is None and self._frames_come_free_for_due(now):
+        if due is not None and not board.is_due(due, now):
+            due = None
+        if awaited is None and self._frames_come_free(due, now):
             return None
+        if due is not None and (
+            awaited is None or due.limit <= awaited.limit or (not early and self._ends_before(due, awaited, now))
+        ):
+            return due
         if awaited is not None and early:
             return awaited
         ready = [model for model in board.ready.head(count) if model.name not in refused]
@@ -143,11 +156,13 @@ class Decisions:
             return demand
         return self._policy.next_to_run(board, ready, now) if ready else None
 
-    def _frames_come_free_for_due(self, now: float) -> bool:
-        """Something due waits for the end of a cancelled transfer; no step shall now hold the frames that it needs."""
+    def _frames_come_free(self, due: ModelState | None, now: float) -> bool:
+        """Is a cancelled transfer about to end for something due before `due`? No step shall hold what that needs."""
         board = self._board
         first = board.due_absent.first()
-        return first is not None and board.is_due(first, now) and self._orders.cancelling()
+        if first is None or not board.is_due(first, now) or (due is not None and due.limit <= first.limit):
+            return False
+        return self._orders.cancelling()
 
     def _early_start_time(self, model: ModelState) -> float:
         """When a run may start whose pages are still on the link. It holds the node until they have come.
@@ -179,15 +194,14 @@ class Decisions:
     # 5. Who is fetched behind the demand
 
     def _fetch_behind(self, now: float) -> None:
-        """One model, at a lower urgency; a demand overtakes it on the link, and may have its frames."""
+        """The next one wanted, at a lower urgency; a demand overtakes it on the link, and may have its frames."""
         board = self._board
         demand = self._demand()
         if demand is None or len(board.loading) > 1 or not board.absent:
             return
         candidates = board.absent.head(board.tuning.candidates)
-        for model in self._policy.next_to_bring(board, candidates, now):
-            if self._orders.swap_in(model, Urgency.PREFETCH, Reach.SPARE, now):
-                return
+        for model in self._policy.next_to_bring(board, candidates, now)[:1]:
+            self._orders.swap_in(model, Urgency.PREFETCH, Reach.SPARE, now)
 
     def _fetch_ahead(self, now: float) -> None:
         """On an idle link, a model whose next request is about to come. Each forecast is tried once."""
@@ -232,20 +246,23 @@ class Decisions:
     def _ask_to_wake(self, now: float) -> None:
         """The next moment when time alone changes what should be done: a deadline, something due, an early start."""
         board = self._board
-        times = []
+        wake = self._wake if self._wake is not None else math.inf
+        earliest = wake
         deadline = board.next_deadline()
-        if deadline is not None:
-            times.append(deadline)
+        if deadline is not None and now < deadline < earliest:
+            earliest = deadline
         due = board.next_due(now)
-        if due is not None:
-            times.append(due)
-        foretold = board.next_foretold()
-        if self._prefetch and foretold is not None and not foretold[1].residency.complete:
-            times.append(foretold[0])
+        if due is not None and now < due < earliest:
+            earliest = due
+        if self._prefetch:
+            foretold = board.next_foretold()
+            if foretold is not None and now < foretold[0] < earliest and not foretold[1].residency.complete:
+                earliest = foretold[0]
         demand = self._demand()
         if demand is not None and demand.has_work and demand.step is None:
-            times.append(self._early_start_time(demand))
-        ahead = [time for time in times if now < time < math.inf]
-        if ahead and (self._wake is None or min(ahead) < self._wake):
-            self._wake = min(ahead)
-            self._orders.actions.append(WakeAt(self._wake))
+            early = self._early_start_time(demand)
+            if now < early < earliest:
+                earliest = early
+        if earliest < wake:
+            self._wake = earliest
+            self._orders.actions.append(WakeAt(earliest))

@@ -64,12 +64,12 @@ class Default:
         change = swap_seconds(board, target) + board.link.seconds(len(victim.spec.pages))
         return target.waited(now) >= victim.work * (change + (target.expected_step() or 0.0))
 
-    def may_spare(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
-        link_busy = max((end - now for end in board.transfer_ends()), default=0.0)
-        usable = max(0.0, link_busy) + swap_seconds(board, target)
+    def spare(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> list[ModelState]:
+        link_free = max(board.transfer_ends(), default=now)
+        usable = max(link_free - now, 0.0) + swap_seconds(board, target)
         if not target.has_work:
             usable = max(usable, target.arrivals.next_in(now))
-        return victim.arrivals.next_in(now) > usable
+        return [model for model in idle if model.arrivals.next_in(now) > usable]
 
 
 def swap_seconds(board: Board, model: ModelState) -> float:

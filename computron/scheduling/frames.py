@@ -46,7 +46,7 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
         return plan
     for group in _groups(board.idle, board.tuning.candidates):
         if reach == Reach.SPARE:
-            group = [model for model in group if policy.may_spare(board, target, model, now)]
+            group = policy.spare(board, target, group, now)
         for model, limit in policy.victims(board, target, group, now):
             if model is not target:
                 plan.take_pages(model, limit, policy.whole_models)

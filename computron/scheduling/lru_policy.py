@@ -33,8 +33,8 @@ class Lru:
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         return oldest(victim) > oldest(target)
 
-    def may_spare(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
-        return False
+    def spare(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> list[ModelState]:
+        return []
 
 
 def oldest(model: ModelState) -> float:

@@ -29,5 +29,5 @@ class Policy(Protocol):
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         """May `target` have pages of `victim`, which has work too, and whose turn is over?"""
 
-    def may_spare(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
-        """May `target` be fetched before its turn into pages of `victim`, which has no work?"""
+    def spare(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> list[ModelState]:
+        """Those of `idle` whose pages may be had to fetch `target` before its turn."""
