@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from computron.errors import BadRequest, ComputronError
+from computron.errors import BadRequest, SwapFailed
 from computron.execution.batching import by_group
 from computron.execution.requests import CustomJob, CustomOutput, FailedOutput, Job
 from computron.execution.single_pass import SinglePassExecutor
@@ -79,7 +79,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _call(name: str, together: bool, function: Callable[[], Result]) -> Result:
     try:
         return function()
-    except ComputronError:  # a swap that failed is nobody's fault here
+    except SwapFailed:  # nobody's fault here
         raise
     except Exception as error:
         raise _Failed(f"{name} raised {type(error).__name__}: {error}", together=together) from error

@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    ViTConfig,
+    ViTImageProcessorPil,
 )
 
 from computron.config import ModelConfig
@@ -42,6 +46,7 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": None,
 }
 _GROUPED = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2}
+_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 
 CONFIGS: Mapping[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_GROUPED),
@@ -50,7 +55,31 @@ CONFIGS: Mapping[str, Callable[[], PretrainedConfig]] = {
     "qwen2": lambda: Qwen2Config(**_GROUPED),
     "gemma2": lambda: Gemma2Config(**_GROUPED, head_dim=8, sliding_window=12, query_pre_attn_scalar=8),
     "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=11),
+    # Keys and values of different size.
+    "deepseek": lambda: DeepseekV3Config(
+        **{**_GROUPED, "num_key_value_heads": 4},
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        first_k_dense_replace=3,
+    ),
+    # Attention sinks, beside sliding windows in every other layer.
+    "gpt_oss": lambda: GptOssConfig(
+        **_GROUPED, head_dim=8, sliding_window=12, num_local_experts=2, num_experts_per_tok=1, rope_parameters=_PLAIN
+    ),
 }
+
+
+def random_model(auto_class: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """A model in which every parameter matters, also those that would start as zeros and ones."""
+    torch.manual_seed(7)
+    model: PreTrainedModel = auto_class.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
 
 
 class Answer:
@@ -120,12 +149,15 @@ class Rig:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTrainedModel], Path]:
-    """Saves a model, with a tokenizer of bytes, as a checkpoint folder."""
+    """Saves a model, with a tokenizer of bytes or an image processor, as a checkpoint folder."""
 
     def save(model: PreTrainedModel) -> Path:
         folder = tmp_path_factory.mktemp("checkpoint")
         model.save_pretrained(folder)
-        byte_tokenizer(model.config.get_text_config().vocab_size).save_pretrained(folder)
+        if isinstance(model.config, ViTConfig):
+            ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+        else:
+            byte_tokenizer(VOCABULARY).save_pretrained(folder)
         return folder
 
     return save
@@ -153,16 +185,27 @@ def family(checkpoint: Callable[[PreTrainedModel], Path]) -> Callable[[str], tup
 
     def make(name: str) -> tuple[PreTrainedModel, Path]:
         if name not in known:
-            torch.manual_seed(7)
-            model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
-            # Learned positions and norms start as zeros and ones: make them matter.
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.05)
+            model = random_model(AutoModelForCausalLM, CONFIGS[name]())
             known[name] = (model, checkpoint(model))
         return known[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(checkpoint: Callable[[PreTrainedModel], Path]) -> Callable[..., tuple[PreTrainedModel, Path]]:
+    """random_checkpoint(auto class, config): transformers' own model, in memory, and its checkpoint folder."""
+
+    def make(auto_class: Any, config: PretrainedConfig) -> tuple[PreTrainedModel, Path]:
+        model = random_model(auto_class, config)
+        return model, checkpoint(model)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def new_rig() -> Callable[[LoadedModel], Rig]:
+    return Rig
 
 
 @pytest.fixture
@@ -225,7 +268,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def smollm2(load: Callable[..., LoadedModel]) -> tuple[Rig, list[list[int]], list[list[int]]]:
-    """SmolLM2 in float32 if the demo models have been fetched: a rig, twenty prompts, what transformers makes of them."""
+    """SmolLM2 in float32, if the demo models have been fetched: a rig, twenty prompts, what transformers generates."""
     from transformers import AutoModelForCausalLM
 
     from computron.models.demo import cache_folder

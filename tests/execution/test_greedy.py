@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-FAMILIES = ["llama", "opt", "gpt2", "qwen2", "gemma2", "mistral"]
+FAMILIES = ["llama", "opt", "gpt2", "qwen2", "gemma2", "mistral", "deepseek", "gpt_oss"]
 FRAME_BYTES = 1 << 16
 
 

@@ -11,7 +11,7 @@ from computron.execution.text import Detokenizer, StopStrings
 from computron.models.byte_tokenizer import byte_tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-TEXTS = ["hello world, hello words", "naïve café – 漢字かな 🙂🙃", "def f(x):\n    return x ** 2\n", "ääöö ßß"] * 5
+TEXTS = ["hello world, hello words", "naïve café, 漢字かな 🙂🙃", "def f(x):\n    return x ** 2\n", "ääöö ßß"] * 5
 
 
 def byte_level() -> Tokenizer:
