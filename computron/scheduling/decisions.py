@@ -136,24 +136,22 @@ class Decisions:
         demand = self._demand()
         if demand is not None and (demand.step is not None or not demand.has_work or demand.name in refused):
             demand = None
-        early = demand is not None and now >= self._early_start_time(demand)
         awaited = demand if demand is not None and board.is_due(demand, now) else None  # others may not delay its start
         due = next((model for model in board.due_ready.head(count) if model.name not in refused), None)
         if due is not None and not board.is_due(due, now):
             due = None
         if awaited is None and self._frames_come_free(due, now):
             return None
-        if due is not None and (
-            awaited is None or due.limit <= awaited.limit or (not early and self._ends_before(due, awaited, now))
-        ):
+        if due is not None and (awaited is None or due.limit <= awaited.limit):
             return due
-        if awaited is not None and early:
-            return awaited
         ready = [model for model in board.ready.head(count) if model.name not in refused]
         if awaited is not None:
             ready = [model for model in ready if self._ends_before(model, awaited, now)]
-        if demand is not None and early and (not ready or self._is_before(demand, ready[0])):
-            return demand
+        if demand is not None and now >= self._early_start_time(demand, alone=not ready):
+            if not ready or demand is awaited or board.rank(demand) < board.rank(ready[0]):
+                return demand
+        elif due in ready:
+            return due
         return self._policy.next_to_run(board, ready, now) if ready else None
 
     def _frames_come_free(self, due: ModelState | None, now: float) -> bool:
@@ -164,12 +162,12 @@ class Decisions:
             return False
         return self._orders.cancelling()
 
-    def _early_start_time(self, model: ModelState) -> float:
+    def _early_start_time(self, model: ModelState, *, alone: bool) -> float:
         """When a run may start whose pages are still on the link. It holds the node until they have come.
 
-        1. No step of the model has been timed: at once.
-        2. It generates, and no other model is resident that requests could come for: at once. A prompt may be longer
-           than those before it, and requests that come meanwhile join the next step.
+        1. Nothing else could run, and no step of the model has been timed: at once.
+        2. Nothing else could run, nor is another model resident that requests could come for, and this one generates:
+           at once. A prompt may be longer than those before it, and what comes meanwhile joins the next step.
         3. Else when the rest of the transfer is short against its step, so that compute still hides behind it, other
            models have the node until then, and what arrives meanwhile joins the batch.
         """
@@ -178,18 +176,15 @@ class Decisions:
         if swap is None or early == 0.0:
             return math.inf
         step = model.expected_step()
-        if step is None or (model.spec.continuous and self._board.complete == 0):
+        if alone and (step is None or (model.spec.continuous and self._board.complete == 0)):
             return -math.inf
-        return swap.expected_end - early * step
+        return math.inf if step is None else swap.expected_end - early * step
 
     def _ends_before(self, model: ModelState, due: ModelState, now: float) -> bool:
         """Would a step of `model` have ended by the time when `due`, whose pages are on the link, should start?"""
         swap, step = due.residency.swap, model.expected_step()
         assert swap is not None
         return step is not None and now + step <= swap.expected_end - (due.expected_step() or 0.0)
-
-    def _is_before(self, model: ModelState, other: ModelState) -> bool:
-        return self._board.rank(model) < self._board.rank(other)
 
     # 5. Who is fetched behind the demand
 
@@ -260,7 +255,7 @@ class Decisions:
                 earliest = foretold[0]
         demand = self._demand()
         if demand is not None and demand.has_work and demand.step is None:
-            early = self._early_start_time(demand)
+            early = self._early_start_time(demand, alone=not board.ready)
             if now < early < earliest:
                 earliest = early
         if earliest < wake:

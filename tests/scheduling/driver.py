@@ -355,6 +355,7 @@ class Driver:
                 assert live.request.model == model
                 assert live.holds_cache or not self.device.specs[model].blocks_per_frame
                 assert model not in self.steps or request not in self.steps[model].requests
+                self._check_not_the_oldest(live)
                 live.holds_cache = False
             case Run():
                 self._run(action)
@@ -414,6 +415,17 @@ class Driver:
         self.longest_step = max(self.longest_step, seconds)
         begins = None if on_the_way else self.now
         self.steps[name] = RunningStep(action.requests, self.now, seconds, opened, begins)
+
+    def _check_not_the_oldest(self, preempted: Live) -> None:
+        """The oldest sequence on the device keeps its cache, or two could take it from each other for ever."""
+        if any(request not in self.live for step in self.steps.values() for request in step.requests):
+            return  # one whose client has left holds its place until its step ends
+        holders = [
+            live
+            for live in self.live.values()
+            if live.holds_cache and self.device.specs[live.request.model].blocks_per_frame
+        ]
+        assert preempted is not min(holders, key=lambda live: (live.request.arrival, live.request.id))
 
     def _check_cache(self, name: str) -> None:
         spec = self.device.specs[name]

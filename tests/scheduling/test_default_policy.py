@@ -7,7 +7,7 @@ import itertools
 import pytest
 from driver import PAGE_SECONDS, Driver, spec
 
-from computron.scheduling.actions import CancelSwap, Evict, Run, SwapIn, Urgency
+from computron.scheduling.actions import CancelSwap, Evict, Preempt, Run, SwapIn, Urgency
 from computron.scheduling.events import UnloadAsked
 
 
@@ -78,6 +78,16 @@ def test_run_starts_before_its_pages_have_come():
     assert times(driver, Run, "b")[-1] == pytest.approx(4.0 + 1.0 - 2 * 0.2)
 
 
+def test_generation_goes_on_while_a_model_comes_whose_steps_are_unknown():
+    models = [spec("a", 2, continuous=True, blocks_per_frame=9.0), spec("b", 10)]
+    driver = Driver(20, models, step_seconds=0.1)
+    driver.arrive(0, "a", steps=20, blocks=1)
+    driver.arrive(1, "b", 0.55)
+    driver.drain()
+    starts = times(driver, Run, "a")
+    assert max(after - before for before, after in itertools.pairwise(starts[1:])) <= 0.2 + 1e-6
+
+
 def test_model_keeps_its_place_for_as_long_as_its_swap_in_took():
     models = [spec("a", 4, batch=1), spec("b", 4, batch=1)]
     driver = Driver(4, models, step_seconds=0.01, max_wait=100.0)
@@ -110,13 +120,16 @@ def test_fetch_ahead_takes_nothing_from_models_that_will_be_wanted_sooner():
     assert not [evict for evict in driver.of(Evict) if evict.model == "hot"]
 
 
-def test_fetched_model_gives_its_frames_back_to_a_growing_cache():
-    models = [spec("a", 2, continuous=True, blocks_per_frame=1.0), spec("b", 1), spec("c", 30)]
-    driver = Driver(36, models, step_seconds=0.1)
-    driver.arrive(0, "b")
-    driver.arrive(1, "a", 0.5, steps=20, growth=1, blocks=1)
-    driver.arrive(2, "c", 1.5)
+def test_fetch_ahead_gives_way_to_a_growing_cache():
+    models = [spec("a", 2, continuous=True, blocks_per_frame=1.0), spec("b", 10), spec("c", 10)]
+    driver = Driver(42, models, step_seconds=0.1)
+    driver.arrive(0, "a", steps=14, growth=1, blocks=1)
+    driver.arrive(1, "a", steps=14, growth=1, blocks=1)
+    driver.arrive(2, "b", 1.0)
+    driver.arrive(3, "c", 1.0)
     driver.drain()
+    assert driver.of(CancelSwap) == [CancelSwap("c")]
+    assert not driver.of(Preempt)
     assert set(driver.outcomes.values()) == {"finished"}
 
 

@@ -37,6 +37,16 @@ def test_requests_are_rejected_when_the_swap_in_fails_for_good():
     assert len(driver.of(SwapIn)) == 3
 
 
+def test_request_whose_step_waits_for_a_swap_in_given_up_is_rejected_too():
+    driver = Driver(4, [spec("b", 1), spec("a", 2)])
+    driver.failing_swaps = {1, 2, 3}
+    driver.arrive(0, "b")
+    driver.arrive(1, "a", 1.0)
+    driver.drain()
+    assert driver.outcomes == {0: "finished", 1: "swap_failed"}
+    assert len(driver.of(SwapIn)) == 4
+
+
 def test_model_works_again_after_its_swap_in_failed_for_good():
     driver = Driver(4, [spec("a", 2)])
     driver.failing_swaps = {0, 1, 2, 3}
