@@ -36,7 +36,9 @@ def build_folder() -> Path:
 
 def sanitizer_flags() -> list[str]:
     sanitizer = os.environ.get("COMPUTRON_SANITIZE", "")
-    return [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer", "-O1", "-Wno-maybe-uninitialized"] if sanitizer else []
+    return (
+        [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer", "-O1", "-Wno-maybe-uninitialized"] if sanitizer else []
+    )
 
 
 def is_current(output: Path, command: list[str], inputs: list[Path]) -> bool:
