@@ -5,36 +5,40 @@ A call like log.info("swap_in model=%s bytes=%d", model, nbytes) needs nothing m
 
 from __future__ import annotations
 
-import datetime
+import asyncio
+import contextlib
 import functools
 import json
 import logging
 import re
 import sys
+import time
 from typing import Any, Literal, TextIO
 
 from computron.api.exchange import current_request_id
 
+GATHERING_SECONDS = 0.05
+GATHERED_LINES = 1000
+
 _TEMPLATE = re.compile(r"(\w+)((?: \w+=%\S+)+)")
-_FIELD = re.compile(r" (\w+)=(%\S+)")
+_FIELD = re.compile(r" (\w+)=%")
 _PLAIN = re.compile(r"[^\s\"=]+")
 
 
 @functools.lru_cache(1024)
-def _fields_of(template: str) -> tuple[str, tuple[tuple[str, str], ...]] | None:
-    """("swap_in", (("model", "%s"), ("bytes", "%d"))); None if the message is not of that form."""
-    match = _TEMPLATE.fullmatch(template)
+def _fields_of(template: object) -> tuple[str, tuple[str, ...]] | None:
+    """("swap_in", ("model", "bytes")) of "swap_in model=%s bytes=%d"; None if the message is not of that form."""
+    match = _TEMPLATE.fullmatch(template) if isinstance(template, str) else None
     return (match[1], tuple(_FIELD.findall(match[2]))) if match is not None else None
 
 
 def _event(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
     """The event's name, or a whole message, and its fields."""
-    known = _fields_of(record.msg) if isinstance(record.msg, str) else None
+    known = _fields_of(record.msg)
     arguments = record.args if isinstance(record.args, tuple) else ()
     if known is None or len(known[1]) != len(arguments):
         return record.getMessage(), {}
-    event, keys = known
-    return event, {key: argument for (key, _), argument in zip(keys, arguments, strict=True)}
+    return known[0], dict(zip(known[1], arguments, strict=True))
 
 
 def _request_id(record: logging.LogRecord) -> str | None:
@@ -46,11 +50,9 @@ class TextFormatter(logging.Formatter):
     """`2026-01-31T12:00:00.000Z INFO computron.node: swap_in model=a bytes=3 request_id=…`"""
 
     def format(self, record: logging.LogRecord) -> str:
-        known = _fields_of(record.msg) if isinstance(record.msg, str) else None
-        if known is not None and isinstance(record.args, tuple) and len(record.args) == len(known[1]):
-            event, keys = known
-            pairs = [f"{key}={_quoted(form % (value,))}" for (key, form), value in zip(keys, record.args, strict=True)]
-            text = " ".join([event, *pairs])
+        if isinstance(record.args, tuple) and _fields_of(record.msg) is not None:
+            values = [value if isinstance(value, int | float) else _quoted(str(value)) for value in record.args]
+            text = record.msg % tuple(values)
         else:
             text = record.getMessage()
         line = f"{_time(record)} {record.levelname} {record.name}: {text}"
@@ -82,20 +84,59 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class GatheringHandler(logging.StreamHandler[TextIO]):
+    """Writes the lines of a busy event loop together, a moment later; each write costs more than what it writes.
+
+    A warning, or a line from another thread, is written at once, and what was gathered before it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._gathered: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._gathered.append(self.format(record) + self.terminator)
+            if record.levelno < logging.WARNING and len(self._gathered) < GATHERED_LINES:
+                if len(self._gathered) == 1:
+                    asyncio.get_running_loop().call_later(GATHERING_SECONDS, self.flush)
+                return
+            self.flush()
+        except RuntimeError:  # no loop runs in this thread
+            self.flush()
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        with self.lock or contextlib.nullcontext():
+            if self._gathered:
+                lines, self._gathered = self._gathered, []
+                self.stream.write("".join(lines))
+            super().flush()
+
+
 def set_up_logging(level: str, form: Literal["text", "json"], stream: TextIO | None = None) -> None:
     """Send all log lines to `stream`, standard error by default, from this level on."""
-    handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
+    handler = GatheringHandler(stream if stream is not None else sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)  # libraries: only what may matter
+    # What no formatter here shows need not be found out for every line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     logging.getLogger("computron").setLevel(level.upper())
 
 
 def _time(record: logging.LogRecord) -> str:
-    moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
 
 
+@functools.lru_cache(4)
+def _second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+@functools.lru_cache(1024)
 def _quoted(text: str) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import os
 import signal
@@ -50,6 +51,8 @@ async def serve(server: ServerConfig, node: ServingNode, metrics: Metrics, repor
     runner = await listen(make_app(node, server, metrics), server.host, server.port)
     try:
         await _startup(node, stop, reporter)
+        gc.collect()
+        gc.freeze()  # the models and libraries are here to stay: the collector need not look at them again
         reporter.ready(url(runner))
         signal_number = await stop.wait()
         log.info(

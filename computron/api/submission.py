@@ -27,7 +27,7 @@ class Submission:
         self._call = call
         self._handles: list[RequestHandle] = []
         self._pumps: list[asyncio.Task[None]] = []
-        self._outputs: asyncio.Queue[tuple[int, Output | ComputronError | None]] = asyncio.Queue()
+        self._outputs: asyncio.Queue[tuple[int, Output | ComputronError | None]] | None = None
         self._open = len(jobs)
 
     async def __aenter__(self) -> Submission:
@@ -48,7 +48,8 @@ class Submission:
             await self._close()
             raise
         if len(self._handles) > 1:
-            self._pumps = [asyncio.create_task(self._pump(*numbered)) for numbered in enumerate(self._handles)]
+            outputs = self._outputs = asyncio.Queue()
+            self._pumps = [asyncio.create_task(_pump(outputs, *numbered)) for numbered in enumerate(self._handles)]
         return self
 
     async def __aexit__(
@@ -66,7 +67,7 @@ class Submission:
         return self
 
     async def __anext__(self) -> tuple[int, Output]:
-        if len(self._handles) == 1:
+        if self._outputs is None:
             return 0, await anext(self._handles[0])
         while self._open:
             index, output = await self._outputs.get()
@@ -78,15 +79,6 @@ class Submission:
                 return index, output
         raise StopAsyncIteration
 
-    async def _pump(self, index: int, handle: RequestHandle) -> None:
-        try:
-            async for output in handle:
-                self._outputs.put_nowait((index, output))
-        except ComputronError as error:
-            self._outputs.put_nowait((index, error))
-        else:
-            self._outputs.put_nowait((index, None))
-
     def timings(self) -> Timings:
         """Where the time of the jobs went until now."""
         timings = [handle.timings for handle in self._handles]
@@ -97,6 +89,18 @@ class Submission:
             first_output_seconds=_largest(t.first_output_seconds for t in timings),
             total_seconds=_largest(t.total_seconds for t in timings),
         )
+
+
+async def _pump(
+    outputs: asyncio.Queue[tuple[int, Output | ComputronError | None]], index: int, handle: RequestHandle
+) -> None:
+    try:
+        async for output in handle:
+            outputs.put_nowait((index, output))
+    except ComputronError as error:
+        outputs.put_nowait((index, error))
+    else:
+        outputs.put_nowait((index, None))
 
 
 def _largest(values: Iterable[float | None]) -> float | None:

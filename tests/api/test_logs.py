@@ -19,7 +19,12 @@ def lines():
 
     def start(form, level="info"):
         set_up_logging(level, form, stream)
-        return lambda: stream.getvalue().splitlines()
+
+        def written():
+            root.handlers[0].flush()
+            return stream.getvalue().splitlines()
+
+        return written
 
     yield start
     root.handlers[:] = before[0]
@@ -73,3 +78,24 @@ def test_the_level_is_ours_alone(lines):
     logging.getLogger("computron.x").debug("ours")
     logging.getLogger("library").info("theirs")
     assert len(written()) == 1
+
+
+async def test_lines_of_a_busy_loop_are_written_together_and_warnings_at_once(lines, monkeypatch):
+    written: list[str] = []
+    lines("text")
+    handler = logging.getLogger().handlers[0]
+    monkeypatch.setattr(handler.stream, "write", written.append)
+    log = logging.getLogger("computron.x")
+    log.info("one")
+    log.info("two")
+    assert not written
+    log.warning("three")
+    assert [line.count("\n") for line in written] == [3]
+
+
+def test_lines_of_other_threads_are_written_at_once(lines, monkeypatch):
+    written: list[str] = []
+    lines("text")
+    monkeypatch.setattr(logging.getLogger().handlers[0].stream, "write", written.append)
+    logging.getLogger("computron.x").info("one")
+    assert len(written) == 1
