@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Literal
 
 from computron.scheduling.actions import Action, Reject, RejectReason
 from computron.scheduling.board import Board
@@ -33,6 +32,7 @@ from computron.scheduling.lru_policy import Lru
 from computron.scheduling.models import ModelState, Step, frames_for
 from computron.scheduling.policy import Policy
 from computron.scheduling.tuning import Tuning
+from computron.scheduling.views import Views
 from computron.scheduling.waiting import Ticket
 
 POLICIES: dict[str, Callable[[], Policy]] = {"default": Default, "lru": Lru}
@@ -42,7 +42,7 @@ class InvalidTransition(Exception):
     """An event that cannot be a fact: the scheduler and who drives it disagree. The text tells the last events."""
 
 
-class Scheduler:
+class Scheduler(Views):
     """Decides for one device what is swapped in, evicted and run.
 
     frames, frame_bytes: the device's memory for parameters and KV caches together.
@@ -70,13 +70,14 @@ class Scheduler:
                 raise ValueError(f"no policy {policy!r}; there are {', '.join(sorted(POLICIES))}")
             policy = POLICIES[policy]()
         self.policy = policy
-        self._board = Board(
+        board = Board(
             ledger=Ledger(frames),
             link=Link(link_bandwidth_hint, frame_bytes, tuning.smoothing),
             max_wait=max_wait,
             tuning=tuning,
         )
-        self._decisions = Decisions(self._board, policy, prefetch=prefetch, max_steps_in_flight=max_steps_in_flight)
+        super().__init__(board)
+        self._decisions = Decisions(board, policy, prefetch=prefetch, max_steps_in_flight=max_steps_in_flight)
         self._now = float("-inf")
         self._history: deque[tuple[float, Event]] = deque(maxlen=tuning.history)
         self._handlers: dict[type, Callable[..., list[Action]]] = {
@@ -346,57 +347,6 @@ class Scheduler:
     def _time_passed(self, event: TimePassed, now: float) -> list[Action]:
         self._decisions.time_passed()
         return []
-
-    # Views
-
-    @property
-    def free_frames(self) -> int:
-        return self._board.ledger.free
-
-    @property
-    def frames(self) -> int:
-        return self._board.ledger.frames
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        return tuple(self._board.models)
-
-    def queue_depth(self, model: str) -> int:
-        """Requests that wait for their first step, or for a new one after they lost their cache."""
-        return len(self._board.models[model].waiting)
-
-    def running_count(self, model: str) -> int:
-        """Requests that are in a step, or between two steps with their cache kept."""
-        return len(self._board.models[model].admitted)
-
-    @property
-    def waiting(self) -> int:
-        return sum(len(model.waiting) for model in self._board.models.values())
-
-    @property
-    def running(self) -> int:
-        return len(self._board.tickets) - self.waiting
-
-    def resident_fraction(self, model: str) -> float:
-        residency = self._board.models[model].residency
-        return residency.count / len(residency.contents) if residency.contents else 1.0
-
-    def cache_frames(self, model: str) -> int:
-        return self._board.models[model].residency.cache
-
-    def state(self, model: str) -> Literal["absent", "partial", "loading", "resident", "running"]:
-        known = self._board.models[model]
-        if known.step is not None:
-            return "running"
-        if known.loading:
-            return "loading"
-        if known.residency.complete:
-            return "resident"
-        return "partial" if known.residency.count else "absent"
-
-    def check(self) -> None:
-        """Raises AssertionError if the scheduler's books contradict each other."""
-        self._board.check()
 
     # Errors
 

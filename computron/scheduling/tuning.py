@@ -10,7 +10,7 @@ class Tuning:
     """How the scheduler weighs what it cannot know.
 
     keep: a model that came in stays, while it has work, for at least this many times the seconds of its swap-in,
-        so that swapping never takes more than 1 / (1 + keep) of the time.
+        so that models that displace each other spend at most 1 / (1 + keep) of their time on swapping.
     lead_share: requests go first ahead of their limit by what a swap-in and a turn take, but by no more than this
         share of `max_wait`, or very large models would leave no room for weighing.
     early_start: a run starts before its pages have come once the rest of the transfer takes at most this many of its
