@@ -1,0 +1,196 @@
+"""How many tokens a second does the generate executor give, without HTTP and without swaps?
+
+Against transformers.generate on the same weights, dtype and threads, in turns, medians:
+`generate.equal.ratio`: one batch of 8 prompts of equal length, all answers equally long.
+`generate.mixed.ratio`: a queue of requests whose prompts and answers differ in length (answers: exponential). We admit
+the next one as soon as a place of 8 is free; transformers takes them 8 at a time, padded, until the longest is done.
+Only tokens that were asked for count.
+
+With --serve also against `transformers serve --continuous-batching` over HTTP with 8 requests at once
+(`generate.serve.ratio`). What it needs beside transformers is installed into a folder of its own in the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from _common import Report, arguments, uses_cuda
+from _serve import Unavailable, transformers_serve
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from computron.config import ModelConfig
+from computron.execution.executor import Executor, make_executor
+from computron.execution.requests import GenerateJob, SamplingParams
+from computron.models import LoadedModel, OpenGate, load_model, plan_model
+from computron.models.demo import demo_models, shown_progress
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BATCH = 8
+FRAME = 1 << 20
+CACHE = 1 << 30
+QUESTIONS = (
+    "What is the capital of France?",
+    "Explain in simple words why the sky is blue.",
+    "Write a short poem about the sea.",
+    "List five uses of a brick.",
+    "How do I boil an egg?",
+    "Tell me a story about a fox and a crow.",
+    "What is the difference between a virus and a bacterium?",
+    "Give me three tips for learning a language.",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: tuple[int, ...]
+    answer: int
+
+
+class Ours:
+    def __init__(self, folder: str, dtype: str, device: torch.device) -> None:
+        plan = plan_model(ModelConfig("model", folder, dtype=dtype, max_batch_size=BATCH))  # type: ignore[arg-type]
+        image = torch.empty(plan.image.nbytes, dtype=torch.uint8)
+        plan.image.read_into(0, memoryview(image.numpy()))
+        self.model: LoadedModel = load_model(plan, image.to(device))
+        cache = torch.empty(CACHE, dtype=torch.uint8, device=device)
+        self.executor: Executor = make_executor(self.model, cache, FRAME)
+        self.executor.set_cache(CACHE // FRAME)
+
+    def run(self, requests: Sequence[Request], *, ignore_eos: bool = True) -> int:
+        """Tokens given; the next request is admitted when one has ended."""
+        for number, request in enumerate(requests):
+            sampling = SamplingParams(request.answer, temperature=0.0, ignore_eos=ignore_eos)
+            self.executor.add(number, GenerateJob(request.prompt, sampling))
+        waiting, running, tokens = list(range(len(requests))), list[int](), 0
+        while waiting or running:
+            while waiting and len(running) < BATCH:
+                running.append(waiting.pop(0))
+            result = self.executor.step(running, OpenGate())
+            tokens += len(result.outputs)
+            running = [number for number in running if number not in result.finished]
+        return tokens
+
+
+class Transformers:
+    def __init__(self, folder: str, dtype: str, device: torch.device) -> None:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model = model.eval().to(device)
+        self.device = device
+
+    def run(self, requests: Sequence[Request]) -> int:
+        """Tokens asked for; batch after batch."""
+        for start in range(0, len(requests), BATCH):
+            batch = requests[start : start + BATCH]
+            width, longest = max(len(r.prompt) for r in batch), max(r.answer for r in batch)
+            ids = torch.zeros((len(batch), width), dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, request in enumerate(batch):
+                ids[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
+                mask[row, width - len(request.prompt) :] = 1
+            self.model.generate(
+                ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                do_sample=False,
+                max_new_tokens=longest,
+                min_new_tokens=longest,
+                pad_token_id=0,
+            )
+        return sum(request.answer for request in requests)
+
+
+def equal_requests(generator: random.Random, vocabulary: int, answer: int) -> list[Request]:
+    return [Request(_prompt(generator, vocabulary, 64), answer) for _ in range(BATCH)]
+
+
+def mixed_requests(generator: random.Random, vocabulary: int, count: int, mean: int) -> list[Request]:
+    """Prompts of 16 to 192 tokens; answers of `mean` tokens on average, at most five times as many."""
+    answers = [min(5 * mean, max(4, round(generator.expovariate(1 / mean)))) for _ in range(count)]
+    return [Request(_prompt(generator, vocabulary, generator.randint(16, 192)), answer) for answer in answers]
+
+
+def _prompt(generator: random.Random, vocabulary: int, length: int) -> tuple[int, ...]:
+    return tuple(generator.randrange(10, vocabulary) for _ in range(length))
+
+
+def tokens_per_second(runs: dict[str, Callable[[], int]], repetitions: int, device: torch.device) -> dict[str, float]:
+    """The median of each; they take turns, after one run each to warm up."""
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(repetitions + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            tokens = run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repetition:
+                rates[name].append(tokens / (time.perf_counter() - started))
+    return {name: statistics.median(each) for name, each in rates.items()}
+
+
+def compare_with_serve(report: Report, ours: Ours, folder: str, repetitions: int, device: torch.device) -> None:
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    prompts = [ours.model.encode(ours.model.render_chat(chat), add_special_tokens=False) for chat in chats]
+    requests = [Request(tuple(prompt), 64) for prompt in prompts]
+    try:
+        with transformers_serve(folder, chats, max_tokens=64, device=device.type) as serve:
+            runs = {"ours": lambda: ours.run(requests, ignore_eos=False), "serve": serve}
+            rates = tokens_per_second(runs, repetitions, device)
+    except Unavailable as reason:
+        print(f"transformers serve was skipped: {reason}")
+        return
+    report.row("generate.serve.ratio", rates["ours"], "tokens/s", rates["serve"], rates["ours"] / rates["serve"])
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--serve", action="store_true", help="also run transformers serve --continuous-batching")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2, help="of torch; default: 2")
+    parser.add_argument("--model", help="a checkpoint folder; default: SmolLM2-135M-Instruct")
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", flags)
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if uses_cuda(options) else "cpu")
+    folder = options.model
+    if folder is None:
+        with shown_progress() as progress:
+            folder = str(demo_models(progress).smollm2)
+    ours, theirs = Ours(folder, options.dtype, device), Transformers(folder, options.dtype, device)
+    generator = random.Random(options.seed)
+    vocabulary = ours.model.plan.vocabulary
+    equal = equal_requests(generator, vocabulary, 32 if options.quick else 64)
+    mixed = mixed_requests(generator, vocabulary, *((24, 24) if options.quick else (48, 48)))
+    repetitions = 2 if options.quick else 5
+    report = Report(f"generate, {options.dtype}, {options.threads} threads, batch {BATCH}", options)
+    rates: dict[str, dict[str, float]] = {}
+    for name, requests in (("equal", equal), ("mixed", mixed)):
+        runs = {"ours": lambda r=requests: ours.run(r), "transformers": lambda r=requests: theirs.run(r)}
+        rates[name] = tokens_per_second(runs, max(1, repetitions // 2) if name == "mixed" else repetitions, device)
+        mine, baseline = rates[name]["ours"], rates[name]["transformers"]
+        report.row(f"generate.{name}.ratio", mine, "tokens/s", baseline, mine / baseline)
+    if options.serve:
+        compare_with_serve(report, ours, folder, repetitions, device)
+    report.plot(lambda axes: draw(axes, rates))
+    report.finish()
+
+
+def draw(axes: Axes, rates: dict[str, dict[str, float]]) -> None:
+    for offset, system in enumerate(("ours", "transformers")):
+        places = [index + 0.4 * offset for index in range(len(rates))]
+        axes.bar(places, [rates[name][system] for name in rates], width=0.38, label=system)
+    axes.set_xticks([index + 0.2 for index in range(len(rates))], list(rates))
+    axes.set_ylabel("tokens/s")
+    axes.legend()
+
+
+if __name__ == "__main__":
+    main()
