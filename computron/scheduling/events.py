@@ -53,6 +53,7 @@ class RequestCancelled:
 class StepFinished:
     """`finished`: requests answered. `cache_blocks`: for each one that goes on, the blocks its next step will hold.
 
+    A request that is in neither has made no progress, and will hold what it would have held in this step.
     `seconds`: of compute; time in which the step waited for pages does not count.
     """
 

@@ -169,19 +169,14 @@ class Scheduler(Views):
     def _step_finished(self, event: StepFinished, now: float) -> list[Action]:
         board, model = self._board, self._model(event, event.model)
         step = self._ended_step(event, model)
-        known = step.tickets.keys() | model.admitted.keys()
-        strangers = (event.cache_blocks.keys() | set(event.finished)) - known
+        strangers = set(event.finished) - model.admitted.keys()
         if strangers:
             raise self._invalid(event, f"requests {sorted(strangers)} are not admitted")
         going_on = model.spec.continuous
-        if going_on and model.spec.blocks_per_frame:
-            untold = step.tickets.keys() - set(event.finished) - step.cancelled - event.cache_blocks.keys()
-            if untold:
-                raise self._invalid(event, f"the cache blocks of requests {sorted(untold)} are missing")
         model.steps.add(event.seconds, opening=bool(step.opened))
         board.end_step(model, now)
-        for request, blocks in event.cache_blocks.items():
-            model.admitted[request].blocks = blocks
+        for request in event.cache_blocks.keys() & model.admitted.keys():
+            model.admitted[request].blocks = event.cache_blocks[request]
         for request in event.finished if going_on else list(step.tickets):
             board.forget(model.admitted[request])
         for request in step.cancelled & model.admitted.keys():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from driver import BANDWIDTH, FRAME_BYTES, Driver, spec
 
-from computron.scheduling.actions import SwapIn
+from computron.scheduling.actions import Run, SwapIn
 from computron.scheduling.events import (
     ModelAdded,
     ModelRemoved,
@@ -98,15 +98,22 @@ def test_contradictory_events_raise_and_tell_the_history():
     scheduler.check()
 
 
-def test_step_must_tell_the_cache_of_every_sequence_that_goes_on():
+def test_step_cannot_finish_requests_that_were_not_in_it():
     scheduler = Scheduler(frames=4, frame_bytes=FRAME_BYTES, link_bandwidth_hint=BANDWIDTH)
     scheduler.handle(ModelAdded(spec("a", 2, continuous=True, blocks_per_frame=1.0)), 0.0)
     scheduler.handle(RequestArrived(Request(1, "a", 0.0, cache_blocks=1)), 0.0)
     scheduler.handle(SwapFinished("a", (0, 1), 0.1), 0.1)
-    with pytest.raises(InvalidTransition, match=r"cache blocks of requests \[1\] are missing"):
-        scheduler.handle(StepFinished("a", (), 0.1), 0.2)
     with pytest.raises(InvalidTransition, match=r"requests \[7\] are not admitted"):
         scheduler.handle(StepFinished("a", (7,), 0.1, {1: 1}), 0.2)
+
+
+def test_request_that_made_no_progress_is_in_the_next_step_with_the_same_cache():
+    scheduler = Scheduler(frames=4, frame_bytes=FRAME_BYTES, link_bandwidth_hint=BANDWIDTH)
+    scheduler.handle(ModelAdded(spec("a", 2, continuous=True, blocks_per_frame=1.0)), 0.0)
+    scheduler.handle(RequestArrived(Request(1, "a", 0.0, cache_blocks=1)), 0.0)
+    scheduler.handle(SwapFinished("a", (0, 1), 0.1), 0.1)
+    assert scheduler.handle(StepFinished("a", (), 0.1), 0.2) == [Run("a", (1,))]
+    assert scheduler.cache_frames("a") == 1
 
 
 def test_unknown_policy_is_refused_by_name():
