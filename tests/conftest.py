@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch is imported: its threads shall sleep, not spin, while they wait for each other, or tests crawl on a
+# machine whose cores are busy with something else.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 
 from computron.errors import CheckpointError
