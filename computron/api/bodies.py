@@ -19,7 +19,7 @@ _PLACE = re.compile(r"(.*) - at `(?:key in )?`?\$\.?([^`]*)`", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `([^`]*)`")
 
 
-async def read_body(request: web.Request) -> bytes:
+async def read_body(request: web.BaseRequest) -> bytes:
     """The whole body. Raises PayloadTooLarge."""
     try:
         return await request.read()
@@ -27,7 +27,7 @@ async def read_body(request: web.Request) -> bytes:
         raise PayloadTooLarge(f"the body is larger than the {request._client_max_size} bytes that are taken") from error
 
 
-async def read_json(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T:
+async def read_json(request: web.BaseRequest, decoder: msgspec.json.Decoder[T]) -> T:
     """The body as the decoder's type. Raises BadRequest, naming the field, and PayloadTooLarge."""
     body = await read_body(request)
     try:

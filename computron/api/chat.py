@@ -36,7 +36,7 @@ from computron.execution.requests import GenerateJob, Output, SamplingParams, To
 _decoder = msgspec.json.Decoder(ChatBody)
 
 
-async def create_chat_completion(context: Context, request: web.Request) -> web.StreamResponse:
+async def create_chat_completion(context: Context, request: web.BaseRequest) -> web.StreamResponse:
     body = await read_json(request, _decoder)
     served = context.model(body.model, "generate")
     _check(body)

@@ -25,7 +25,7 @@ TOP = 5  # labels where the client names no number
 _decoder = msgspec.json.Decoder(ClassifyBody)
 
 
-async def create_classification(context: Context, request: web.Request) -> web.Response:
+async def create_classification(context: Context, request: web.BaseRequest) -> web.Response:
     body = await read_json(request, _decoder)
     served = context.model(body.model, "classify")
     call = read_call(request, body.priority)

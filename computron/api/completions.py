@@ -27,7 +27,7 @@ MAX_TOKENS = 16  # where the client says nothing, as OpenAI
 _decoder = msgspec.json.Decoder(CompletionBody)
 
 
-async def create_completion(context: Context, request: web.Request) -> web.StreamResponse:
+async def create_completion(context: Context, request: web.BaseRequest) -> web.StreamResponse:
     body = await read_json(request, _decoder)
     served = context.model(body.model, "generate")
     _check(body)

@@ -75,7 +75,7 @@ class Context:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def request_id(request: web.Request) -> str:
+def request_id(request: web.BaseRequest) -> str:
     """The client's own id if it is a sane one, otherwise a new one."""
     given = request.headers.get(REQUEST_ID)
     if given is not None and _REQUEST_ID.fullmatch(given):
@@ -83,7 +83,7 @@ def request_id(request: web.Request) -> str:
     return os.urandom(16).hex()
 
 
-def read_call(request: web.Request, priority: int | None = None) -> Call:
+def read_call(request: web.BaseRequest, priority: int | None = None) -> Call:
     """`priority`: vLLM's field of the body, where a lower value is served first; the header, if given, wins.
 
     Raises BadRequest.

@@ -21,7 +21,7 @@ from computron.execution.requests import EmbeddingOutput, EmbedJob
 _decoder = msgspec.json.Decoder(EmbeddingBody)
 
 
-async def create_embeddings(context: Context, request: web.Request) -> web.Response:
+async def create_embeddings(context: Context, request: web.BaseRequest) -> web.Response:
     body = await read_json(request, _decoder)
     served = context.model(body.model, "embed")
     call = read_call(request, body.priority)

@@ -18,8 +18,7 @@ from computron.execution.requests import CustomJob, CustomOutput
 _decoder = msgspec.json.Decoder()
 
 
-async def infer(context: Context, request: web.Request) -> web.Response:
-    model = request.match_info["model"]
+async def infer(context: Context, request: web.BaseRequest, model: str) -> web.Response:
     served = context.model(model, "custom")
     payload = await read_json(request, _decoder)
     call = read_call(request)

@@ -11,27 +11,24 @@ from computron.errors import ModelNotFound
 from computron.node.snapshot import ModelSnapshot
 
 
-async def list_models(context: Context, request: web.Request) -> web.Response:
+async def list_models(context: Context, request: web.BaseRequest) -> web.Response:
     return answer(ModelList(data=[_model(context, figures) for figures in context.node.snapshot().models]))
 
 
-async def show_model(context: Context, request: web.Request) -> web.Response:
-    model = request.match_info["model"]
+async def show_model(context: Context, request: web.BaseRequest, model: str) -> web.Response:
     context.model(model, None)
     return answer(_shown(context, model))
 
 
-async def load_model(context: Context, request: web.Request) -> web.Response:
+async def load_model(context: Context, request: web.BaseRequest, model: str) -> web.Response:
     """Order it, and tell the state it is in now: 202, since it becomes resident when nothing more urgent is done."""
-    model = request.match_info["model"]
     context.model(model, None)
     context.node.load(model)
     return answer(_shown(context, model), status=202)
 
 
-async def unload_model(context: Context, request: web.Request) -> web.Response:
+async def unload_model(context: Context, request: web.BaseRequest, model: str) -> web.Response:
     """Order it, and tell the state it is in now: 202, since it leaves the device when it is idle."""
-    model = request.match_info["model"]
     context.model(model, None)
     context.node.unload(model)
     return answer(_shown(context, model), status=202)

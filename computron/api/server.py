@@ -13,6 +13,7 @@ from typing import NoReturn, Protocol
 from aiohttp import web
 
 from computron.api.app import make_app
+from computron.api.edge import Edge
 from computron.api.protocol import ServingNode
 from computron.config import ServerConfig
 from computron.errors import ComputronError
@@ -48,7 +49,8 @@ async def serve(server: ServerConfig, node: ServingNode, metrics: Metrics, repor
     Raises CannotListen, and whatever the node raises when it starts up.
     """
     stop = _Stop(reporter)
-    runner = await listen(make_app(node, server, metrics), server.host, server.port)
+    app = make_app(node, server, metrics)
+    runner = await listen(app, server.host, server.port)
     try:
         await _startup(node, stop, reporter)
         gc.collect()
@@ -62,18 +64,18 @@ async def serve(server: ServerConfig, node: ServingNode, metrics: Metrics, repor
         await node.shutdown(server.drain_timeout)
     finally:
         await runner.cleanup()
+        app.close()
         stop.close()
         reporter.close()
     return signal_number
 
 
-async def listen(app: web.Application, host: str, port: int) -> web.AppRunner:
+async def listen(app: Edge, host: str, port: int) -> web.BaseRunner:
     """Listen before models are loaded, so that health checks have an answer and a wrong port costs no time.
 
     Raises CannotListen.
     """
-    # A client that leaves cancels its handler, and with it what the handler waits for.
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=LAST_WORDS)
+    runner = web.ServerRunner(app.server(), shutdown_timeout=LAST_WORDS)
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port, backlog=1024).start()
@@ -83,7 +85,7 @@ async def listen(app: web.Application, host: str, port: int) -> web.AppRunner:
     return runner
 
 
-def url(runner: web.AppRunner) -> str:
+def url(runner: web.BaseRunner) -> str:
     """Where clients find the server."""
     host, port = runner.addresses[0][:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

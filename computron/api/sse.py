@@ -30,7 +30,9 @@ class Chunks(Protocol):
     def last_chunks(self) -> Iterable[Any]: ...
 
 
-async def stream(request: web.Request, submission: Submission, chunks: Chunks, keep_alive: float) -> web.StreamResponse:
+async def stream(
+    request: web.BaseRequest, submission: Submission, chunks: Chunks, keep_alive: float
+) -> web.StreamResponse:
     """Answer with one event for each chunk, then [DONE].
 
     Nothing is sent before the first output or `keep_alive` seconds, so that an early error still has its HTTP status;
@@ -71,7 +73,7 @@ async def stream(request: web.Request, submission: Submission, chunks: Chunks, k
 
 
 async def _first(
-    request: web.Request, response: web.StreamResponse, submission: Submission, keep_alive: float
+    request: web.BaseRequest, response: web.StreamResponse, submission: Submission, keep_alive: float
 ) -> tuple[int, Output]:
     """The first output, with comments while it is not there."""
     while True:

@@ -19,7 +19,7 @@ _tokenize_decoder = msgspec.json.Decoder(TokenizeBody)
 _detokenize_decoder = msgspec.json.Decoder(DetokenizeBody)
 
 
-async def tokenize(context: Context, request: web.Request) -> web.Response:
+async def tokenize(context: Context, request: web.BaseRequest) -> web.Response:
     body = await read_json(request, _tokenize_decoder)
     served = _text_model(context, body.model)
     tokens = await _tokens(context, served, body)
@@ -29,7 +29,7 @@ async def tokenize(context: Context, request: web.Request) -> web.Response:
     return answer(result)
 
 
-async def detokenize(context: Context, request: web.Request) -> web.Response:
+async def detokenize(context: Context, request: web.BaseRequest) -> web.Response:
     body = await read_json(request, _detokenize_decoder)
     served = _text_model(context, body.model)
     return answer({"prompt": served.loaded.decode(body.tokens, skip_special_tokens=False)})

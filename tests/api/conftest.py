@@ -263,12 +263,14 @@ class Server:
 async def run_server(**settings: Any) -> AsyncIterator[Server]:
     """A server with these settings of ServerConfig, listening on a free port."""
     node, metrics = FakeNode(), Metrics()
-    runner = await listen(make_app(node, ServerConfig(port=0, **settings), metrics), "127.0.0.1", 0)
+    app = make_app(node, ServerConfig(port=0, **settings), metrics)
+    runner = await listen(app, "127.0.0.1", 0)
     try:
         async with aiohttp.ClientSession() as session:
             yield Server(url(runner), node, metrics, session)
     finally:
         await runner.cleanup()
+        app.close()
 
 
 @pytest.fixture(name="run_server")
