@@ -38,10 +38,11 @@ class Ticket {
   virtual void make_wait(uint64_t stream) = 0;
 };
 
-// Carries out copies of one direction, in the order in which they are submitted.
+// Carries out copies of one direction. Thread-safe.
 class Copier {
  public:
   virtual ~Copier() = default;
+  // Without streams the copy is made in the ticket's wait, by the thread that submitted it.
   virtual std::shared_ptr<Ticket> submit(const Copy& copy) = 0;
 };
 
@@ -78,8 +79,10 @@ class Backend : public std::enable_shared_from_this<Backend> {
   virtual size_t free_memory() const = 0;
   // Can the CPU read what is mapped in an address range?
   virtual bool host_accessible() const = 0;
-  // Does make_wait leave the waiting to the device?
+  // Do copies and waits for them happen on the device?
   virtual bool has_streams() const = 0;
+  // Threads that submit copies of one direction.
+  virtual size_t copy_threads() const { return 1; }
   // Must pageable memory be staged before it can travel?
   virtual bool stages_pageable() const = 0;
   // NUMA node of the device, -1 if there is none or it is unknown.

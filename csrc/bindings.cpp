@@ -8,6 +8,7 @@
 #include "digest.hpp"
 #include "host_backend.hpp"
 #include "host_memory.hpp"
+#include "no_gil.hpp"
 #include "range_view.hpp"
 #include "transfer_engine.hpp"
 
@@ -17,7 +18,7 @@ using namespace py::literals;
 namespace computron {
 namespace {
 
-using NoGil = py::call_guard<py::gil_scoped_release>;
+using Unlocked = py::call_guard<NoGil>;
 constexpr double kNever = std::numeric_limits<double>::infinity();
 
 // What a memoryview of host memory holds on to.
@@ -41,6 +42,12 @@ class HostMemory {
  private:
   std::shared_ptr<HostRegion> region_;
 };
+
+template <typename Work>
+auto without_gil(Work work) {
+  const NoGil nogil;
+  return work();
+}
 
 py::bytes to_bytes(const Digest& digest) {
   return py::bytes(reinterpret_cast<const char*>(digest.data()), digest.size());
@@ -97,18 +104,18 @@ void bind_backend(py::module_& m) {
       [](int index, const std::optional<std::string>& library) -> std::shared_ptr<Backend> {
         return std::make_shared<CudaBackend>(index, library.value_or(cuda::kDefaultLibrary));
       },
-      "index"_a = 0, py::kw_only(), "library"_a = py::none(), NoGil());
+      "index"_a = 0, py::kw_only(), "library"_a = py::none(), Unlocked());
   m.def(
       "cuda_unavailable_reason",
       [](const std::optional<std::string>& library) {
         return cuda_unavailable_reason(library.value_or(cuda::kDefaultLibrary));
       },
-      "library"_a = py::none(), NoGil());
+      "library"_a = py::none(), Unlocked());
 }
 
 void bind_memory(py::module_& m) {
   py::class_<DevicePool, std::shared_ptr<DevicePool>>(m, "DevicePool", py::is_final())
-      .def(py::init<std::shared_ptr<Backend>, size_t, size_t>(), "backend"_a, "frame_bytes"_a, "frames"_a, NoGil())
+      .def(py::init<std::shared_ptr<Backend>, size_t, size_t>(), "backend"_a, "frame_bytes"_a, "frames"_a, Unlocked())
       .def_property_readonly("frame_bytes", &DevicePool::frame_bytes)
       .def_property_readonly("frames", &DevicePool::frames)
       .def_property_readonly("free", &DevicePool::free)
@@ -117,10 +124,7 @@ void bind_memory(py::module_& m) {
       .def(
           "digest",
           [](const DevicePool& pool, int64_t frame, size_t nbytes) {
-            py::gil_scoped_release nogil;
-            const Digest digest = pool.digest(frame, nbytes);
-            py::gil_scoped_acquire gil;
-            return to_bytes(digest);
+            return to_bytes(without_gil([&] { return pool.digest(frame, nbytes); }));
           },
           "frame"_a, "nbytes"_a)
       .def(
@@ -128,10 +132,7 @@ void bind_memory(py::module_& m) {
           [](const DevicePool& pool, int64_t frame, size_t offset, size_t nbytes) {
             py::bytes bytes(nullptr, nbytes);
             char* const target = PyBytes_AS_STRING(bytes.ptr());
-            {
-              py::gil_scoped_release nogil;
-              pool.read(frame, offset, target, nbytes);
-            }
+            without_gil([&] { pool.read(frame, offset, target, nbytes); });
             return bytes;
           },
           "frame"_a, "offset"_a, "nbytes"_a)
@@ -139,24 +140,23 @@ void bind_memory(py::module_& m) {
           "write",
           [](DevicePool& pool, int64_t frame, size_t offset, const py::buffer& data) {
             const py::buffer_info info = data.request();
-            py::gil_scoped_release nogil;
-            pool.write(frame, offset, info.ptr, static_cast<size_t>(info.size * info.itemsize));
+            without_gil([&] { pool.write(frame, offset, info.ptr, static_cast<size_t>(info.size * info.itemsize)); });
           },
           "frame"_a, "offset"_a, "data"_a)
-      .def("close", &DevicePool::close, NoGil());
+      .def("close", &DevicePool::close, Unlocked());
 
   py::class_<AddressRange, std::shared_ptr<AddressRange>>(m, "AddressRange", py::is_final())
       .def(py::init<std::shared_ptr<DevicePool>, size_t>(), "pool"_a, "nbytes"_a)
       .def_property_readonly("address", &AddressRange::address)
       .def_property_readonly("nbytes", &AddressRange::nbytes)
-      .def("map", &AddressRange::map, "slots"_a, "frames"_a, NoGil())
-      .def("unmap", &AddressRange::unmap, "slots"_a, NoGil())
+      .def("map", &AddressRange::map, "slots"_a, "frames"_a, Unlocked())
+      .def("unmap", &AddressRange::unmap, "slots"_a, Unlocked())
       .def("mapped", &AddressRange::mapped)
       .def("dlpack",
            [](const std::shared_ptr<AddressRange>& range) {
              return py::capsule(view_of(range), "dltensor", release_capsule);
            })
-      .def("close", &AddressRange::close, NoGil());
+      .def("close", &AddressRange::close, Unlocked());
 
   py::class_<HostBuffer>(m, "_HostBuffer", py::buffer_protocol()).def_buffer([](HostBuffer& buffer) {
     return py::buffer_info(reinterpret_cast<unsigned char*>(buffer.region->address() + buffer.offset),
@@ -173,11 +173,11 @@ void bind_memory(py::module_& m) {
           [](const HostMemory& memory, size_t offset, size_t nbytes, size_t threads) {
             memory.region()->commit(offset, nbytes, threads);
           },
-          "offset"_a, "nbytes"_a, "threads"_a = 1, NoGil())
+          "offset"_a, "nbytes"_a, "threads"_a = 1, Unlocked())
       .def(
           "discard",
           [](const HostMemory& memory, size_t offset, size_t nbytes) { memory.region()->discard(offset, nbytes); },
-          "offset"_a, "nbytes"_a, NoGil())
+          "offset"_a, "nbytes"_a, Unlocked())
       .def(
           "buffer",
           [](const HostMemory& memory, size_t offset, size_t nbytes) {
@@ -212,10 +212,10 @@ void bind_transfers(py::module_& m) {
       .def_property_readonly("seconds", &Transfer::seconds)
       .def("page_done", &Transfer::page_done, "index"_a)
       .def("segment_done", &Transfer::segment_done, "segment"_a)
-      .def("wait_segment", &Transfer::wait_segment, "segment"_a, "stream"_a = 0, NoGil())
-      .def("wait", &Transfer::wait, "timeout"_a = py::none(), NoGil())
-      .def("raise_priority", &Transfer::raise_priority, "priority"_a, "deadline"_a = kNever, NoGil())
-      .def("cancel", &Transfer::cancel, NoGil());
+      .def("wait_segment", &Transfer::wait_segment, "segment"_a, "stream"_a = 0, Unlocked())
+      .def("wait", &Transfer::wait, "timeout"_a = py::none(), Unlocked())
+      .def("raise_priority", &Transfer::raise_priority, "priority"_a, "deadline"_a = kNever, Unlocked())
+      .def("cancel", &Transfer::cancel, Unlocked());
 
   const auto submit = [](TransferEngine& engine, std::vector<int64_t> frames, std::vector<Source> sources,
                          std::vector<size_t> page_bytes, std::vector<size_t> segment_pages, int64_t priority,
@@ -239,13 +239,13 @@ void bind_transfers(py::module_& m) {
            }),
            "backend"_a, "pool"_a, py::kw_only(), "chunk_bytes"_a, "depth"_a = 3, "staging_chunks"_a = 4)
       .def("submit", submit, "frames"_a, "sources"_a, "page_bytes"_a, "segment_pages"_a, py::kw_only(),
-           "priority"_a = 0, "deadline"_a = kNever, NoGil())
+           "priority"_a = 0, "deadline"_a = kNever, Unlocked())
       .def("fetch", fetch, "frames"_a, "addresses"_a, "page_bytes"_a, py::kw_only(), "priority"_a = 0,
-           "deadline"_a = kNever, NoGil())
+           "deadline"_a = kNever, Unlocked())
       .def_property_readonly("completions_fd", &TransferEngine::completions_fd)
       .def("completions", &TransferEngine::completions)
       .def("statistics", [](const TransferEngine& engine) { return to_dict(engine.statistics(Direction::kToDevice)); })
-      .def("close", &TransferEngine::close, NoGil());
+      .def("close", &TransferEngine::close, Unlocked());
 }
 
 }  // namespace
@@ -259,10 +259,7 @@ PYBIND11_MODULE(_transfer, m) {
   m.def(
       "page_digest",
       [](uint64_t address, size_t nbytes) {
-        py::gil_scoped_release nogil;
-        const Digest digest = page_digest(reinterpret_cast<const void*>(address), nbytes);
-        py::gil_scoped_acquire gil;
-        return to_bytes(digest);
+        return to_bytes(without_gil([&] { return page_digest(reinterpret_cast<const void*>(address), nbytes); }));
       },
       "address"_a, "nbytes"_a);
   bind_backend(m);

@@ -58,7 +58,7 @@ std::unique_ptr<PoolMemory> HostBackend::create_pool(size_t frame_bytes, size_t 
 }
 
 std::unique_ptr<Copier> HostBackend::create_copier(Direction direction) {
-  return std::make_unique<HostCopier>(*this, direction, copy_threads_);
+  return std::make_unique<HostCopier>(*this, direction);
 }
 
 }  // namespace computron

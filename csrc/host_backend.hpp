@@ -21,6 +21,7 @@ class HostBackend : public Backend {
   size_t free_memory() const override;
   bool host_accessible() const override { return true; }
   bool has_streams() const override { return false; }
+  size_t copy_threads() const override { return copy_threads_; }
   bool stages_pageable() const override { return false; }
   bool can_discard() const override { return true; }
 

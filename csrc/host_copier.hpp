@@ -1,41 +1,19 @@
-// memcpy threads that carry out the host backend's copies of one direction.
+// Copies of the host backend: made by the threads that wait for them.
 #pragma once
-
-#include <condition_variable>
-#include <deque>
-#include <mutex>
-#include <thread>
-#include <vector>
 
 #include "host_backend.hpp"
 
 namespace computron {
 
-class HostTicket;
-
 class HostCopier : public Copier {
  public:
-  HostCopier(HostBackend& backend, Direction direction, size_t threads);
-  ~HostCopier() override;
+  HostCopier(HostBackend& backend, Direction direction) : backend_(backend), direction_(direction) {}
 
   std::shared_ptr<Ticket> submit(const Copy& copy) override;
 
  private:
-  struct Job {
-    Copy copy;
-    std::shared_ptr<HostTicket> ticket;
-  };
-
-  void run();
-  void carry_out(const Job& job);
-
   HostBackend& backend_;
   const Direction direction_;
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::deque<Job> queue_;
-  bool stopping_ = false;
-  std::vector<std::thread> threads_;
 };
 
 }  // namespace computron

@@ -29,7 +29,7 @@ Lane::Lane(std::shared_ptr<DevicePool> pool, LaneOptions options, OnEnd on_end)
       staging_(create_staging(pool_->backend(), options)),
       copier_(pool_->backend()->create_copier(options.direction)) {
   for (size_t slot = 0; slot < options_.staging_chunks; ++slot) free_slots_.push_back(static_cast<int>(slot));
-  threads_.emplace_back([this] { run(); });
+  for (size_t index = 0; index < backend().copy_threads(); ++index) threads_.emplace_back([this] { run(); });
   for (size_t index = 0; index < filler_count(options_.staging_chunks); ++index) {
     threads_.emplace_back([this] { run_filler(); });
   }
@@ -72,27 +72,34 @@ Lane::Job Lane::submit(TransferRequest request, uint64_t sequence) {
     return job;
   }
   jobs_.emplace(job->rank_, job);
-  wake_.notify_one();
+  wake_.notify_all();
   fill_wake_.notify_all();
   return job;
 }
 
 void Lane::run() {
+  Flights mine;
   std::unique_lock lock(mutex_);
   for (;;) {
-    if (in_flight_.size() < options_.depth) {
+    if (may_send(mine)) {
       if (const auto work = take_send()) {
-        send(lock, *work);
+        send(lock, *work, mine);
         continue;
       }
     }
-    if (!in_flight_.empty()) {
-      retire_front(lock);
+    if (!mine.empty()) {
+      retire(lock, mine.front());
+      mine.pop_front();
       continue;
     }
     if (closing_) return;
     wake_.wait(lock);
   }
+}
+
+// Where the worker itself copies, a second chunk in its hands would only be out of reach of a more urgent one.
+bool Lane::may_send(const Flights& mine) const {
+  return in_flight_.size() < options_.depth && (backend().has_streams() || mine.empty());
 }
 
 std::optional<Lane::Work> Lane::take_send() {
@@ -103,7 +110,7 @@ std::optional<Lane::Work> Lane::take_send() {
   return std::nullopt;
 }
 
-void Lane::send(std::unique_lock<std::mutex>& lock, const Work& work) {
+void Lane::send(std::unique_lock<std::mutex>& lock, const Work& work, Flights& mine) {
   const Job& job = work.job;
   Transfer::Chunk& chunk = job->chunks_[work.chunk];
   const Transfer::Page& page = job->pages_[chunk.page];
@@ -112,6 +119,7 @@ void Lane::send(std::unique_lock<std::mutex>& lock, const Work& work) {
   job->filled_.erase(work.chunk);
   if (++job->next_ == job->chunks_.size()) jobs_.erase(job->rank_);
   if (in_flight_.empty()) busy_since_ = Clock::now();
+  const auto flight = in_flight_.insert(in_flight_.end(), {job, work.chunk, nullptr});
   Copy copy;
   copy.device = memory_->address() + static_cast<uint64_t>(page.frame) * pool_->frame_bytes() + chunk.offset;
   copy.host = host_side(page, chunk);
@@ -121,7 +129,7 @@ void Lane::send(std::unique_lock<std::mutex>& lock, const Work& work) {
 
   lock.unlock();
   std::shared_ptr<Ticket> ticket;
-  Failure failure;
+  std::optional<Failure> failure;
   try {
     ticket = copier_->submit(copy);
   } catch (const std::exception&) {
@@ -129,19 +137,17 @@ void Lane::send(std::unique_lock<std::mutex>& lock, const Work& work) {
   }
   lock.lock();
 
-  if (ticket) {
-    in_flight_.push_back({job, work.chunk, std::move(ticket)});
-    ++job->sent_;
-    job->changed_.notify_all();
+  if (failure) {
+    land(flight, failure);
     return;
   }
-  free_slot(chunk);
-  deactivate(work);
-  stop(job, Transfer::State::kFailed, failure);
+  flight->ticket = std::move(ticket);
+  mine.push_back(flight);
+  if (++job->sent_ == job->segments_[page.segment].end_chunk) job->changed_.notify_all();
 }
 
-void Lane::retire_front(std::unique_lock<std::mutex>& lock) {
-  const std::shared_ptr<Ticket> ticket = in_flight_.front().ticket;
+void Lane::retire(std::unique_lock<std::mutex>& lock, std::list<Flight>::iterator flight) {
+  const std::shared_ptr<Ticket> ticket = flight->ticket;
   lock.unlock();
   std::optional<Failure> failure;
   try {
@@ -150,8 +156,12 @@ void Lane::retire_front(std::unique_lock<std::mutex>& lock) {
     failure = current_failure();
   }
   lock.lock();
-  const Work work{in_flight_.front().job, in_flight_.front().chunk};
-  in_flight_.pop_front();
+  land(flight, failure);
+}
+
+void Lane::land(std::list<Flight>::iterator flight, const std::optional<Failure>& failure) {
+  const Work work{flight->job, flight->chunk};
+  in_flight_.erase(flight);
   if (in_flight_.empty()) statistics_.seconds_busy += std::chrono::duration<double>(Clock::now() - busy_since_).count();
   free_slot(work.job->chunks_[work.chunk]);
   if (!failure) arrive(work);

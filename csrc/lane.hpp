@@ -3,6 +3,7 @@
 
 #include <deque>
 #include <functional>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -68,11 +69,16 @@ class Lane : public std::enable_shared_from_this<Lane> {
     size_t chunk;
   };
 
-  // The worker thread.
+  // Chunks that one worker has submitted, the oldest first.
+  using Flights = std::deque<std::list<Flight>::iterator>;
+
+  // The worker threads: one, or as many as copies must be made at once by the CPU.
   void run();
+  bool may_send(const Flights& mine) const;
   std::optional<Work> take_send();
-  void send(std::unique_lock<std::mutex>& lock, const Work& work);
-  void retire_front(std::unique_lock<std::mutex>& lock);
+  void send(std::unique_lock<std::mutex>& lock, const Work& work, Flights& mine);
+  void retire(std::unique_lock<std::mutex>& lock, std::list<Flight>::iterator flight);
+  void land(std::list<Flight>::iterator flight, const std::optional<Failure>& failure);
 
   // The filler threads.
   void run_filler();
@@ -105,10 +111,10 @@ class Lane : public std::enable_shared_from_this<Lane> {
   const std::unique_ptr<Copier> copier_;
 
   mutable std::mutex mutex_;
-  std::condition_variable wake_;       // the worker: something to send
+  std::condition_variable wake_;       // the workers: something to send
   std::condition_variable fill_wake_;  // the fillers: something to fill, or a slot
   std::map<Rank, Job> jobs_;           // with chunks to send
-  std::deque<Flight> in_flight_;
+  std::list<Flight> in_flight_;
   std::vector<int> free_slots_;
   LaneStatistics statistics_;
   Clock::time_point busy_since_{};

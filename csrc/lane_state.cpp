@@ -30,8 +30,7 @@ void Lane::arrive(const Work& work) {
   job.bytes_done_ += chunk.nbytes;
   --job.left_;
   --job.page_chunks_left_[chunk.page];
-  --job.segment_chunks_left_[job.pages_[chunk.page].segment];
-  job.changed_.notify_all();
+  if (--job.segment_chunks_left_[job.pages_[chunk.page].segment] == 0) job.changed_.notify_all();
 }
 
 void Lane::free_slot(Transfer::Chunk& chunk) {
@@ -83,7 +82,7 @@ std::vector<std::shared_ptr<Ticket>> Lane::tickets_of(const Transfer& transfer, 
                                                       size_t end_chunk) const {
   std::vector<std::shared_ptr<Ticket>> tickets;
   for (const Flight& flight : in_flight_) {
-    if (flight.job.get() == &transfer && flight.chunk >= first_chunk && flight.chunk < end_chunk) {
+    if (flight.ticket && flight.job.get() == &transfer && flight.chunk >= first_chunk && flight.chunk < end_chunk) {
       tickets.push_back(flight.ticket);
     }
   }
@@ -100,7 +99,7 @@ void Lane::raise(Transfer& transfer, int64_t priority, double deadline) {
   if (node.empty()) return;  // everything is on its way already
   node.key() = raised;
   jobs_.insert(std::move(node));
-  wake_.notify_one();
+  wake_.notify_all();
   fill_wake_.notify_all();
 }
 

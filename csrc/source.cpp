@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "error.hpp"
+#include "streaming_copy.hpp"
 
 namespace computron {
 namespace {
@@ -37,7 +38,7 @@ Source Source::file(std::vector<Extent> extents, uint64_t keep) {
 
 void Source::fill(char* target, size_t offset, size_t nbytes) const {
   if (kind_ != Kind::kFile) {
-    std::memcpy(target, address() + offset, nbytes);
+    streaming_copy(target, address() + offset, nbytes);
     return;
   }
   const size_t end = offset + nbytes;

@@ -173,7 +173,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     device.close()
     del device.backend
     gc.collect(1)
-    assert len(os.listdir("/proc/self/fd")) <= descriptors, "file descriptors leak"
+    if not device.is_real:  # a real driver opens what it likes when it likes
+        assert len(os.listdir("/proc/self/fd")) <= descriptors, "file descriptors leak"
     if driver:
         driver.reset()
         leaked = {key: driver.count(key) - before[key] for key in LIVING}
