@@ -168,7 +168,7 @@ def main() -> None:
     generator = random.Random(options.seed)
     vocabulary = ours.model.plan.vocabulary
     equal = equal_requests(generator, vocabulary, 32 if options.quick else 64)
-    mixed = mixed_requests(generator, vocabulary, *((24, 24) if options.quick else (48, 48)))
+    mixed = mixed_requests(generator, vocabulary, *((20, 16) if options.quick else (48, 48)))
     repetitions = 2 if options.quick else 5
     report = Report(f"generate, {options.dtype}, {options.threads} threads, batch {BATCH}", options)
     rates: dict[str, dict[str, float]] = {}

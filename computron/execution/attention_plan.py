@@ -7,15 +7,14 @@ step and shared by all layers, so that a layer does no more than one write, one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from computron.execution.blocks import BLOCK_TOKENS, blocks_for
-from computron.execution.kv_cache import Indices, KVCache
+from computron.execution.kv_cache import Indices, KVCache, upload
 
 # Blocks of padding at which a group of its own is cheaper than a wider one: gathering and attending to a block of a
 # small model takes about 1 us, the calls of one more group about 60 us a layer.
@@ -55,37 +54,88 @@ def packing_order(chunks: Sequence[Chunk]) -> list[int]:
     return sorted(range(len(chunks)), key=lambda i: (chunks[i].length > 1, -len(chunks[i].blocks)))
 
 
-class AttentionPlan:
-    """`chunks` in `packing_order`. `positions`: [tokens], of each token in its sequence."""
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A part whose indices are still on the host. `starts`: the place, among its keys, of each sequence's first query.
 
-    def __init__(self, cache: KVCache, chunks: Sequence[Chunk]) -> None:
+    `rows` None: the chunk is the whole sequence so far. `width`: keys, padding included.
+    """
+
+    begin: int
+    end: int
+    starts: Indices
+    width: int
+    rows: Indices | None
+
+    def part(self, window: int | None, dtype: torch.dtype, rows: torch.Tensor | None, starts: torch.Tensor) -> Part:
+        """`rows` and `starts`: on the device. The mask is made there, as it may be large."""
+        batch, queries = len(self.starts), (self.end - self.begin) // len(self.starts)
+        if rows is None and (window is None or queries <= window):
+            return Part(self.begin, self.end, batch, None, None)
+        device = starts.device
+        places = starts[:, None] + torch.arange(queries, device=device)
+        distance = torch.arange(self.width, device=device) - places[:, :, None]
+        hidden = distance > 0
+        if window is not None:
+            hidden |= distance <= -window
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+        return Part(self.begin, self.end, batch, rows, mask[:, None])
+
+
+class AttentionPlan:
+    """`positions`: [tokens], of each token in its sequence. `extras`: the given ones, on the device."""
+
+    def __init__(
+        self, cache: KVCache, chunks: Sequence[Chunk], windows: set[int | None], extras: Sequence[Indices] = ()
+    ) -> None:
+        """`chunks` in `packing_order`. `windows`: those that the layers are known to ask for; new ones are added."""
         self.cache = cache
         self._chunks = chunks
-        self._parts: dict[int | None, list[Part]] = {}
+        self._windows = windows
         positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
         blocks = np.concatenate([_block_of_each_token(chunk) for chunk in chunks])
-        self.positions = cache.upload(positions)
-        self.slots = cache.slots(blocks, positions % BLOCK_TOKENS)
+        slots = cache.slots(blocks, positions % BLOCK_TOKENS)
+        drafts = {window: self._drafts(window) for window in windows}
+        arrays = [array for each in drafts.values() for array in _arrays(each)]
+        uploaded = iter(upload([positions, *slots, *extras, *arrays], cache.device))
+        self.positions = next(uploaded)
+        self.slots = next(uploaded), next(uploaded)
+        self.extras = [next(uploaded) for _ in extras]
+        self._parts = {window: self._finished(window, each, uploaded) for window, each in drafts.items()}
 
     def parts(self, window: int | None) -> list[Part]:
         """The calls of attention of a layer that sees the last `window` tokens, its own included; None: all."""
         parts = self._parts.get(window)
         if parts is None:
-            parts = self._parts[window] = self._make_parts(window)
+            self._windows.add(window)
+            drafts = self._drafts(window)
+            uploaded = iter(upload(_arrays(drafts), self.cache.device))
+            parts = self._parts[window] = self._finished(window, drafts, uploaded)
         return parts
 
-    def _make_parts(self, window: int | None) -> list[Part]:
+    def _finished(self, window: int | None, drafts: list[_Draft], uploaded: Iterator[torch.Tensor]) -> list[Part]:
+        return [
+            draft.part(
+                window,
+                self.cache.dtype,
+                starts=next(uploaded),
+                rows=next(uploaded) if draft.rows is not None else None,
+            )
+            for draft in drafts
+        ]
+
+    def _drafts(self, window: int | None) -> list[_Draft]:
         singles = sum(chunk.length == 1 for chunk in self._chunks)
-        parts, begin = [], 0
+        drafts, begin = [], 0
         for group in _groups(self._chunks[:singles], window):
-            parts.append(self._decode_part(group, begin, window))
+            drafts.append(self._decode_draft(group, begin, window))
             begin += len(group)
         for chunk in self._chunks[singles:]:
-            parts.append(self._prompt_part(chunk, begin, window))
+            drafts.append(self._prompt_draft(chunk, begin, window))
             begin += chunk.length
-        return parts
+        return drafts
 
-    def _decode_part(self, group: Sequence[Chunk], begin: int, window: int | None) -> Part:
+    def _decode_draft(self, group: Sequence[Chunk], begin: int, window: int | None) -> _Draft:
         firsts = [_first_block(chunk, window) for chunk in group]
         width = max(len(chunk.blocks) - first for chunk, first in zip(group, firsts, strict=True))
         table = np.empty((len(group), width), np.int64)
@@ -93,36 +143,22 @@ class AttentionPlan:
             seen = chunk.blocks[first:]
             row[: len(seen)] = seen
             row[len(seen) :] = seen[0]  # padding: any block that is mapped and written
-        # Positions of the keys against that of the query; what is not in (-window, 0] is hidden.
         starts = np.array([chunk.start - first * BLOCK_TOKENS for chunk, first in zip(group, firsts, strict=True)])
-        distance = np.arange(width * BLOCK_TOKENS) - starts[:, None]
-        hidden = _hidden(distance, window)
-        mask = self._mask(hidden)[:, None, None, :]
-        return Part(begin, begin + len(group), len(group), self.cache.rows(table), mask)
+        return _Draft(begin, begin + len(group), starts, width * BLOCK_TOKENS, self.cache.rows(table))
 
-    def _prompt_part(self, chunk: Chunk, begin: int, window: int | None) -> Part:
+    def _prompt_draft(self, chunk: Chunk, begin: int, window: int | None) -> _Draft:
         end = begin + chunk.length
         if chunk.start == 0:
-            if window is None or chunk.length <= window:
-                return Part(begin, end, 1, None, None)
-            return Part(begin, end, 1, None, self._causal_mask(chunk.length, chunk.length, 0, window))
+            return _Draft(begin, end, np.zeros(1, np.int64), chunk.length, None)
         first = _first_block(chunk, window)
         blocks = chunk.blocks[first:]
-        mask = self._causal_mask(chunk.length, len(blocks) * BLOCK_TOKENS, chunk.start - first * BLOCK_TOKENS, window)
-        return Part(begin, end, 1, self.cache.rows(blocks[None]), mask)
+        starts = np.array([chunk.start - first * BLOCK_TOKENS])
+        return _Draft(begin, end, starts, len(blocks) * BLOCK_TOKENS, self.cache.rows(blocks[None]))
 
-    def _causal_mask(self, queries: int, keys: int, offset: int, window: int | None) -> torch.Tensor:
-        """[queries, keys]; the first query stands at key `offset`. Made on the device: it may be large."""
-        device = self.cache.device
-        distance = torch.arange(keys, device=device) - torch.arange(offset, offset + queries, device=device)[:, None]
-        hidden = distance > 0
-        if window is not None:
-            hidden |= distance <= -window
-        return torch.zeros((queries, keys), dtype=self.cache.dtype, device=device).masked_fill_(hidden, -torch.inf)
 
-    def _mask(self, hidden: npt.NDArray[np.bool_]) -> torch.Tensor:
-        mask = torch.zeros(hidden.shape, dtype=self.cache.dtype).masked_fill_(torch.from_numpy(hidden), -torch.inf)
-        return mask.to(self.cache.device, non_blocking=True)
+def _arrays(drafts: Sequence[_Draft]) -> list[Indices]:
+    """What has to be on the device for them, in the order in which it is taken."""
+    return [array for draft in drafts for array in (draft.starts, draft.rows) if array is not None]
 
 
 def _block_of_each_token(chunk: Chunk) -> Indices:
@@ -132,10 +168,6 @@ def _block_of_each_token(chunk: Chunk) -> Indices:
 def _first_block(chunk: Chunk, window: int | None) -> int:
     """The first block that any token of the chunk sees."""
     return 0 if window is None else max(0, chunk.start - window + 1) // BLOCK_TOKENS
-
-
-def _hidden(distance: npt.NDArray[np.int64], window: int | None) -> npt.NDArray[np.bool_]:
-    return distance > 0 if window is None else (distance > 0) | (distance <= -window)
 
 
 def _groups(singles: Sequence[Chunk], window: int | None) -> list[Sequence[Chunk]]:

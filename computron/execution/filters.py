@@ -34,58 +34,59 @@ def draw(logits: torch.Tensor, settings: Sequence[FilterSettings], uniforms: Seq
     A row's token depends on that row, its settings and its number alone. Rows without a finite logit give -1.
     """
     device = logits.device
-    scaled = logits / torch.tensor([setting.temperature for setting in settings], device=device)[:, None]
-    points = torch.tensor(uniforms, dtype=torch.float64).to(device)
+    values = [(s.temperature, s.top_k, s.top_p, s.min_p, point) for s, point in zip(settings, uniforms, strict=True)]
+    # One copy to the device, not five: each may have to queue behind those of a swap.
+    columns = torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True).unbind(1)
+    scaled = logits / columns[0].float()[:, None]
     tokens = torch.empty(len(settings), dtype=torch.int64, device=device)
     plain = [row for row, setting in enumerate(settings) if setting.is_off]
     if plain:
-        rows = torch.tensor(plain, device=device)
-        tokens[rows] = _pick(torch.softmax(scaled[rows], -1), points[rows])
+        tokens[plain] = _pick(torch.softmax(scaled[plain], -1), columns[4][plain])
     pending = [row for row, setting in enumerate(settings) if not setting.is_off]
     vocabulary = logits.shape[1]
-    for width in (*(w for w in WIDTHS if w < vocabulary), vocabulary):
+    for width in (*(width for width in WIDTHS if width < vocabulary), vocabulary):
         tried = [row for row in pending if settings[row].top_k < width or width == vocabulary]
         if not tried:
             continue
-        rows = torch.tensor(tried, device=device)
-        chosen, decided = _draw_filtered(scaled[rows], [settings[row] for row in tried], points[rows], width)
-        tokens[rows] = chosen
-        accepted = {row for row, ok in zip(tried, decided.tolist(), strict=True) if ok}
+        drawn, decided = _draw_filtered(scaled[tried], *(column[tried] for column in columns[1:]), width=width)
+        tokens[tried] = drawn
+        accepted = {row for row, sure in zip(tried, decided.tolist(), strict=True) if sure}
         pending = [row for row in pending if row not in accepted]
     return tokens
 
 
 def _draw_filtered(
-    scaled: torch.Tensor, settings: Sequence[FilterSettings], points: torch.Tensor, width: int
+    scaled: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    points: torch.Tensor,
+    *,
+    width: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw from the `width` likeliest tokens; `decided` tells for which rows no other token could matter."""
-    device = scaled.device
+    """Draw from the `width` likeliest tokens; the second tells for which rows no other token could matter."""
     values, candidates = scaled.topk(width, dim=-1)
-    kept, decided = kept_candidates(values, torch.logsumexp(scaled, -1), settings)
+    kept, decided = _kept(values, torch.logsumexp(scaled, -1), top_k, top_p, min_p)
     if width == scaled.shape[1]:
-        decided = torch.ones(len(settings), dtype=torch.bool, device=device)
-    probabilities = torch.softmax(values.masked_fill(~kept, -torch.inf), -1)
-    positions = _pick(probabilities, points)
+        decided = torch.ones_like(decided)
+    positions = _pick(torch.softmax(values.masked_fill(~kept, -torch.inf), -1), points)
     tokens = candidates.gather(1, positions.clamp_min(0)[:, None])[:, 0]
     return torch.where(positions < 0, positions, tokens), decided
 
 
-def kept_candidates(
-    values: torch.Tensor, total: torch.Tensor, settings: Sequence[FilterSettings]
+def _kept(
+    values: torch.Tensor, total: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which of a row's likeliest tokens pass top-k, then top-p, then min-p.
 
     `values`: [rows, width], scaled logits in falling order. `total`: [rows], log of the sum of all exponentials.
     Gives [rows, width] and, [rows], whether every token that could pass is among the candidates.
     """
-    device = values.device
     width = values.shape[1]
-    top_k = torch.tensor([setting.top_k or width for setting in settings], device=device).clamp_max(width)
-    limited = torch.tensor([0 < setting.top_k <= width for setting in settings], device=device)
-    top_p = torch.tensor([setting.top_p for setting in settings], device=device)
-    min_p = torch.tensor([setting.min_p for setting in settings], device=device)
+    limited = (top_k > 0) & (top_k <= width)
+    last = torch.where(limited, top_k, width).long() - 1
     # Equal logits at the k-th place all stay, so the last candidate must lie below it to know them all.
-    threshold = torch.where(limited, values.gather(1, top_k[:, None] - 1)[:, 0], -torch.inf)
+    threshold = torch.where(limited, values.gather(1, last[:, None])[:, 0], -torch.inf)
     kept = values >= threshold[:, None]
     decided = limited & (values[:, -1] < threshold)
     # Probabilities after top-k; where that is off, among all tokens.

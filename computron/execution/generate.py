@@ -53,6 +53,7 @@ class GenerateExecutor:
         capacity = self._cache.capacity * BLOCK_TOKENS
         limits = (capacity, plan.max_model_len, position_limit(module.config))
         self._max_len = min(limit for limit in limits if limit)
+        self._windows: set[int | None] = set()  # what the layers have asked for
         self._sequences: dict[int, Running] = {}
         self._started: set[int] = set()  # those that hold, or may come to hold, blocks
         self._text = TokenText(model)
@@ -122,7 +123,7 @@ class GenerateExecutor:
         batch = PackedBatch(placed)
         try:
             self._model.gate = gate
-            logits = batch.forward(self._model.module, self._cache)
+            logits = batch.forward(self._model.module, self._cache, self._windows)
             choices = _choose(batch.works, logits)
         except Exception as error:
             self._take_back(taken)
@@ -168,9 +169,10 @@ class GenerateExecutor:
             sequence = work.sequence
             sequence.computed += work.length
             self._started.add(sequence.request)
-            if sequence.prompt_logprobs is not None:
-                sequence.prompt_logprobs += [self._text.describe(ranked) for ranked in choice.prompt]
-            output = self._output(sequence, choice)
+            try:
+                output = self._output(sequence, choice)
+            except Exception as error:  # a tokenizer's: the others have advanced and go on
+                output = FailedOutput(sequence.request, f"its text cannot be made: {type(error).__name__}: {error}")
             if output is None:
                 continue
             outputs.append(output)
@@ -180,6 +182,8 @@ class GenerateExecutor:
         return StepResult(outputs, tuple(finished), self._next_blocks(), len(batch.works), batch.tokens)
 
     def _output(self, sequence: Running, choice: Choice) -> TextOutput | FailedOutput | None:
+        if sequence.prompt_logprobs is not None:
+            sequence.prompt_logprobs += [self._text.describe(ranked) for ranked in choice.prompt]
         if choice.token == UNUSABLE:
             return FailedOutput(sequence.request, "the model gave no usable logits: they are all NaN or infinite")
         if choice.token is not None:

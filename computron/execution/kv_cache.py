@@ -47,20 +47,18 @@ class KVCache:
         self._keys = [tokens[start * BLOCK_TOKENS :] for start in layer_starts]
         self._values = [tokens[(start + self._units[0]) * BLOCK_TOKENS :] for start in layer_starts]
 
-    def slots(self, blocks: Indices, offsets: Indices) -> tuple[torch.Tensor, torch.Tensor]:
+    def slots(self, blocks: Indices, offsets: Indices) -> tuple[Indices, Indices]:
         """For `write`: where the keys and the values of tokens stand, given each token's block and place in it."""
         starts = blocks * (self._block_units * BLOCK_TOKENS)
-        keys, values = (
-            self.upload(((starts + offsets * units)[:, None] + np.arange(units)).ravel()) for units in self._units
-        )
+        keys, values = (((starts + offsets * units)[:, None] + np.arange(units)).ravel() for units in self._units)
         return keys, values
 
-    def rows(self, table: Indices) -> torch.Tensor:
+    def rows(self, table: Indices) -> Indices:
         """For `read`: where the keys, and then the values, of `table`, [batch, blocks], stand."""
         starts = table.reshape(-1, 1) * self._block_units
         keys, values = self._units
         both = (starts + np.arange(keys)).ravel(), (starts + np.arange(keys, keys + values)).ravel()
-        return self.upload(np.concatenate(both))
+        return np.concatenate(both)
 
     def write(
         self, layer: int, slots: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, values: torch.Tensor
@@ -80,14 +78,19 @@ class KVCache:
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero these blocks. What stood in them may be a NaN as a number, which no mask hides."""
-        self._blocks.index_fill_(0, self.upload(np.array(blocks, np.int64)), 0)
+        (numbers,) = upload([np.array(blocks, np.int64)], self.device)
+        self._blocks.index_fill_(0, numbers, 0)
 
     def move(self, moves: Mapping[int, int]) -> None:
         """Copy whole blocks, old -> new number; no new number is an old one. Done when this returns."""
-        old, new = (self.upload(np.fromiter(numbers, np.int64)) for numbers in (moves.keys(), moves.values()))
+        old, new = upload([np.fromiter(moves.keys(), np.int64), np.fromiter(moves.values(), np.int64)], self.device)
         self._blocks.index_copy_(0, new, self._blocks.index_select(0, old))
         if self.device.type == "cuda":  # the frames of the old blocks are unmapped next
             torch.cuda.current_stream(self.device).synchronize()
 
-    def upload(self, array: Indices) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+def upload(arrays: Sequence[Indices], device: torch.device) -> list[torch.Tensor]:
+    """The arrays on the device, by one copy: each copy may have to queue behind those of a swap."""
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device, non_blocking=True)
+    pieces = torch.split(flat, [array.size for array in arrays])
+    return [piece.view(array.shape) for piece, array in zip(pieces, arrays, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -50,8 +51,8 @@ class PackedBatch:
             self.works.append(Work(sequence, length, self.tokens))
             self.tokens += length
 
-    def forward(self, module: nn.Module, cache: KVCache) -> torch.Tensor:
-        """Write the keys and values of all tokens.
+    def forward(self, module: nn.Module, cache: KVCache, windows: set[int | None]) -> torch.Tensor:
+        """Write the keys and values of all tokens. `windows`: as in `AttentionPlan`.
 
         Gives the logits, [rows, vocabulary], of the works' `logit_rows`, one work after the other.
         """
@@ -59,14 +60,15 @@ class PackedBatch:
         for work in self.works:
             computed = work.sequence.computed
             ids += work.sequence.tokens[computed : computed + work.length]
-        plan = AttentionPlan(cache, self._chunks)
         rows = [row for work in self.works for row in work.logit_rows]
+        # Without a row that is needed the head would have no input: it gets one, whose logits nobody reads.
+        plan = AttentionPlan(cache, self._chunks, windows, [np.array([ids]), np.array(rows or [0])])
+        input_ids, kept = plan.extras
         output = module(
-            input_ids=torch.tensor([ids]).to(cache.device, non_blocking=True),
+            input_ids=input_ids,
             position_ids=plan.positions[None],
             use_cache=False,
-            # Without a row that is needed the head would have no input: it gets one, whose logits nobody reads.
-            logits_to_keep=torch.tensor(rows or [0]).to(cache.device, non_blocking=True),
+            logits_to_keep=kept,
             attention_plan=plan,
         )
         logits: torch.Tensor = output.logits[0]
