@@ -71,7 +71,7 @@ class HostStore:
 
     def add(self, image_id: str, source: ImageSource, progress: Callable[[int], None] | None = None) -> StoredImage:
         """Read an image into the store. `progress` is called with the bytes of every page that has been read, from
-        loading threads, one call at a time.
+        loading threads, one call at a time. Where swaps read all of a full store, it waits until one has ended.
 
         Raises ValueError if the image is here already, CheckpointError if the source cannot be read, OutOfMemory if
         there is no room in memory nor on disk. Nothing of the image is left behind then.

@@ -132,8 +132,12 @@ class Swap:
         for index, position in enumerate(self.plan.moved):
             if not self.transfer.page_done(index):
                 continue
-            if pool.digest(self.plan.frames[position], self.moved_sizes[index]) != digests[index]:
-                self.fail(f"page {self.plan.pages[position]} has a wrong digest on the device")
+            page = self.plan.pages[position]
+            try:
+                if pool.digest(self.plan.frames[position], self.moved_sizes[index]) != digests[index]:
+                    self.fail(f"page {page} has a wrong digest on the device")
+            except _transfer.TransferError as error:
+                self.fail(f"the digest of page {page} cannot be had: {error}")
         self.verification = "ended"
 
     def wait(self, segment: int, stream: int = 0) -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,21 @@ from computron.errors import OutOfMemory, SwapFailed
 from computron.memory.swapper import OrderRefused
 
 DEMAND, PREFETCH = 0, 1
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def standin() -> str:
+    """The library that stands in for the CUDA driver."""
+    command = [sys.executable, "setup.py", "-q", "build_standin"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+
+
+@pytest.fixture(params=["host", "cuda over the stand-in driver"])
+def backend(request) -> _transfer.Backend:
+    if request.param == "host":
+        return _transfer.host_backend()
+    return _transfer.cuda_backend(library=request.getfixturevalue("standin"))
 
 
 @pytest.fixture
@@ -315,7 +333,7 @@ def test_mapping_fault_fails_the_swap_and_the_next_one_works(
     registered = swapper.register(store.add("a", source))
     backend.inject_fault("map", 1, "no address")
     swapper.swap_in("a", range(6), DEMAND)
-    with pytest.raises(SwapFailed, match="mapping pages 2 to 3 failed: no address"):
+    with pytest.raises(SwapFailed, match=r"mapping pages \d to \d failed: .*no address"):
         swapper.gate("a").wait(2)
     (outcome,) = finish(swapper)
     assert outcome.state == "failed"
@@ -402,6 +420,20 @@ def test_wrong_bytes_on_the_device_are_found_by_verification(make_store, make_sw
     assert swapper.free_frames == 8
 
 
+def test_digest_that_cannot_be_had_fails_the_swap(make_store, make_swapper, sources, finish, backend):
+    if backend.kind == "host":
+        pytest.skip("the host computes digests in place, without a copy that could fail")
+    store = make_store(8)
+    swapper = make_swapper(store, 8, verify=True, chunk_bytes=sources.page)
+    swapper.register(store.add("a", sources.random(4, seed=1)))
+    backend.inject_fault("copy", 4, "broken")
+    swapper.swap_in("a", range(4), DEMAND)
+    (outcome,) = finish(swapper)
+    assert outcome.state == "failed"
+    assert outcome.error.startswith("the digest of page 0 cannot be had")
+    assert swapper.free_frames == 8
+
+
 def test_cache_range_has_the_frames_it_was_given(make_store, make_swapper, sources, finish):
     store = make_store(8)
     swapper = make_swapper(store, 8)
@@ -432,7 +464,7 @@ def test_mapping_fault_leaves_the_cache_as_it_was(make_store, make_swapper, sour
     swapper.register(store.add("a", sources.random(2, seed=1)), cache_bytes=6 * sources.page)
     swapper.set_cache("a", 2)
     backend.inject_fault("map", 0, "no address")
-    with pytest.raises(SwapFailed, match="mapping the cache of a failed: no address"):
+    with pytest.raises(SwapFailed, match=r"mapping the cache of a failed: .*no address"):
         swapper.set_cache("a", 4)
     assert (swapper.cache_frames("a"), swapper.free_frames) == (2, 6)
     swapper.check()
