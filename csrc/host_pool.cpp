@@ -9,12 +9,13 @@
 namespace computron {
 namespace {
 
+constexpr int kReserve = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+
 class HostReservation : public Reservation {
  public:
   HostReservation(HostBackend& backend, int memory, size_t frame_bytes, size_t slots)
       : backend_(backend), memory_(memory), frame_bytes_(frame_bytes) {
-    void* const base =
-        mmap(nullptr, slots * frame_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* const base = mmap(nullptr, slots * frame_bytes, PROT_NONE, kReserve, -1, 0);
     COMPUTRON_CHECK(base != MAP_FAILED, "reserving an address range failed");
     range_ = Mapping(base, slots * frame_bytes);
   }
@@ -38,8 +39,7 @@ class HostReservation : public Reservation {
 
   void unmap(size_t slot, size_t count) override {
     void* const place = range_.address() + slot * frame_bytes_;
-    void* const mapped =
-        mmap(place, count * frame_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    void* const mapped = mmap(place, count * frame_bytes_, PROT_NONE, kReserve | MAP_FIXED, -1, 0);
     COMPUTRON_CHECK(mapped == place, "unmapping frames failed");
   }
 
@@ -71,12 +71,14 @@ FileDescriptor create_memory(size_t nbytes) {
 HostPool::HostPool(HostBackend& backend, size_t frame_bytes, size_t frames)
     : backend_(backend), frame_bytes_(frame_bytes), memory_(create_memory(frame_bytes * frames)) {
   const size_t nbytes = frame_bytes * frames;
-  void* const linear = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory_.get(), 0);
-  COMPUTRON_CHECK(linear != MAP_FAILED, "mapping device memory failed");
-  linear_ = Mapping(linear, nbytes);
-  // Huge pages are a wish: most kernels have them off for shared memory and answer EINVAL or ignore it.
-  madvise(linear, nbytes, MADV_HUGEPAGE);
-  touch(linear, nbytes, std::clamp(std::thread::hardware_concurrency(), 1U, 8U));
+  // Huge pages need an aligned place, which a mapping of the file alone would not get.
+  void* const reserved = mmap(nullptr, nbytes + kHugePage, PROT_NONE, kReserve, -1, 0);
+  COMPUTRON_CHECK(reserved != MAP_FAILED, "reserving device memory failed");
+  reserved_ = Mapping(reserved, nbytes + kHugePage);
+  linear_ = reserved_.address() + (kHugePage - reinterpret_cast<uintptr_t>(reserved) % kHugePage) % kHugePage;
+  const void* const linear = mmap(linear_, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, memory_.get(), 0);
+  COMPUTRON_CHECK(linear == linear_, "mapping device memory failed");
+  touch(linear_, nbytes, std::clamp(std::thread::hardware_concurrency(), 1U, 8U), true);
 }
 
 std::unique_ptr<Reservation> HostPool::reserve(size_t slots) {
@@ -87,20 +89,20 @@ std::unique_ptr<Reservation> HostPool::reserve(size_t slots) {
 void HostPool::read(uint64_t offset, void* target, size_t nbytes) {
   backend_.ensure_alive();
   const auto end = backend_.link(Direction::kToHost).send(nbytes, EmulatedLink::Clock::now());
-  std::memcpy(target, linear_.address() + offset, nbytes);
+  std::memcpy(target, linear_ + offset, nbytes);
   EmulatedLink::wait_until(end);
 }
 
 void HostPool::write(uint64_t offset, const void* source, size_t nbytes) {
   backend_.ensure_alive();
   const auto end = backend_.link(Direction::kToDevice).send(nbytes, EmulatedLink::Clock::now());
-  std::memcpy(linear_.address() + offset, source, nbytes);
+  std::memcpy(linear_ + offset, source, nbytes);
   EmulatedLink::wait_until(end);
 }
 
 Digest HostPool::digest(uint64_t offset, size_t nbytes) {
   backend_.ensure_alive();
-  return page_digest(linear_.address() + offset, nbytes);
+  return page_digest(linear_ + offset, nbytes);
 }
 
 }  // namespace computron

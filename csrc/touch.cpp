@@ -13,11 +13,19 @@
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23  // Linux 5.14
 #endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25  // Linux 6.1
+#endif
 
 namespace computron {
 namespace {
 
-void touch_part(char* start, size_t nbytes) {
+void touch_part(char* start, size_t nbytes, bool collapse) {
+  if (collapse && nbytes == kHugePage) {
+    // There must be a page to collapse. Where this fails the small pages that follow do as well, only slower.
+    __atomic_fetch_or(start, 0, __ATOMIC_RELAXED);
+    madvise(start, nbytes, MADV_COLLAPSE);
+  }
   if (madvise(start, nbytes, MADV_POPULATE_WRITE) == 0) return;
   COMPUTRON_CHECK(errno == EINVAL, "not enough memory");
   const auto page = static_cast<size_t>(getpagesize());
@@ -28,15 +36,15 @@ void touch_part(char* start, size_t nbytes) {
 
 }  // namespace
 
-void touch(void* address, size_t nbytes, size_t threads) {
-  constexpr size_t kPart = size_t{2} << 20;
-  const size_t parts = (nbytes + kPart - 1) / kPart;
+void touch(void* address, size_t nbytes, size_t threads, bool collapse) {
+  const size_t parts = (nbytes + kHugePage - 1) / kHugePage;
   threads = std::clamp<size_t>(threads, 1, std::max<size_t>(parts, 1));
   std::vector<Failure> failures(threads);
   const auto work = [&](size_t index) {
     try {
       for (size_t part = parts * index / threads; part < parts * (index + 1) / threads; ++part) {
-        touch_part(static_cast<char*>(address) + part * kPart, std::min(kPart, nbytes - part * kPart));
+        const size_t offset = part * kHugePage;
+        touch_part(static_cast<char*>(address) + offset, std::min(kHugePage, nbytes - offset), collapse);
       }
     } catch (const TransferError&) {
       failures[index] = current_failure();

@@ -5,7 +5,10 @@
 
 namespace computron {
 
-// Every page of the range, writable, without changing its bytes. Throws TransferError when memory runs out.
-void touch(void* address, size_t nbytes, size_t threads);
+constexpr size_t kHugePage = size_t{2} << 20;
+
+// Every page of the range, writable, without changing its bytes. `collapse`: into huge pages where the system can, also
+// in shared memory, which MADV_HUGEPAGE does not reach on most systems. Throws TransferError when memory runs out.
+void touch(void* address, size_t nbytes, size_t threads, bool collapse = false);
 
 }  // namespace computron

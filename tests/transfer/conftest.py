@@ -73,8 +73,9 @@ class Device:
 
     chunks_per_frame = 4
 
-    def __init__(self, name: str, standin: StandinDriver | None) -> None:
+    def __init__(self, name: str, standin: StandinDriver | None, copy_threads: int = 1) -> None:
         self.name = name
+        self.copy_threads = copy_threads
         self.standin = standin
         self.backend = self.make_backend()
         self.frame = max(64 << 10, self.backend.granularity)
@@ -92,7 +93,7 @@ class Device:
 
     def make_backend(self) -> Backend:
         if self.name == "host":
-            return _transfer.host_backend(copy_threads=2)
+            return _transfer.host_backend(copy_threads=self.copy_threads)
         return _transfer.cuda_backend(library=str(self.standin.path) if self.standin else None)
 
     def slow_down(self, seconds: float) -> None:
@@ -100,7 +101,7 @@ class Device:
         if self.is_real:
             pytest.skip("a real link cannot be slowed down")
         if self.standin is None:
-            self.backend = _transfer.host_backend(link_latency=seconds)
+            self.backend = _transfer.host_backend(link_latency=seconds, copy_threads=self.copy_threads)
         else:
             self.standin.delay(seconds)
 
@@ -152,7 +153,7 @@ class Device:
         return thing
 
 
-BACKENDS = ["host", "standin", pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = ["host", "host-2-threads", "standin", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -164,7 +165,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
             pytest.skip(reason)
     driver: StandinDriver | None = request.getfixturevalue("standin") if name == "standin" else None
     before = {key: driver.count(key) for key in LIVING} if driver else {}
-    device = Device(name, driver)
+    device = Device("host", None, 2) if name == "host-2-threads" else Device(name, driver)
     descriptors = len(os.listdir("/proc/self/fd"))
     yield device
     if driver:

@@ -77,7 +77,7 @@ def test_smaller_priorities_go_first(device):
 
 def test_equal_ranks_go_in_order_of_submission(device):
     pool, memory = device.pool(8), device.memory(2)
-    engine = device.engine(pool)
+    engine = device.engine(pool, depth=1)
     transfers = [device.send(engine, memory, pool.allocate(2), priority=3) for _ in range(4)]
     assert ended_in_order(engine, 4, {transfer.id: transfer.id for transfer in transfers}) == [
         transfer.id for transfer in transfers

@@ -22,8 +22,7 @@ def test_a_copy_that_fails_fails_its_transfer_alone(faulty):
     transfer.wait()
     assert transfer.state == "failed"
     assert "the cable was pulled" in transfer.error
-    assert transfer.page_done(0)
-    assert not transfer.page_done(2)
+    assert not transfer.page_done(1)
     with pytest.raises(TransferError, match="the cable was pulled"):
         transfer.wait_segment(0)
     pool.release(frames)
@@ -41,7 +40,7 @@ def test_a_copy_that_fails_fails_its_transfer_alone(faulty):
 
 def test_other_transfers_go_on_after_a_failed_copy(faulty):
     pool, memory = faulty.pool(8), faulty.memory(4)
-    engine = faulty.engine(pool, depth=2)
+    engine = faulty.engine(pool, depth=1)
     faulty.backend.inject_fault("copy", 5, "once")
     transfers = [faulty.send(engine, memory, pool.allocate(1), page) for page in range(4)]
     for transfer in transfers:
@@ -62,13 +61,14 @@ def test_unknown_operations_cannot_fail(faulty):
 
 
 def test_a_failed_device_fails_everything_with_its_words(faulty):
+    faulty.slow_down(0.01)
     pool, memory = faulty.pool(8), faulty.memory(4)
     engine = faulty.engine(pool, depth=2)
     addresses = faulty.range(pool, 2)
     frames = pool.allocate(4)
     addresses.map([0], frames[:1])
-    faulty.backend.inject_fault("device", 5, "the device fell off the bus")
     first, second = faulty.send(engine, memory, frames), faulty.send(engine, memory, pool.allocate(4))
+    faulty.backend.inject_fault("device", 3, "the device fell off the bus")
     first.wait()
     second.wait()
     for transfer in (first, second):
