@@ -8,13 +8,17 @@ COMPUTRON_SANITIZE=address|thread builds with that sanitizer; COMPUTRON_NVCC=pat
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,7 +27,7 @@ from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fatbin", "-lineinfo"]
 DEVICE_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
@@ -34,29 +38,40 @@ def build_folder() -> Path:
     return ROOT / "build" / f"extension-{tag}"
 
 
+@contextmanager
+def only_build() -> Iterator[Path]:
+    """The build folder, in which no other process builds meanwhile."""
+    build = build_folder()
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield build
+
+
 def sanitizer_flags() -> list[str]:
     sanitizer = os.environ.get("COMPUTRON_SANITIZE", "")
     return (
-        [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer", "-O1", "-Wno-maybe-uninitialized"] if sanitizer else []
+        [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer", "-O1", "-g1", "-Wno-maybe-uninitialized"]
+        if sanitizer
+        else []
     )
 
 
-def is_current(output: Path, command: list[str], inputs: list[Path]) -> bool:
-    """Was `output` made by this command from inputs that have not changed since?"""
-    recipe = output.with_suffix(output.suffix + ".command")
-    if not output.exists() or not recipe.exists() or recipe.read_text() != shlex.join(command):
-        return False
-    made = output.stat().st_mtime_ns
-    return all(path.exists() and path.stat().st_mtime_ns <= made for path in inputs)
-
-
 def make(output: Path, command: list[str], inputs: list[Path]) -> None:
-    if is_current(output, command, inputs):
-        return
+    """Run `command`, unless it made `output` before from inputs that have not changed since."""
+    # pip's isolated builds put pybind11 somewhere else each time: its version counts, not its place.
+    recipe = shlex.join(command).replace(pybind11.get_include(), f"pybind11 {pybind11.__version__}")
+    kept = output.with_suffix(output.suffix + ".recipe")
+    if output.exists() and kept.exists() and kept.read_text() == recipe:
+        made = output.stat().st_mtime_ns
+        if all(path.exists() and path.stat().st_mtime_ns <= made for path in inputs):
+            return
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"making {output.relative_to(ROOT)}", flush=True)
+    start = time.time_ns()
     subprocess.run(command, check=True, cwd=ROOT)
-    output.with_suffix(output.suffix + ".command").write_text(shlex.join(command))
+    os.utime(output, ns=(start, start))  # what changes during the command is newer
+    kept.write_text(recipe)
 
 
 def compile_source(source: Path, output: Path, flags: list[str]) -> Path:
@@ -128,10 +143,11 @@ class BuildExtension(build_ext):
     """Compiles in parallel, and only what has changed, also in a temporary build of pip's."""
 
     def build_extension(self, ext: Extension) -> None:
-        sources = [*(ROOT / path for path in ext.sources), embed_kernels(build_folder())]
         includes = [f"-I{ROOT / 'csrc'}", f"-isystem{pybind11.get_include()}"]
         includes.append(f"-isystem{sysconfig.get_path('include')}")
-        compile_and_link(sources, Path(self.get_ext_fullpath(ext.name)), includes)
+        with only_build() as build:
+            sources = [*(ROOT / path for path in ext.sources), embed_kernels(build)]
+            compile_and_link(sources, Path(self.get_ext_fullpath(ext.name)), includes)
 
 
 class BuildStandin(Command):
@@ -145,8 +161,9 @@ class BuildStandin(Command):
 
     def run(self) -> None:
         sources = [*sorted((ROOT / "csrc" / "standin").glob("*.cpp")), ROOT / "csrc" / "digest.cpp"]
-        target = build_folder() / "libcomputron_standin.so"
-        compile_and_link(sources, target, [])
+        with only_build() as build:
+            target = build / "libcomputron_standin.so"
+            compile_and_link(sources, target, [])
         print(target)
 
 
