@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from computron.config import Config, load_config
+from computron.config import Config, load_config, with_place
 from computron.errors import ComputronError
 
 app = typer.Typer(
@@ -72,13 +72,15 @@ def serve(
     """
     try:
         settings = load_config(config)
-        given: dict[str, Any] = {"host": host, "port": port, "log_level": log_level}
-        server = replace(settings.server, **{key: value for key, value in given.items() if value is not None})
-        signal_number = _run_server(replace(settings, server=server))
     except ComputronError as error:
         fail(error.message)
-    if signal_number is not None:
-        output.print("stopped")
+    given: dict[str, Any] = {"host": host, "port": port, "log_level": log_level}
+    server = replace(settings.server, **{key: value for key, value in given.items() if value is not None})
+    try:
+        _run_server(replace(settings, server=server))
+    except ComputronError as error:
+        fail(with_place(config, error))
+    output.print("stopped")
 
 
 def _run_server(config: Config) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from computron._toml import Bandwidth, Bounds, Document, Duration, KeyPath, Size, suggestion
+from computron.errors import ComputronError
 
 Task = Literal["generate", "embed", "classify", "custom"]
 Count = Annotated[int, Bounds(low=1)]
@@ -122,6 +123,19 @@ def load_config(path: str | Path) -> Config:
     _check_device(document, config.device)
     _check_scheduler(document, config.scheduler)
     return replace(config, host=_with_paths(document, config.host))
+
+
+def with_place(path: str | Path, error: ComputronError) -> str:
+    """The message of an error that came up after loading, with the file and line that it is about, where it is known:
+    from its `param` ("device.memory"), or from the model that the message begins with.
+    """
+    document = Document(Path(path))
+    where: KeyPath = tuple(error.param.split(".")) if error.param is not None else ()
+    if named := re.match(r"""model ["']([^"']+)["'](?:: (?:its )?(\w+))?""", error.message):
+        ids = [model.get("id") for model in document.data.get("models", [])]
+        if named[1] in ids:
+            where = ("models", ids.index(named[1]), named[2] or "")
+    return document.error(where, error.message).message if where else error.message
 
 
 def _read_models(document: Document) -> tuple[ModelConfig, ...]:

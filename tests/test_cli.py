@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from computron import cli
+from computron.errors import ConfigError
 
 MODEL = {
     "id": "a/b", "task": "generate", "state": "resident", "bytes": 3 << 20, "resident_ratio": 1.0, "pinned": True,
@@ -132,6 +133,18 @@ def test_a_wrong_configuration_is_one_line(tmp_path: Path):
     result = run("serve", str(path))
     assert result.exit_code == 1
     assert result.stderr == f'error: {path}:2: unknown key "memroy" in [device]; did you mean "memory"?\n'
+
+
+def test_an_error_at_the_start_finds_its_line(tmp_path: Path, monkeypatch):
+    path = tmp_path / "serve.toml"
+    path.write_text('[[models]]\nid = "a"\nsource = "org/a"\n[device]\nmemory = "1MiB"\n')
+
+    def run_server(config):
+        raise ConfigError("device.memory is too small", param="device.memory")
+
+    monkeypatch.setattr(cli, "_run_server", run_server)
+    result = run("serve", str(path))
+    assert (result.exit_code, result.stderr) == (1, f"error: {path}:5: device.memory is too small\n")
 
 
 def test_a_wrong_option_is_a_usage_error(tmp_path: Path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from computron._toml import key_lines
-from computron.config import Config, load_config
+from computron.config import Config, load_config, with_place
 from computron.errors import ConfigError
 
 MODEL = '[[models]]\nid = "m"\nsource = "org/m"\n'
@@ -175,6 +175,29 @@ def test_a_path_that_does_not_exist_is_named(write, tmp_path):
     assert (
         complaint(write('[[models]]\nid = "a"\nsource = "./gone"\n')) == f":3: source: {tmp_path}/gone does not exist"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConfigError("too small", param="device.memory"), ":3: too small"),
+        (ConfigError("too small", param="device.page_size"), ":1: too small"),
+        (ConfigError("too small", param="host.memory"), ": too small"),
+        (ConfigError('model "b": its factory x raised'), ':10: model "b": its factory x raised'),
+        (ConfigError("model 'a' needs 3 MiB"), ":4: model 'a' needs 3 MiB"),
+    ],
+)
+def test_an_error_that_comes_up_later_finds_its_line(write, error, expected):
+    text = (
+        '[device]\nkind = "host"\nmemory = "1MiB"\n[[models]]\nid = "a"\nsource = "org/a"\n'
+        '[[models]]\nid = "b"\ntask = "custom"\nfactory = "x:y"\n'
+    )
+    path = write(text)
+    assert with_place(path, error) == f"{path}{expected}"
+
+
+def test_an_error_about_nothing_in_the_file_stays_as_it_is(write):
+    assert with_place(write(MODEL), ConfigError("no such thing")) == "no such thing"
 
 
 def test_lines_of_keys_survive_strings_and_arrays_over_several_lines():
