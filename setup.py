@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fatbin", "-lineinfo"]
-DEVICE_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+DEVICE_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 
 
 def build_folder() -> Path:

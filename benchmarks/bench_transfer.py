@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,11 +97,24 @@ class PlainCopy:
         return time.perf_counter() - start
 
 
-def alternate(measured: Callable[[], float], baseline: Callable[[], float], rounds: int) -> tuple[float, float]:
-    """The best of both, taken in turns: whatever else the machine does meets both alike, and only ever adds time."""
+@dataclass(frozen=True)
+class Compared:
+    """Medians: seconds of both, and the share of the baseline's speed of each pair of neighbours in time."""
+
+    seconds: float
+    baseline: float
+    share: float
+
+
+def alternate(measured: Callable[[], float], baseline: Callable[[], float], rounds: int) -> Compared:
+    """Both in turns, so that whatever else the machine does meets both alike."""
     measured(), baseline()
     pairs = [(measured(), baseline()) for _ in range(rounds)]
-    return min(first for first, _ in pairs), min(second for _, second in pairs)
+    return Compared(
+        median(first for first, _ in pairs),
+        median(second for _, second in pairs),
+        median(second / first for first, second in pairs),
+    )
 
 
 def measure_host(report: Report, part: int, rounds: int, threads: list[int]) -> dict[int, list[float]]:
@@ -113,14 +127,13 @@ def measure_host(report: Report, part: int, rounds: int, threads: list[int]) -> 
         for chunk in SWEEP:
             backend = _transfer.host_backend(copy_threads=count)
             rig = Rig(backend, nbytes, max(PAGE["host"], chunk), chunk)
-            seconds, baseline = alternate(rig.seconds, plain.seconds, rounds)
+            result = alternate(rig.seconds, plain.seconds, rounds)
             rig.close()
-            share = baseline / seconds
-            shares.setdefault(count, []).append(share)
+            shares.setdefault(count, []).append(result.share)
             if chunk == CHUNK["host"]:
-                at_default.append(share)
+                at_default.append(result.share)
             name = f"transfer.host.threads_{count}.chunk_{chunk >> 10}KiB"
-            report.row(name, nbytes / seconds / 1e9, "GB/s", nbytes / baseline / 1e9, share)
+            report.row(name, nbytes / result.seconds / 1e9, "GB/s", nbytes / result.baseline / 1e9, result.share)
     report.row("transfer.memcpy_share", min(at_default), "share", 1.0, min(at_default))
     return shares
 
@@ -164,15 +177,16 @@ def measure_cuda(report: Report, nbytes: int, rounds: int) -> list[float]:
     shares = []
     for chunk in SWEEP:
         rig = Rig(backend, nbytes, PAGE["cuda"], chunk)
-        seconds, baseline = alternate(rig.seconds, plain, rounds)
+        result = alternate(rig.seconds, plain, rounds)
         rig.close()
-        shares.append(baseline / seconds)
+        shares.append(result.share)
         name = f"transfer.cuda.chunk_{chunk >> 10}KiB"
-        report.row(name, nbytes / seconds / 1e9, "GB/s", nbytes / baseline / 1e9, shares[-1])
+        report.row(name, nbytes / result.seconds / 1e9, "GB/s", nbytes / result.baseline / 1e9, result.share)
     pageable = Rig(backend, nbytes, PAGE["cuda"], CHUNK["cuda"], np.ones(nbytes, np.uint8))
-    seconds, baseline = alternate(pageable.seconds, plain, rounds)
+    result = alternate(pageable.seconds, plain, rounds)
     pageable.close()
-    report.row("transfer.cuda.pageable", nbytes / seconds / 1e9, "GB/s", nbytes / baseline / 1e9, baseline / seconds)
+    name = "transfer.cuda.pageable"
+    report.row(name, nbytes / result.seconds / 1e9, "GB/s", nbytes / result.baseline / 1e9, result.share)
     share = shares[SWEEP.index(CHUNK["cuda"])]
     report.row("transfer.link_share", share, "share", 1.0, share)
     return shares
