@@ -30,6 +30,7 @@ from computron.execution.executor import Executor, make_executor
 from computron.execution.requests import GenerateJob, Job, Output, SamplingParams, StepResult, TextOutput, TokenLogprob
 from computron.models import Gate, LoadedModel, OpenGate, load_model, plan_model
 from computron.models.byte_tokenizer import byte_tokenizer
+from computron.models.demo import DemoModels
 
 VOCABULARY = 300
 FRAME_BYTES = 1 << 16
@@ -114,7 +115,7 @@ class Rig:
         self.model = model
         self.cache: torch.Tensor | None = None
         if model.plan.cache is not None:
-            self.cache = torch.full((cache_bytes,), 0xFF, dtype=torch.uint8)
+            self.cache = torch.full((cache_bytes,), 0xFF, dtype=torch.uint8, device=model.device)
         self.executor: Executor = make_executor(model, self.cache, FRAME_BYTES)
         self.gate: Gate = OpenGate()
         self._ids = itertools.count()
@@ -167,11 +168,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTrained
 def load() -> Callable[..., LoadedModel]:
     """Loads a checkpoint folder the way a node does, into plain memory."""
 
-    def load(folder: Path, **settings: Any) -> LoadedModel:
+    def load(folder: Path, *, device: str = "cpu", **settings: Any) -> LoadedModel:
         plan = plan_model(ModelConfig("model", str(folder), **{"dtype": "float32", **settings}))
         parameters = torch.empty(plan.image.nbytes, dtype=torch.uint8)
         plan.image.read_into(0, memoryview(parameters.numpy()))
-        return load_model(plan, parameters)
+        return load_model(plan, parameters.to(device))
 
     return load
 
@@ -267,22 +268,17 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def smollm2(load: Callable[..., LoadedModel]) -> tuple[Rig, list[list[int]], list[list[int]]]:
-    """SmolLM2 in float32, if the demo models have been fetched: a rig, twenty prompts, what transformers generates."""
+def smollm2(demo: DemoModels, load: Callable[..., LoadedModel]) -> tuple[Rig, list[list[int]], list[list[int]]]:
+    """SmolLM2 in float32: a rig, twenty prompts, what transformers generates."""
     from transformers import AutoModelForCausalLM
 
-    from computron.models.demo import cache_folder
-
-    folder = cache_folder() / "demo" / "smollm2-135m-instruct"
-    if not folder.is_dir():
-        pytest.skip("the demo models have not been fetched: python -m computron.models.demo")
     text = (
         "The history of the lighthouse begins long before electricity. Fires were lit on hilltops, later on towers, "
         "to guide ships past rocks and into harbours. With time the fires became lamps, and the lamps got lenses. "
     ) * 3
-    rig = Rig(load(folder, max_batch_size=20), cache_bytes=128 << 20)
+    rig = Rig(load(demo.smollm2, max_batch_size=20), cache_bytes=128 << 20)
     prompts = [rig.model.encode(text[: 8 + 11 * index]) for index in range(20)]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(demo.smollm2, dtype=torch.float32).eval()
     expected = []
     with single_thread():
         for prompt in prompts:

@@ -114,14 +114,9 @@ def test_other_kinds_of_jobs_are_refused(embedder, greedy) -> None:
 
 
 @pytest.mark.models
-def test_minilm_gives_what_transformers_gives(load, new_rig) -> None:
-    from computron.models.demo import cache_folder
-
-    folder = cache_folder() / "demo" / "all-minilm-l6-v2"
-    if not folder.is_dir():
-        pytest.skip("the demo models have not been fetched: python -m computron.models.demo")
-    one = new_rig(load(folder, task="embed"))
-    model = AutoModel.from_pretrained(folder).eval()
+def test_minilm_gives_what_transformers_gives(demo, load, new_rig) -> None:
+    one = new_rig(load(demo.minilm, task="embed"))
+    model = AutoModel.from_pretrained(demo.minilm).eval()
     texts = ["A swap.", "Weights are read-only, so eviction is free.", "cats", "What is the capital of France? " * 4]
     tokens = [one.model.encode(text) for text in texts]
     answers = one.run([EmbedJob(tuple(each)) for each in tokens])
