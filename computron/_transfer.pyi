@@ -111,7 +111,7 @@ class HostMemory:
     def buffer(self, offset: int, nbytes: int) -> memoryview:
         """Writable; keeps the memory mapped, also after `close`."""
     def close(self) -> None:
-        """Freed once the last buffer and the last transfer that uses it are gone."""
+        """Freed once the last buffer is gone and the last transfer that uses it has ended."""
 
 @final
 class Source:

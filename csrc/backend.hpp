@@ -90,9 +90,6 @@ class Backend : public std::enable_shared_from_this<Backend> {
 
   // Throws std::invalid_argument unless Faults knows the operation.
   virtual void inject_fault(const std::string& operation, uint64_t after, const std::string& message) = 0;
-  // Called first in every thread that uses the device.
-  virtual void bind_thread() {}
-
   virtual std::unique_ptr<PoolMemory> create_pool(size_t frame_bytes, size_t frames) = 0;
   virtual std::unique_ptr<Copier> create_copier(Direction direction) = 0;
   // Make host memory known to the device, so that copies from it need no staging.

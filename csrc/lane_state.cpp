@@ -63,6 +63,7 @@ void Lane::end(const Job& job) {
   if (job->begin_ != Clock::time_point{}) {
     job->seconds_ = std::chrono::duration<double>(Clock::now() - job->begin_).count();
   }
+  for (Transfer::Page& page : job->pages_) page.region.reset();
   job->state_ = job->outcome_;
   switch (job->outcome_) {
     case Transfer::State::kFailed:

@@ -72,7 +72,7 @@ class Transfer {
     Source source;
     size_t nbytes;
     size_t segment;
-    std::shared_ptr<HostRegion> region;  // keeps the host side from being unmapped
+    std::shared_ptr<HostRegion> region;  // keeps the host side mapped until the end
     size_t active = 0;                   // chunks being filled or in flight
     bool pinned = true;                  // in the pool
   };
