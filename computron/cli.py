@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
+from computron.api.version import installed_version
 from computron.config import Config, load_config, with_place
 from computron.errors import ComputronError
 
@@ -203,8 +204,6 @@ def unload_model(
 @app.command()
 def version() -> None:
     """Show the version of Computron."""
-    from computron.api.status import installed_version
-
     output.print(f"computron {installed_version()}")
 
 

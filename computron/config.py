@@ -130,8 +130,10 @@ def with_place(path: str | Path, error: ComputronError) -> str:
     from its `param` ("device.memory"), or from the model that the message begins with.
     """
     document = Document(Path(path))
-    where: KeyPath = tuple(error.param.split(".")) if error.param is not None else ()
-    if named := re.match(r"""model ["']([^"']+)["'](?:: (?:its )?(\w+))?""", error.message):
+    where: KeyPath = ()
+    if error.param is not None:
+        where = tuple(error.param.split("."))
+    elif named := re.match(r"""model ["']([^"']+)["'](?:: (?:its )?(\w+))?""", error.message):
         ids = [model.get("id") for model in document.data.get("models", [])]
         if named[1] in ids:
             where = ("models", ids.index(named[1]), named[2] or "")

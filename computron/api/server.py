@@ -63,6 +63,7 @@ async def serve(server: ServerConfig, node: ServingNode, metrics: Metrics, repor
         )  # fmt: skip
         await node.shutdown(server.drain_timeout)
     finally:
+        await node.shutdown(0)  # after a start that failed; otherwise it is down already
         await runner.cleanup()
         app.close()
         stop.close()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 from aiohttp import web
 
 from computron.api.bodies import answer
 from computron.api.context import Context
+from computron.api.version import installed_version
 from computron.metrics import CONTENT_TYPE
 from computron.node.snapshot import NodeState
 
@@ -31,11 +30,3 @@ async def metrics(context: Context, request: web.BaseRequest) -> web.Response:
 
 async def version(context: Context, request: web.BaseRequest) -> web.Response:
     return answer({"version": installed_version()})
-
-
-def installed_version() -> str:
-    """ "unknown" where Computron runs from a folder that was never installed."""
-    try:
-        return metadata.version("computron")
-    except metadata.PackageNotFoundError:
-        return "unknown"
