@@ -121,10 +121,12 @@ def _prompt(generator: random.Random, vocabulary: int, length: int) -> tuple[int
     return tuple(generator.randrange(10, vocabulary) for _ in range(length))
 
 
-def tokens_per_second(runs: dict[str, Callable[[], int]], repetitions: int, device: torch.device) -> dict[str, float]:
-    """The median of each; they take turns, after one run each to warm up."""
+def tokens_per_second(
+    runs: dict[str, Callable[[], int]], repetitions: int, device: torch.device, *, warm: bool = False
+) -> dict[str, float]:
+    """The median of each; they take turns, after one run each to warm up unless they are `warm`."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
-    for repetition in range(repetitions + 1):
+    for repetition in range(1 if warm else 0, repetitions + 1):
         for name, run in runs.items():
             started = time.perf_counter()
             tokens = run()
@@ -168,13 +170,13 @@ def main() -> None:
     generator = random.Random(options.seed)
     vocabulary = ours.model.plan.vocabulary
     equal = equal_requests(generator, vocabulary, 32 if options.quick else 64)
-    mixed = mixed_requests(generator, vocabulary, *((20, 16) if options.quick else (48, 48)))
+    mixed = mixed_requests(generator, vocabulary, *((32, 16) if options.quick else (64, 48)))
     repetitions = 2 if options.quick else 5
     report = Report(f"generate, {options.dtype}, {options.threads} threads, batch {BATCH}", options)
     rates: dict[str, dict[str, float]] = {}
-    for name, requests in (("equal", equal), ("mixed", mixed)):
+    for name, requests, times in (("equal", equal, repetitions), ("mixed", mixed, max(1, repetitions // 2))):
         runs = {"ours": lambda r=requests: ours.run(r), "transformers": lambda r=requests: theirs.run(r)}
-        rates[name] = tokens_per_second(runs, max(1, repetitions // 2) if name == "mixed" else repetitions, device)
+        rates[name] = tokens_per_second(runs, times, device, warm=name == "mixed")
         mine, baseline = rates[name]["ours"], rates[name]["transformers"]
         report.row(f"generate.{name}.ratio", mine, "tokens/s", baseline, mine / baseline)
     if options.serve:
