@@ -122,6 +122,7 @@ def load_config(path: str | Path) -> Config:
     )
     _check_device(document, config.device)
     _check_scheduler(document, config.scheduler)
+    _check_group(document, config.group)
     return replace(config, host=_with_paths(document, config.host))
 
 
@@ -240,3 +241,9 @@ def _check_scheduler(document: Document, scheduler: SchedulerConfig) -> None:
     if scheduler.policy not in POLICIES:
         known = suggestion(scheduler.policy, POLICIES, "choose from ")
         raise document.error(("scheduler", "policy"), f'unknown policy "{scheduler.policy}"{known}')
+
+
+def _check_group(document: Document, group: GroupConfig) -> None:
+    for key in ("tensor_parallel", "pipeline_parallel"):
+        if getattr(group, key) > 1:
+            raise document.error(("group", key), f"{key}: models are served from one device; only 1 is possible yet")

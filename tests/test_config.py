@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from computron._toml import key_lines
-from computron.config import Config, load_config, with_place
+from computron.config import Config, ModelConfig, load_config, with_place
 from computron.errors import ConfigError
 
 MODEL = '[[models]]\nid = "m"\nsource = "org/m"\n'
@@ -44,7 +45,7 @@ def test_every_section_is_read(write):
             memory = "8GiB"
             spill_directory = "spill"
             [group]
-            tensor_parallel = 2
+            tensor_parallel = 1
             [scheduler]
             policy = "lru"
             max_wait = "1min"
@@ -66,7 +67,6 @@ def test_every_section_is_read(write):
     assert config.host.memory == 8 << 30
     assert config.host.spill_directory is not None
     assert config.host.spill_directory.is_absolute()
-    assert config.group.tensor_parallel == 2
     assert (config.scheduler.policy, config.scheduler.max_wait) == ("lru", 60.0)
     assert [model.id for model in config.models] == ["a", "team/b"]
     assert config.models[0].pinned
@@ -103,6 +103,10 @@ def test_absent_sections_have_their_defaults(write):
         ('[scheduler]\nmax_wait = "30"\n', ':2: max_wait: "30" has no unit; write it like "30s"'),
         ('[scheduler]\npolicy = "lur"\n', ':2: unknown policy "lur"; did you mean "lru"?'),
         ("[group]\ntensor_parallel = 0\n", ":2: tensor_parallel: must be at least 1, not 0"),
+        (
+            "[group]\ntensor_parallel = 2\n",
+            ":2: tensor_parallel: models are served from one device; only 1 is possible yet",
+        ),
         ("server = 3\n", ":1: [server] must be a table, not a whole number"),
         ("[device]\nmemory = 3GiB\n", ":2: Expected newline or end of document after a statement at column 11"),
     ],
@@ -142,6 +146,14 @@ def test_a_wrong_setting_is_named_with_its_line_and_the_remedy(write, text, expe
 )
 def test_a_wrong_model_is_named_with_its_line_and_the_remedy(write, models, expected):
     assert complaint(write(models)) == expected
+
+
+@pytest.mark.parametrize("section", [field.name for field in dataclasses.fields(Config)])
+def test_every_key_is_documented(section):
+    kind = ModelConfig if section == "models" else type(getattr(Config(), section))
+    text = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()
+    for field in dataclasses.fields(kind):
+        assert f"| `{field.name}` |" in text
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -128,3 +128,32 @@ async def test_a_client_that_left_is_logged_as_such(server, caplog):
     await submitted.cancelled.wait()
     await server.get("/health")
     assert any("status=499" in message for message in caplog.messages)
+
+
+async def test_a_client_that_expects_to_be_told_to_continue_is_told(server):
+    data = b'{"model": "chat", "prompt": "a"}'
+    reader, writer = await server.connect()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {len(data)}\r\n\r\n"
+    writer.write(head.encode())
+    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.write(data)
+    assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+    writer.close()
+
+
+@pytest.mark.parametrize("path", ["/v1/models/team/echo", "/v1/models/team%2Fecho"])
+async def test_model_ids_with_slashes_may_be_escaped(server, path):
+    status, answer = await server.get(path)
+    assert (status, answer["id"]) == (200, "team/echo")
+
+
+async def test_a_connection_serves_one_request_after_the_other(server):
+    data = b'{"model": "chat", "prompt": "a"}'
+    request = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    reader, writer = await server.connect()
+    for _ in range(3):
+        writer.write(request)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        assert head.startswith("HTTP/1.1 200")
+        await reader.readexactly(int(re.search(r"Content-Length: (\d+)", head)[1]))
+    writer.close()

@@ -17,6 +17,7 @@ from computron.config import ServerConfig
 from computron.errors import CheckpointError
 from computron.execution.requests import TextOutput
 from computron.metrics import Metrics
+from computron.node.snapshot import NodeState
 
 CHAT = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -129,6 +130,7 @@ async def test_a_model_that_cannot_be_loaded_ends_the_start(fake_node):
     with pytest.raises(CheckpointError, match="truncated"):
         await serve(ServerConfig(port=0), fake_node, Metrics(), watcher)
     assert watcher.closed
+    assert fake_node.state is NodeState.DRAINING  # it was closed, with all that it had opened
 
 
 PROGRAM = """
