@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,9 @@ _calls = threading.local()  # .seen: what the attention layers of this thread's 
 class CacheGeometry:
     """Keys and values of one token: `layers` times `key_value_heads` times (`key_dim` + `value_dim`) of `dtype`.
 
-    Layers with a sliding window keep the whole context, as the others do.
+    Layers with a sliding window keep the whole context, as the others do. `longest`: tokens up to which attention to
+    the whole context is what the model does, because a window or chunk of its layers is known to no one but its mask;
+    None: any number.
     """
 
     layers: int
@@ -29,6 +32,7 @@ class CacheGeometry:
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    longest: int | None = None
 
     @property
     def bytes_per_token(self) -> int:
@@ -48,7 +52,9 @@ def cache_geometry(model: ModelConfig, config: PretrainedConfig, dtype: torch.dt
         raise CheckpointError(refusal + "it is an encoder-decoder; decoder-only models are served")
     if getattr(module, "_is_stateful", False):
         raise CheckpointError(refusal + "it keeps a recurrent state, which a paged cache cannot hold")
-    layers = module.config.get_text_config().num_hidden_layers
+    layers = getattr(module.config.get_text_config(), "num_hidden_layers", None)
+    if layers is None:
+        raise CheckpointError(refusal + "its config does not say how many layers it has")
     ids = torch.zeros((1, 4), dtype=torch.int64, device="meta")
     _calls.seen = []
     try:
@@ -62,19 +68,35 @@ def cache_geometry(model: ModelConfig, config: PretrainedConfig, dtype: torch.dt
         raise CheckpointError(
             refusal + f"{len(calls)} of its {layers} layers use transformers' attention interface, all of them must"
         )
-    shapes = {call[1:] for call in calls}
+    shapes = {call[1:3] for call in calls}
     if len(shapes) != 1:
         raise CheckpointError(
             refusal + f"its layers have keys and values of different shapes: {sorted(map(str, shapes))}"
         )
-    _, key, value = calls[0]
-    return CacheGeometry(layers, key[1], key[3], value[3], dtype)
+    _, key, value, _ = calls[0]
+    longest = _longest(module.config.get_text_config(), {call[0]: call[3] for call in calls})
+    return CacheGeometry(layers, key[1], key[3], value[3], dtype, longest)
+
+
+def _longest(config: Any, windows: Mapping[int, int | None]) -> int | None:
+    """The least window or chunk that the config names and the layer's attention was not given. `windows`: by layer."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    chunk = getattr(config, "attention_chunk_size", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        given = any(windows.values())
+        hidden = {chunk, None if given else window}
+    else:
+        local = {"sliding_attention": window, "chunked_attention": chunk}
+        hidden = {local.get(kind) for layer, kind in enumerate(kinds) if not windows.get(layer)}
+    return min((size for size in hidden if size), default=None)
 
 
 def _record(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    _calls.seen.append((int(getattr(module, "layer_idx", -1)), tuple(key.shape), tuple(value.shape)))
+    window = kwargs.get("sliding_window")
+    _calls.seen.append((int(getattr(module, "layer_idx", -1)), tuple(key.shape), tuple(value.shape), window))
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, value.shape[3])), None
 

@@ -113,6 +113,13 @@ def _plan_pretrained(config: ModelConfig) -> ModelPlan:
     classify = config.task == "classify"
     embedding = embedding_settings(config, source.folder, module) if config.task == "embed" else None
     takes_images = classify and skeleton.is_image_model(source.config)
+    max_model_len = 0 if takes_images else _max_model_len(config, source.config, module, embedding)
+    if cache is not None and cache.longest is not None and max_model_len > cache.longest:
+        raise CheckpointError(
+            f'model "{config.id}": {type(module).__name__} applies the sliding window or chunks of {cache.longest} '
+            f"tokens of its attention by a mask, which is not served; set max_model_len to {cache.longest} or less, "
+            "where they make no difference"
+        )
     plan = ModelPlan(
         config=config,
         architecture=type(module).__name__,
@@ -122,7 +129,7 @@ def _plan_pretrained(config: ModelConfig) -> ModelPlan:
         build=build,
         source=source,
         cache=cache,
-        max_model_len=0 if takes_images else _max_model_len(config, source.config, module, embedding),
+        max_model_len=max_model_len,
         vocabulary=int(getattr(source.config.get_text_config(), "vocab_size", 0) or 0),
         generation=generation_defaults(source.folder, source.config),
         embedding=embedding,
