@@ -18,8 +18,8 @@ from computron.memory.pages import Lease, PageStore
 
 @dataclass(frozen=True, slots=True)
 class HostStatistics:
-    """Bytes and pages. A page is shared if it stands at several places of images; `shared_bytes_saved` is what those
-    would take on top if each were stored."""
+    """Bytes and pages. `shared_pages` need no storage of their own: they are the places in images, beyond the first,
+    of each page that stands at several; `shared_bytes_saved` is what they would take."""
 
     budget: int
     used: int
@@ -67,6 +67,9 @@ class HostStore:
         self._images: dict[str, StoredImage] = {}
         self._loading: set[str] = set()
         self._leases: Counter[str] = Counter()
+        self._uses: Counter[int] = Counter()  # places in images, for each content
+        self._shared_pages = 0
+        self._shared_bytes = 0
         self._closed = False
 
     def add(self, image_id: str, source: ImageSource, progress: Callable[[int], None] | None = None) -> StoredImage:
@@ -86,6 +89,7 @@ class HostStore:
             image = self._load(image_id, source, progress)
             with self._lock:
                 self._images[image_id] = image
+                self._count_uses(image)
         finally:
             with self._lock:
                 self._loading.remove(image_id)
@@ -110,7 +114,24 @@ class HostStore:
             if self._leases[image_id]:
                 raise RuntimeError(f"{image_id} cannot leave the host store while a swap reads it")
             image = self._images.pop(image_id)
+            self._discount_uses(image)
         self._pages.forget(image_id, set(image.pages))
+
+    def _count_uses(self, image: StoredImage) -> None:
+        for content, nbytes in zip(image.pages, image.page_sizes, strict=True):
+            if self._uses[content]:
+                self._shared_pages += 1
+                self._shared_bytes += nbytes
+            self._uses[content] += 1
+
+    def _discount_uses(self, image: StoredImage) -> None:
+        for content, nbytes in zip(image.pages, image.page_sizes, strict=True):
+            self._uses[content] -= 1
+            if self._uses[content]:
+                self._shared_pages -= 1
+                self._shared_bytes -= nbytes
+            else:
+                del self._uses[content]
 
     def digest(self, content_id: int) -> bytes:
         """`_transfer.page_digest` of the content as it was loaded."""
@@ -139,21 +160,16 @@ class HostStore:
 
     def statistics(self) -> HostStatistics:
         with self._lock:
-            images = list(self._images.values())
-        sizes: dict[int, int] = {}
-        uses: Counter[int] = Counter()
-        for image in images:
-            uses.update(image.pages)
-            sizes.update(zip(image.pages, image.page_sizes, strict=True))
+            images, shared_pages, shared_bytes = len(self._images), self._shared_pages, self._shared_bytes
         counts = self._pages.counts()
         return HostStatistics(
             budget=self._budget,
             used=counts.used,
             committed=counts.committed,
-            images=len(images),
+            images=images,
             pages=counts.pages,
-            shared_pages=sum(number > 1 for number in uses.values()),
-            shared_bytes_saved=sum(image.nbytes for image in images) - sum(sizes.values()),
+            shared_pages=shared_pages,
+            shared_bytes_saved=shared_bytes,
             on_disk_pages=counts.pages - counts.in_memory,
             spilled_pages=counts.spilled,
             pages_read_from_disk=counts.read_from_disk,
@@ -164,6 +180,12 @@ class HostStore:
         assert not any(self._leases.values()), "a lease was not released"
         self._pages.check()
         assert self._pages.counts().used <= self._budget, "budget exceeded"
+        with self._lock:
+            places = [page for image in self._images.values() for page in image.pages]
+            saved = sum(image.nbytes for image in self._images.values()) - self._pages.nbytes(self._uses)
+            assert Counter(places) == self._uses, "places of pages are counted wrongly"
+            assert self._shared_pages == len(places) - len(self._uses), "shared pages are counted wrongly"
+            assert self._shared_bytes == saved, "shared bytes are counted wrongly"
 
     def close(self) -> None:
         """End loads with an error and give all memory and files back. No swap may be under way. Idempotent."""

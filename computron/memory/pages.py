@@ -237,6 +237,10 @@ class PageStore:
             for content in lease.from_disk:
                 content.disk_extents(self._spill)
 
+    def nbytes(self, content_ids: Iterable[int]) -> int:
+        with self._changed:
+            return sum(self._table[content_id].nbytes for content_id in content_ids)
+
     def counts(self) -> PageCounts:
         with self._changed:
             return PageCounts(

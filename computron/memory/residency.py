@@ -68,6 +68,9 @@ class Residency:
         self._frames = pool.free
         self._images: dict[str, _Image] = {}
         self._held: dict[int, _Held] = {}
+        self._cache_frames = 0
+        self._arriving = 0
+        self._shared = 0
 
     def add_image(self, image_id: str, contents: Sequence[int]) -> None:
         if image_id in self._images:
@@ -118,9 +121,12 @@ class Residency:
             raise OrderRefused(f"{image_id} needs {len(missing)} frames and {free} of {self._frames} are free")
         for content, frame in zip(missing, self._pool.allocate(len(missing)), strict=True):
             self._held[content] = _Held(frame, 0, arriving=image_id)
+        self._arriving += len(missing)
         contents = tuple(image.contents[page] for page in pages)
         for content in contents:
-            self._held[content].references += 1
+            held = self._held[content]
+            held.references += 1
+            self._shared += held.references == 2
         frames = tuple(self._held[content].frame for content in contents)
         image.plan = SwapPlan(tuple(pages), contents, frames, tuple(missing.values()))
         return image.plan
@@ -135,6 +141,7 @@ class Residency:
         lost = moved.difference(arrived)
         for content in moved - lost:
             self._held[content].arriving = None
+            self._arriving -= 1
         dropped = tuple(page for page, content in zip(plan.pages, plan.contents, strict=True) if content in lost)
         image.resident.update(set(plan.pages).difference(dropped))
         image.plan = None
@@ -167,20 +174,23 @@ class Residency:
                 raise OrderRefused(f"the cache of {image_id} needs {wanted} more frames and {free} are free")
             added = self._pool.allocate(wanted)
             cache.extend(added)
+            self._cache_frames += wanted
             return added
         released = cache[frames:]
         del cache[frames:]
         if released:
+            self._cache_frames -= len(released)
             self._pool.release(released)
         return []
 
     def counts(self) -> FrameCounts:
+        """Walks over nothing."""
         return FrameCounts(
             free=self._pool.free,
             parameters=len(self._held),
-            cache=sum(len(image.cache) for image in list(self._images.values())),
-            arriving=sum(held.arriving is not None for held in self._held.values()),
-            shared=sum(held.references > 1 for held in self._held.values()),
+            cache=self._cache_frames,
+            arriving=self._arriving,
+            shared=self._shared,
         )
 
     def check(self) -> None:
@@ -201,6 +211,10 @@ class Residency:
         assert all(0 <= frame < self._frames for frame in owned), "a frame outside the pool is owned"
         assert len(owned) + self._pool.free == self._frames, "frames leaked"
         assert references == {content: held.references for content, held in self._held.items()}, "references differ"
+        cache_frames = sum(len(image.cache) for image in list(self._images.values()))
+        arriving = sum(held.arriving is not None for held in self._held.values())
+        shared = sum(held.references > 1 for held in self._held.values())
+        assert (self._cache_frames, self._arriving, self._shared) == (cache_frames, arriving, shared), "counters differ"
 
     def _image(self, image_id: str) -> _Image:
         try:
@@ -224,7 +238,9 @@ class Residency:
         for content in contents:
             held = self._held[content]
             held.references -= 1
+            self._shared -= held.references == 1
             if held.references == 0:
+                self._arriving -= held.arriving is not None
                 released.append(held.frame)
                 del self._held[content]
         if released:

@@ -47,6 +47,24 @@ def test_equal_pages_of_one_image_are_one_content(make_store, sources):
     assert store.statistics().used == sources.page
 
 
+def test_shared_pages_are_the_places_that_need_no_storage(make_store, sources):
+    store = make_store(8)
+    page = sources.data(1, seed=1)
+    made = {"a": page * 3, "b": page * 2 + sources.data(0.5, seed=2), "c": sources.data(0.5, seed=2)}
+    seen = []
+    for name, data in made.items():
+        store.add(name, sources.in_memory(data))
+        seen.append((store.statistics().shared_pages, store.statistics().shared_bytes_saved))
+        store.check()
+    for name in made:
+        store.remove(name)
+        seen.append((store.statistics().shared_pages, store.statistics().shared_bytes_saved))
+        store.check()
+    whole, half = sources.page, sources.page // 2
+    assert seen[:3] == [(2, 2 * whole), (4, 4 * whole), (5, 4 * whole + half)]
+    assert seen[3:] == [(2, whole + half), (0, 0), (0, 0)]
+
+
 def test_page_of_other_size_is_another_content(make_store, sources):
     store = make_store(8)
     data = bytes(sources.page)
