@@ -7,6 +7,7 @@ from aiohttp import web
 from computron.api.answers import Model, ModelList
 from computron.api.bodies import answer
 from computron.api.context import Context
+from computron.api.protocol import context_length
 from computron.errors import ModelNotFound
 from computron.node.snapshot import ModelSnapshot
 
@@ -42,12 +43,13 @@ def _shown(context: Context, model: str) -> Model:
 
 
 def _model(context: Context, figures: ModelSnapshot) -> Model:
-    plan = context.node.model(figures.model).plan
+    served = context.node.model(figures.model)
+    plan = served.plan
     return Model(
         id=figures.model,
         created=context.started,
         root=plan.config.source or plan.config.factory or figures.model,
-        max_model_len=plan.max_model_len or None,
+        max_model_len=context_length(served) or None,
         task=figures.task,
         state=figures.state,
         bytes=figures.nbytes,

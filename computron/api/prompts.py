@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from computron.api.context import Context
-from computron.api.protocol import ServedModel
+from computron.api.protocol import ServedModel, context_length
 from computron.api.schemas import Message
 from computron.errors import BadRequest, ContextTooLong
 
@@ -59,11 +59,11 @@ async def encode_prompt(
     else:
         tokens = prompt
     if truncate is not None:
-        keep = served.plan.max_model_len if truncate == -1 else truncate
-        if not 0 < keep <= served.plan.max_model_len:
+        limit = context_length(served)
+        keep = limit if truncate == -1 else truncate
+        if not 0 < keep <= limit:
             raise BadRequest(
-                f"`truncate_prompt_tokens` must be -1 or from 1 to {served.plan.max_model_len}",
-                param="truncate_prompt_tokens",
+                f"`truncate_prompt_tokens` must be -1 or from 1 to {limit}", param="truncate_prompt_tokens"
             )
         tokens = tokens[-keep:]
     if not tokens:
@@ -73,7 +73,7 @@ async def encode_prompt(
 
 def check_length(served: ServedModel, tokens: Sequence[int], param: str) -> None:
     """For models that answer in one run. Raises ContextTooLong."""
-    limit = served.plan.max_model_len
+    limit = context_length(served)
     if len(tokens) > limit:
         raise ContextTooLong(
             f"This model's maximum context length is {limit} tokens. However, your input has {len(tokens)} tokens. "

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from computron.config import ModelConfig
 from computron.execution.requests import Job
 from computron.node.handle import RequestHandle
 from computron.node.snapshot import NodeSnapshot
-
-Progress = Callable[[str, int, int], None]
-"""Called from loading threads with (model id, bytes loaded, bytes in all)."""
+from computron.node.worker import Progress
 
 
 class GenerationDefaults(Protocol):
@@ -60,7 +58,7 @@ class ModelPlan(Protocol):
     def config(self) -> ModelConfig: ...
     @property
     def max_model_len(self) -> int:
-        """Tokens that fit; 0 for models that read no text."""
+        """Tokens that the model was made for; 0 for models that read no text."""
 
     @property
     def generation(self) -> GenerationDefaults: ...
@@ -73,11 +71,24 @@ class ModelPlan(Protocol):
     def takes_images(self) -> bool: ...
 
 
+class Executor(Protocol):
+    @property
+    def max_len(self) -> int:
+        """Tokens of prompt and answer together that the device can serve; 0 for models that do not generate."""
+
+
 class ServedModel(Protocol):
     @property
     def plan(self) -> ModelPlan: ...
     @property
     def loaded(self) -> LoadedModel: ...
+    @property
+    def executor(self) -> Executor: ...
+
+
+def context_length(served: ServedModel) -> int:
+    """Tokens that the model takes here, prompt and answer together; 0 for models that read no text."""
+    return served.executor.max_len or served.plan.max_model_len
 
 
 class ServingNode(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from computron.api.protocol import GenerationDefaults, ServedModel
+from computron.api.protocol import GenerationDefaults, ServedModel, context_length
 from computron.api.schemas import GenerationBody
 from computron.errors import BadRequest, ContextTooLong
 from computron.execution.requests import SamplingParams
@@ -121,7 +121,7 @@ def answer_length(served: ServedModel, prompt: int, asked: int | None, default: 
 
     `name`: the field in which the client asked. Raises ContextTooLong, or BadRequest if it asked for none at all.
     """
-    limit = served.plan.max_model_len
+    limit = context_length(served)
     room = limit - prompt
     if room <= 0:
         raise ContextTooLong(

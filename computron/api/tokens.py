@@ -11,7 +11,7 @@ from computron.api.answers import Tokens
 from computron.api.bodies import answer, read_json
 from computron.api.context import Context
 from computron.api.prompts import render_chat
-from computron.api.protocol import ServedModel
+from computron.api.protocol import ServedModel, context_length
 from computron.api.schemas import DetokenizeBody, TokenizeBody
 from computron.errors import BadRequest
 
@@ -23,7 +23,7 @@ async def tokenize(context: Context, request: web.BaseRequest) -> web.Response:
     body = await read_json(request, _tokenize_decoder)
     served = _text_model(context, body.model)
     tokens = await _tokens(context, served, body)
-    result = Tokens(count=len(tokens), max_model_len=served.plan.max_model_len, tokens=tokens)
+    result = Tokens(count=len(tokens), max_model_len=context_length(served), tokens=tokens)
     if body.return_token_strs:
         result.token_strs = [served.loaded.decode([token], skip_special_tokens=False) for token in tokens]
     return answer(result)

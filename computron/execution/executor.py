@@ -25,6 +25,10 @@ class Executor(Protocol):
     def blocks_per_frame(self) -> float:
         """KV cache blocks in a frame, may be a fraction; 0.0 without a cache."""
 
+    @property
+    def max_len(self) -> int:
+        """Tokens of one sequence at most, prompt and answer together; 0 for models that do not generate."""
+
     def prepare(self, job: Job) -> int:
         """Check the job against the model; gives the KV blocks that its first step will hold, 0 without a cache.
 

@@ -62,6 +62,10 @@ class GenerateExecutor:
     def blocks_per_frame(self) -> float:
         return self._frame_bytes / self._cache.block_bytes
 
+    @property
+    def max_len(self) -> int:
+        return self._max_len
+
     def prepare(self, job: Job) -> int:
         if not isinstance(job, GenerateJob):
             raise BadRequest("this model generates text and takes nothing else", param="model")

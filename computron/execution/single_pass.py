@@ -19,6 +19,7 @@ class SinglePassExecutor(ABC, Generic[JobType]):
     """Answers all requests of a step in that step."""
 
     blocks_per_frame = 0.0
+    max_len = 0
 
     def __init__(self, model: LoadedModel) -> None:
         self._model = model

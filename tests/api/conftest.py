@@ -48,6 +48,7 @@ class FakeModel:
             labels=("cat", "dog", "fish"),
             takes_images=takes_images,
         )
+        self.executor = SimpleNamespace(max_len=self.plan.max_model_len if task == "generate" else 0)
         self.loaded = self
         self.batch_manager = self
         self.template_arguments: dict[str, Any] = {}

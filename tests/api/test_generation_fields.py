@@ -134,3 +134,15 @@ async def test_a_long_text_is_tokenised_off_the_event_loop(server):
     await sampling(server, {"model": "chat", "prompt": "short"}, "/v1/completions")
     await sampling(server, {"model": "chat", "prompt": "long" * 1000}, "/v1/completions")
     assert [thread is threading.main_thread() for thread in threads] == [True, False]
+
+
+async def test_the_context_is_what_the_device_can_serve(server):
+    server.node.models["chat"].executor.max_len = 40
+    assert await sampling(server, CHAT) == SamplingParams(max_tokens=40 - PROMPT)
+    status, answer, _ = await server.post("/v1/chat/completions", CHAT | {"max_tokens": 41 - PROMPT})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert "maximum context length is 40 tokens" in answer["error"]["message"]
+    status, answer, _ = await server.post("/v1/completions", {"model": "chat", "prompt": "a" * 40})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert (await server.get("/v1/models/chat"))[1]["max_model_len"] == 40
+    assert (await server.post("/tokenize", {"model": "chat", "prompt": "a"}))[1]["max_model_len"] == 40

@@ -192,8 +192,17 @@ def test_a_prompt_that_the_cache_can_never_hold_is_refused(rig, greedy) -> None:
     one = rig("llama", cache_bytes=1 << 16)
     capacity = int(one.executor.blocks_per_frame) * 16
     one.executor.prepare(greedy((1,) * (capacity - 1)))
-    with pytest.raises(ContextTooLong, match=f"takes {capacity}"):
+    assert one.executor.max_len == capacity
+    with pytest.raises(ContextTooLong, match=f"the prompt has {capacity} tokens; this model takes {capacity}"):
         one.executor.prepare(greedy((1,) * capacity))
+
+
+def test_an_answer_ends_where_the_cache_can_hold_no_more(rig, greedy) -> None:
+    one = rig("llama", cache_bytes=1 << 16)
+    capacity = one.executor.max_len
+    assert capacity < one.model.plan.max_model_len
+    answer = one.run([greedy((1,) * (capacity - 10), 1000, ignore_eos=True)])[0]
+    assert (len(answer.tokens), answer.finish) == (10, ("length", None))
 
 
 def test_other_kinds_of_jobs_are_refused(rig) -> None:
