@@ -176,10 +176,13 @@ class HostStore:
         )
 
     def check(self) -> None:
-        """Raises AssertionError unless every slot has one owner. For moments without loads and swaps."""
+        """Raises AssertionError if the budget is exceeded or the books do not agree: a slot with two owners or none,
+        a page that is nowhere, wrong counts. Reads no page. For moments without loads and swaps."""
         assert not any(self._leases.values()), "a lease was not released"
         self._pages.check()
-        assert self._pages.counts().used <= self._budget, "budget exceeded"
+        counts = self._pages.counts()
+        assert counts.used <= self._budget, f"{counts.used} bytes used of a budget of {self._budget}"
+        assert counts.committed <= self._budget, f"{counts.committed} bytes committed of a budget of {self._budget}"
         with self._lock:
             places = [page for image in self._images.values() for page in image.pages]
             saved = sum(image.nbytes for image in self._images.values()) - self._pages.nbytes(self._uses)

@@ -74,6 +74,7 @@ class PageStore:
         self._closed = False
         self._disk_takes = True  # until a write in the background has failed
         self._read_from_disk = 0
+        self._writing_ahead = 0
 
     def reserve(self, abandoned: Callable[[], bool]) -> int:
         """A slot to load a page into. Waits for one, drops the coldest page for it, writes that to disk if need be.
@@ -253,13 +254,17 @@ class PageStore:
             )
 
     def check(self) -> None:
-        """Raises AssertionError unless every slot has one owner. For moments without loads and swaps."""
+        """Raises AssertionError unless every slot has one owner. For moments without loads and swaps; waits for cold
+        pages that are being written to disk."""
         with self._changed:
+            self._changed.wait_for(lambda: not self._writing_ahead)
             slots = [content.slot for content in self._table if content.slot is not None]
             spilled = [content.spilled for content in self._table if content.spilled is not None]
             assert len(set(slots)) == len(slots) == self._table.in_slots == self._arena.used, "slots leaked"
             assert len(set(spilled)) == len(spilled) == self._spill.used, "slots of the spill file leaked"
-            assert self._arena.committed_bytes <= self._arena.slots * self.page_bytes, "budget exceeded"
+            budget = self._arena.slots * self.page_bytes
+            assert self._arena.used * self.page_bytes <= budget, "more slots than the budget has"
+            assert self._arena.committed_bytes <= budget, "more memory committed than the budget has"
             for content in self._table:
                 assert content.slot is not None or content.on_disk, f"content {content.id} is nowhere"
                 assert content.users, f"content {content.id} has no user"
@@ -301,8 +306,9 @@ class PageStore:
         if self._is_on_disk(victim):
             return self._table.displace(victim)
         if self._disk_takes:
-            victim.pins += 1
             self._threads.submit(self._write_ahead, victim)
+            victim.pins += 1
+            self._writing_ahead += 1
         return None
 
     def _write_ahead(self, content: Content) -> None:
@@ -311,6 +317,10 @@ class PageStore:
         except Exception:
             self._disk_takes = False
             log.exception("cold pages stay in memory: they cannot be written to disk")
+        finally:
+            with self._changed:
+                self._writing_ahead -= 1
+                self._changed.notify_all()
 
     def _write_to_spill(self, content: Content) -> None:
         """Write a content that the caller has pinned to disk, and unpin it. Raises OutOfMemory if the disk is full."""

@@ -183,7 +183,6 @@ class Device(RuleBasedStateMachine):
         assert self.swapper.free_frames == FRAMES
         for name in IMAGES:
             self.store.remove(name)
-        self.store._threads.shutdown(wait=True)
         self.store.check()
         statistics = self.store.statistics()
         assert (statistics.used, statistics.pages, statistics.spilled_pages) == (0, 0, 0)

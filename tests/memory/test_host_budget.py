@@ -145,7 +145,7 @@ def test_cold_page_without_checkpoint_makes_room_once_it_is_written(make_store, 
     wanted_pages = store.lease("first", first.pages)
     assert wanted_pages.kept == {}
     store.release(wanted_pages, first.pages)
-    store._threads.submit(lambda: None).result(30)  # what was to be written in the background is
+    store.check()  # waits for what is written in the background
     assert store.statistics().spilled_pages == 8
     assert read_image(store, first) == made.data
     assert in_memory(store, first) == [0, 1, 2, 3]
@@ -276,3 +276,24 @@ def test_load_waits_for_pages_in_flight_when_all_slots_are_leased(make_store, so
     store.release(lease, image.pages)
     adding.join(30)
     assert read_image(store, added[0]) == source.data
+
+
+@pytest.mark.parametrize("damage", ["budget", "slots", "spilled", "shared"])
+def test_check_finds_books_that_disagree(make_store, sources, damage):
+    store = make_store(4)
+    store.add("a", sources.random(6, seed=1))
+    store.check()
+    pages = store._pages
+    with pytest.MonkeyPatch.context() as patch:
+        match damage:
+            case "budget":
+                patch.setattr(store, "_budget", 3 * sources.page)
+            case "slots":
+                patch.setattr(pages._arena, "_fresh", 5)
+            case "spilled":
+                patch.setattr(pages._spill, "_slots", 7)
+            case "shared":
+                patch.setattr(store, "_shared_pages", 1)
+        with pytest.raises(AssertionError):
+            store.check()
+    store.check()
