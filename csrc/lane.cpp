@@ -30,6 +30,7 @@ Lane::Lane(std::shared_ptr<DevicePool> pool, LaneOptions options, OnEnd on_end)
       copier_(pool_->backend()->create_copier(options.direction)) {
   for (size_t slot = 0; slot < options_.staging_chunks; ++slot) free_slots_.push_back(static_cast<int>(slot));
   for (size_t index = 0; index < backend().copy_threads(); ++index) threads_.emplace_back([this] { run(); });
+  if (backend().has_streams()) threads_.emplace_back([this] { run_lander(); });
   for (size_t index = 0; index < filler_count(options_.staging_chunks); ++index) {
     threads_.emplace_back([this] { run_filler(); });
   }
@@ -78,28 +79,31 @@ Lane::Job Lane::submit(TransferRequest request, uint64_t sequence) {
 }
 
 void Lane::run() {
-  Flights mine;
   std::unique_lock lock(mutex_);
   for (;;) {
-    if (may_send(mine)) {
+    if (in_flight_.size() < options_.depth) {
       if (const auto work = take_send()) {
-        send(lock, *work, mine);
+        const auto flight = send(lock, *work);
+        if (flight && !backend().has_streams()) land(lock, *flight);
         continue;
       }
-    }
-    if (!mine.empty()) {
-      retire(lock, mine.front());
-      mine.pop_front();
-      continue;
     }
     if (closing_) return;
     wake_.wait(lock);
   }
 }
 
-// Where the worker itself copies, a second chunk in its hands would only be out of reach of a more urgent one.
-bool Lane::may_send(const Flights& mine) const {
-  return in_flight_.size() < options_.depth && (backend().has_streams() || mine.empty());
+void Lane::run_lander() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    if (!in_flight_.empty() && in_flight_.front().ticket) {
+      land(lock, in_flight_.begin());
+    } else if (closing_ && in_flight_.empty()) {
+      return;
+    } else {
+      land_wake_.wait(lock);
+    }
+  }
 }
 
 std::optional<Lane::Work> Lane::take_send() {
@@ -110,7 +114,7 @@ std::optional<Lane::Work> Lane::take_send() {
   return std::nullopt;
 }
 
-void Lane::send(std::unique_lock<std::mutex>& lock, const Work& work, Flights& mine) {
+std::optional<Lane::Flights::iterator> Lane::send(std::unique_lock<std::mutex>& lock, const Work& work) {
   const Job& job = work.job;
   Transfer::Chunk& chunk = job->chunks_[work.chunk];
   const Transfer::Page& page = job->pages_[chunk.page];
@@ -138,15 +142,16 @@ void Lane::send(std::unique_lock<std::mutex>& lock, const Work& work, Flights& m
   lock.lock();
 
   if (failure) {
-    land(flight, failure);
-    return;
+    landed(flight, failure);
+    return std::nullopt;
   }
   flight->ticket = std::move(ticket);
-  mine.push_back(flight);
   if (++job->sent_ == job->segments_[page.segment].end_chunk) job->changed_.notify_all();
+  land_wake_.notify_one();
+  return flight;
 }
 
-void Lane::retire(std::unique_lock<std::mutex>& lock, std::list<Flight>::iterator flight) {
+void Lane::land(std::unique_lock<std::mutex>& lock, Flights::iterator flight) {
   const std::shared_ptr<Ticket> ticket = flight->ticket;
   lock.unlock();
   std::optional<Failure> failure;
@@ -156,12 +161,14 @@ void Lane::retire(std::unique_lock<std::mutex>& lock, std::list<Flight>::iterato
     failure = current_failure();
   }
   lock.lock();
-  land(flight, failure);
+  landed(flight, failure);
 }
 
-void Lane::land(std::list<Flight>::iterator flight, const std::optional<Failure>& failure) {
+void Lane::landed(Flights::iterator flight, const std::optional<Failure>& failure) {
   const Work work{flight->job, flight->chunk};
   in_flight_.erase(flight);
+  if (in_flight_.size() + 1 == options_.depth) wake_.notify_one();
+  land_wake_.notify_one();
   if (in_flight_.empty()) statistics_.seconds_busy += std::chrono::duration<double>(Clock::now() - busy_since_).count();
   free_slot(work.job->chunks_[work.chunk]);
   if (!failure) arrive(work);

@@ -1,7 +1,6 @@
 // One direction of the link: which chunk travels next, which are under way, what became of them.
 #pragma once
 
-#include <deque>
 #include <functional>
 #include <list>
 #include <map>
@@ -69,16 +68,18 @@ class Lane : public std::enable_shared_from_this<Lane> {
     size_t chunk;
   };
 
-  // Chunks that one worker has submitted, the oldest first.
-  using Flights = std::deque<std::list<Flight>::iterator>;
+  using Flights = std::list<Flight>;  // the oldest first
 
-  // The worker threads: one, or as many as copies must be made at once by the CPU.
+  // The workers: one; where the CPU copies, as many as copies are made at once, each landing its own.
   void run();
-  bool may_send(const Flights& mine) const;
   std::optional<Work> take_send();
-  void send(std::unique_lock<std::mutex>& lock, const Work& work, Flights& mine);
-  void retire(std::unique_lock<std::mutex>& lock, std::list<Flight>::iterator flight);
-  void land(std::list<Flight>::iterator flight, const std::optional<Failure>& failure);
+  // Nothing if it could not be submitted.
+  std::optional<Flights::iterator> send(std::unique_lock<std::mutex>& lock, const Work& work);
+  void land(std::unique_lock<std::mutex>& lock, Flights::iterator flight);
+  void landed(Flights::iterator flight, const std::optional<Failure>& failure);
+
+  // The lander, where the device copies: it waits for the oldest chunk, so that the worker never has to.
+  void run_lander();
 
   // The filler threads.
   void run_filler();
@@ -111,10 +112,11 @@ class Lane : public std::enable_shared_from_this<Lane> {
   const std::unique_ptr<Copier> copier_;
 
   mutable std::mutex mutex_;
-  std::condition_variable wake_;       // the workers: something to send
+  std::condition_variable wake_;       // the workers: something to send, or room for it
+  std::condition_variable land_wake_;  // the lander: something in flight
   std::condition_variable fill_wake_;  // the fillers: something to fill, or a slot
   std::map<Rank, Job> jobs_;           // with chunks to send
-  std::list<Flight> in_flight_;
+  Flights in_flight_;
   std::vector<int> free_slots_;
   LaneStatistics statistics_;
   Clock::time_point busy_since_{};

@@ -133,6 +133,7 @@ void Lane::close() {
     }
   }
   wake_.notify_all();
+  land_wake_.notify_all();
   fill_wake_.notify_all();
   std::lock_guard joining(joining_);
   for (std::thread& thread : threads_) thread.join();
