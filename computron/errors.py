@@ -40,7 +40,9 @@ class BadRequest(ComputronError):
 
 
 class ContextTooLong(BadRequest):
-    """The prompt, or the prompt with the answer asked for, exceeds what the model can take."""
+    """The prompt, or the prompt with the answer asked for, exceeds what the model can take, or what its cache can ever
+    hold on this device: trying again does not help.
+    """
 
     code = "context_length_exceeded"
 
@@ -101,7 +103,7 @@ class Unavailable(ComputronError):
 
 
 class OutOfMemory(ComputronError):
-    """Something does not fit the device's or the host's budget. The message gives both numbers."""
+    """Something does not fit the device's or the host's budget now. The message gives both numbers."""
 
     status = 503
     code = "out_of_memory"

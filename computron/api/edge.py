@@ -84,7 +84,7 @@ class Edge:
             exchange.error = answered.code
             response = error_response(answered)
             status = response.status
-            if isinstance(error, BadRequest) and exchange.model is not None:
+            if isinstance(error, BadRequest) and exchange.model is not None and not exchange.queued:
                 self._context.metrics.request_refused(exchange.model)
         finally:
             _log_request(request, exchange, status, time.perf_counter() - began)

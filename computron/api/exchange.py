@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Exchange:
-    """`model`: once it is known to exist. `error`: the code of the error that answered it."""
+    """`model`: once it is known to exist. `queued`: the node has its jobs and counts how they end. `error`: the code of
+    the error that answered it.
+    """
 
     request_id: str
     model: str | None = None
+    queued: bool = False
     error: str | None = None
 
 

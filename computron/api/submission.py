@@ -8,6 +8,7 @@ from types import TracebackType
 
 from computron.api.answers import Timings
 from computron.api.context import Call
+from computron.api.exchange import current
 from computron.api.protocol import ServingNode
 from computron.errors import ComputronError
 from computron.execution.requests import Job, Output
@@ -47,6 +48,7 @@ class Submission:
         except BaseException:
             await self._close()
             raise
+        current().queued = True
         if len(self._handles) > 1:
             outputs = self._outputs = asyncio.Queue()
             self._pumps = [asyncio.create_task(_pump(outputs, *numbered)) for numbered in enumerate(self._handles)]

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from computron.errors import ContextTooLong
+
 MESSAGES = [{"role": "user", "content": "hi"}]
 CHAT = {"model": "chat", "messages": MESSAGES}
 COMPLETION = {"model": "chat", "prompt": "hi"}
@@ -230,3 +232,14 @@ async def test_a_server_error_leaks_nothing_but_the_request_id(server, caplog):
     assert "secret" not in answer["error"]["message"]
     assert headers["X-Request-Id"] in answer["error"]["message"]
     assert any(record.exc_info and "secret detail" in str(record.exc_info[1]) for record in caplog.records)
+
+
+async def test_what_the_node_finds_too_long_later_is_the_clients_fault_and_counted_by_the_node(server):
+    async def reject(submitted) -> None:
+        submitted.finish(ContextTooLong("the cache of this request never fits the device"))
+
+    server.node.script = reject
+    status, answer, headers = await server.post("/v1/chat/completions", CHAT)
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert "Retry-After" not in headers
+    assert 'outcome="invalid"' not in (await server.get("/metrics"))[1]
