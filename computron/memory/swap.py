@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from computron import _transfer
 from computron.errors import SwapFailed
 from computron.memory.images import StoredImage
+from computron.memory.mapped_range import MappedRange
 from computron.memory.pages import Lease
 from computron.memory.residency import SwapPlan
 
@@ -106,19 +107,21 @@ class Swap:
             self._ended = True
             self._changed.notify_all()
 
-    def map_all(self, parameters: _transfer.AddressRange) -> None:
+    def map_all(self, parameters: MappedRange) -> None:
         """Map the pages group by group. An error fails the swap and stops its transfer."""
-        for group in self.groups:
-            try:
-                parameters.map(group.slots, group.frames)
-            except _transfer.TransferError as error:
-                self.fail(f"mapping pages {group.slots[0]} to {group.slots[-1]} failed: {error}")
-                self.transfer.cancel()
-                break
-            with self._changed:
-                self.mapped_groups += 1
-                self._changed.notify_all()
-        self.mapping_ended = True
+        try:
+            for group in self.groups:
+                try:
+                    parameters.map(group.slots, group.frames)
+                except Exception as error:
+                    self.fail(f"mapping pages {group.slots[0]} to {group.slots[-1]} failed: {error}")
+                    self.transfer.cancel()
+                    break
+                with self._changed:
+                    self.mapped_groups += 1
+                    self._changed.notify_all()
+        finally:
+            self.mapping_ended = True
 
     def mapped_slots(self) -> list[int]:
         return [slot for group in self.groups[: self.mapped_groups] for slot in group.slots]
@@ -127,18 +130,21 @@ class Swap:
         """Contents that are whole on the device."""
         return {content for index, content in enumerate(self.moved_contents) if self.transfer.page_done(index)}
 
-    def verify(self, pool: _transfer.DevicePool, digests: Sequence[bytes]) -> None:
-        """Compare what arrived with the digests, one for each moved page; a difference fails the swap."""
-        for index, position in enumerate(self.plan.moved):
-            if not self.transfer.page_done(index):
-                continue
-            page = self.plan.pages[position]
-            try:
-                if pool.digest(self.plan.frames[position], self.moved_sizes[index]) != digests[index]:
-                    self.fail(f"page {page} has a wrong digest on the device")
-            except _transfer.TransferError as error:
-                self.fail(f"the digest of page {page} cannot be had: {error}")
-        self.verification = "ended"
+    def verify(self, pool: _transfer.DevicePool, digest_of: Callable[[int], bytes]) -> None:
+        """Compare what arrived with the digests of its contents; a difference fails the swap."""
+        try:
+            for index, position in enumerate(self.plan.moved):
+                if not self.transfer.page_done(index):
+                    continue
+                page = self.plan.pages[position]
+                try:
+                    digest = pool.digest(self.plan.frames[position], self.moved_sizes[index])
+                    if digest != digest_of(self.moved_contents[index]):
+                        self.fail(f"page {page} has a wrong digest on the device")
+                except Exception as error:
+                    self.fail(f"the digest of page {page} cannot be had: {error}")
+        finally:
+            self.verification = "ended"
 
     def wait(self, segment: int, stream: int = 0) -> None:
         """See Gate.wait. With verification a gate opens at the end: unverified bytes are not computed with."""

@@ -14,6 +14,7 @@ from computron.errors import CheckpointError, OutOfMemory, SwapFailed
 from computron.memory.gate import OPEN, Gate
 from computron.memory.host_store import HostStore
 from computron.memory.images import StoredImage
+from computron.memory.mapped_range import MappedRange
 from computron.memory.mapper import Bell, Mapper
 from computron.memory.residency import OrderRefused, Residency
 from computron.memory.swap import Swap, SwapOutcome, SwapState
@@ -76,6 +77,8 @@ class Swapper:
         self._engine = _transfer.TransferEngine(backend, self._pool, chunk_bytes=chunk_bytes)
         self._residency = Residency(self._pool)
         self._registered: dict[str, Registered] = {}
+        self._parameters: dict[str, MappedRange] = {}  # changed on the mapper's thread only
+        self._caches: dict[str, MappedRange] = {}
         self._swaps: dict[str, Swap] = {}
         self._by_transfer: dict[int, Swap] = {}
         self._outcomes: dict[SwapState, int] = {"done": 0, "failed": 0, "cancelled": 0}
@@ -103,16 +106,19 @@ class Swapper:
         cache = _transfer.AddressRange(self._pool, cache_bytes) if cache_bytes else None
         self._residency.add_image(image.id, image.pages)
         registered = Registered(image, parameters, cache)
+        self._parameters[image.id] = MappedRange(f"{image.id}.parameters", parameters)
+        if cache is not None:
+            self._caches[image.id] = MappedRange(f"{image.id}.cache", cache)
         self._registered[image.id] = registered
         return registered
 
     def unregister(self, image_id: str) -> None:
         """Give the addresses back once no view of them is left. Everything of the image must have left the device."""
         self._residency.remove_image(image_id)
-        registered = self._registered.pop(image_id)
-        self._mapper.submit(registered.parameters.close)
-        if registered.cache is not None:
-            self._mapper.submit(registered.cache.close)
+        del self._registered[image_id]
+        self._mapper.submit(self._parameters.pop(image_id).close)
+        if cache := self._caches.pop(image_id, None):
+            self._mapper.submit(cache.close)
 
     def swap_in(self, image_id: str, pages: Sequence[int], urgency: int) -> Swap:
         """Start to bring pages to the device, in this order; contents that are there for other images are only mapped.
@@ -153,7 +159,7 @@ class Swapper:
         self._mapper.submit(functools.partial(self._map, swap))
 
     def _map(self, swap: Swap) -> None:
-        swap.map_all(self._registered[swap.image_id].parameters)
+        swap.map_all(self._parameters[swap.image_id])
         self._bell.ring()
 
     def raise_urgency(self, image_id: str, urgency: int) -> None:
@@ -177,7 +183,7 @@ class Swapper:
 
     def _unmap(self, image_id: str, slots: Sequence[int]) -> None:
         if slots:
-            self._mapper.submit(functools.partial(self._registered[image_id].parameters.unmap, tuple(slots)))
+            self._mapper.submit(functools.partial(self._parameters[image_id].unmap, tuple(slots)))
 
     def set_cache(self, image_id: str, frames: int) -> None:
         """Let the cache range have frames at its slots 0 to `frames`, and no others. Mapped on return.
@@ -185,17 +191,17 @@ class Swapper:
         Raises SwapFailed, with the cache as it was, if mapping fails.
         """
         before = self._residency.cache_frames(image_id)
-        cache = self._registered[image_id].cache
-        if cache is None or frames * self.frame_bytes > cache.nbytes:
+        room = self._registered[image_id].cache
+        if room is None or frames * self.frame_bytes > room.nbytes:
             raise OrderRefused(f"{image_id} has no room for a cache of {frames} frames")
-        if frames < before:
-            cache.unmap(range(frames, before))
         added = self._residency.set_cache(image_id, frames)
+        if frames < before:
+            self._caches[image_id].unmap(range(frames, before))
         if not added:
             return
         try:
-            cache.map(range(before, frames), added)
-        except _transfer.TransferError as error:
+            self._caches[image_id].map(range(before, frames), added)
+        except Exception as error:
             self._residency.set_cache(image_id, before)
             raise SwapFailed(f"mapping the cache of {image_id} failed: {error}") from error
 
@@ -210,9 +216,13 @@ class Swapper:
         return self._residency.cache_frames(image_id)
 
     def completions(self) -> list[SwapOutcome]:
-        """Swaps that ended since the last call. Raises what went wrong while unmapping, if anything did."""
-        self._bell.answer()
+        """Swaps that ended since the last call.
+
+        Raises what a job of the mapper raised, which is a mistake in this program: what the backend refuses to map
+        fails a swap, and what it refuses to unmap is logged and tried again before the next mapping.
+        """
         self._mapper.raise_failure()
+        self._bell.answer()
         for transfer in self._engine.completions():
             self._by_transfer.pop(transfer.id).transfer_ended = True
         return [self._settle(swap) for swap in list(self._swaps.values()) if self._has_ended(swap)]
@@ -227,7 +237,7 @@ class Swapper:
         return swap.verification in ("none", "ended")
 
     def _check_digests(self, swap: Swap) -> None:
-        swap.verify(self._pool, [self._store.digest(content) for content in swap.moved_contents])
+        swap.verify(self._pool, self._store.digest)
         self._bell.ring()
 
     def _settle(self, swap: Swap) -> SwapOutcome:
@@ -307,14 +317,14 @@ class Swapper:
         """
         self._mapper.drain()
         self._residency.check()
-        for image_id, registered in list(self._registered.items()):
+        for image_id in list(self._registered):
             if image_id not in self._swaps:
                 expected = self._residency.mapping(image_id)
-                mapped = {slot: frame for slot, frame in enumerate(registered.parameters.mapped()) if frame >= 0}
+                mapped = self._parameters[image_id].mapped()
                 assert mapped == expected, f"{image_id} maps {mapped} instead of {expected}"
-            if registered.cache is not None:
-                frames = [frame for frame in registered.cache.mapped() if frame >= 0]
-                assert frames == self._residency.cache_mapping(image_id), f"the cache of {image_id} maps {frames}"
+            if cache := self._caches.get(image_id):
+                frames = dict(enumerate(self._residency.cache_mapping(image_id)))
+                assert cache.mapped() == frames, f"the cache of {image_id} maps {cache.mapped()} instead of {frames}"
 
     def close(self) -> None:
         """Cancel all transfers, wait for chunks in flight, give the device's memory back. Idempotent."""
@@ -328,10 +338,8 @@ class Swapper:
                 self._store.release(swap.lease, ())
             swap.end("the device is being closed")
         self._swaps.clear()
-        for registered in self._registered.values():
-            registered.parameters.close()
-            if registered.cache is not None:
-                registered.cache.close()
+        for addresses in (*self._parameters.values(), *self._caches.values()):
+            addresses.close()
         self._pool.close()
         self._epoll.close()
         self._bell.close()
