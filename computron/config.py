@@ -120,10 +120,12 @@ def load_config(path: str | Path) -> Config:
         scheduler=document.read(("scheduler",), document.data.get("scheduler", {}), SchedulerConfig),
         models=_read_models(document),
     )
+    default = config.scheduler.max_queue
+    models = tuple(replace(m, max_queue=default if m.max_queue is None else m.max_queue) for m in config.models)
     _check_device(document, config.device)
     _check_scheduler(document, config.scheduler)
     _check_group(document, config.group)
-    return replace(config, host=_with_paths(document, config.host))
+    return replace(config, host=_with_paths(document, config.host), models=models)
 
 
 def with_place(path: str | Path, error: ComputronError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
@@ -18,10 +19,14 @@ from computron.node.handle import RequestHandle
 class Submission:
     """`async with` queues the jobs; iterating gives (job's index, output); leaving cancels whatever has not ended.
 
-    Waiting for the next output may be cancelled without losing one.
+    Of many jobs only as many as two steps take are queued, the next ones as those end, so that a call may have more
+    jobs than the model's queue takes. Waiting for the next output may be cancelled without losing one.
     """
 
     def __init__(self, node: ServingNode, model: str, jobs: Sequence[Job], call: Call) -> None:
+        config = node.model(model).plan.config
+        twice = 2 * config.max_batch_size
+        self._at_once = min(twice, config.max_queue or twice)
         self._node = node
         self._model = model
         self._jobs = jobs
@@ -33,26 +38,32 @@ class Submission:
 
     async def __aenter__(self) -> Submission:
         """Raises what the node raises; then none of the jobs stays queued."""
-        call = self._call
+        if len(self._jobs) > 1:
+            self._outputs = asyncio.Queue()
         try:
-            for index, job in enumerate(self._jobs):
-                self._handles.append(
-                    self._node.submit(
-                        self._model,
-                        job,
-                        request_id=call.request_id if len(self._jobs) == 1 else f"{call.request_id}-{index}",
-                        priority=call.priority,
-                        deadline=call.deadline,
-                    )
-                )
+            for _ in self._jobs[: self._at_once]:
+                self._queue_next()
         except BaseException:
             await self._close()
             raise
         current().queued = True
-        if len(self._handles) > 1:
-            outputs = self._outputs = asyncio.Queue()
-            self._pumps = [asyncio.create_task(_pump(outputs, *numbered)) for numbered in enumerate(self._handles)]
         return self
+
+    def _queue_next(self) -> None:
+        """Raises what the node raises."""
+        call, index, deadline = self._call, len(self._handles), self._call.deadline
+        if deadline is not None and self._handles:
+            deadline -= time.monotonic() - self._handles[0].arrival
+        handle = self._node.submit(
+            self._model,
+            self._jobs[index],
+            request_id=call.request_id if len(self._jobs) == 1 else f"{call.request_id}-{index}",
+            priority=call.priority,
+            deadline=deadline,
+        )
+        self._handles.append(handle)
+        if self._outputs is not None:
+            self._pumps.append(asyncio.create_task(_pump(self._outputs, index, handle)))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -75,6 +86,8 @@ class Submission:
             index, output = await self._outputs.get()
             if output is None:
                 self._open -= 1
+                if len(self._handles) < len(self._jobs):
+                    self._queue_next()
             elif isinstance(output, ComputronError):
                 raise output
             else:
@@ -83,13 +96,14 @@ class Submission:
 
     def timings(self) -> Timings:
         """Where the time of the jobs went until now."""
-        timings = [handle.timings for handle in self._handles]
+        arrival = self._handles[0].arrival
+        timings = [(handle.arrival - arrival, handle.timings) for handle in self._handles]
         return Timings(
-            queue_seconds=_largest(t.queue_seconds for t in timings),
-            swap_seconds=max(t.swap_seconds for t in timings),
-            swap_bytes=max(t.swap_bytes for t in timings),
-            first_output_seconds=_largest(t.first_output_seconds for t in timings),
-            total_seconds=_largest(t.total_seconds for t in timings),
+            queue_seconds=_latest((late, t.queue_seconds) for late, t in timings),
+            swap_seconds=max(t.swap_seconds for _, t in timings),
+            swap_bytes=max(t.swap_bytes for _, t in timings),
+            first_output_seconds=_latest((late, t.first_output_seconds) for late, t in timings),
+            total_seconds=_latest((late, t.total_seconds) for late, t in timings),
         )
 
 
@@ -105,5 +119,6 @@ async def _pump(
         outputs.put_nowait((index, None))
 
 
-def _largest(values: Iterable[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
+def _latest(values: Iterable[tuple[float, float | None]]) -> float | None:
+    """`values`: seconds that a job came after the first one, and seconds from then on."""
+    return max((late + value for late, value in values if value is not None), default=None)

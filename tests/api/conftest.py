@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -115,6 +116,7 @@ class FakeNode:
         self.state = NodeState.READY
         self.script: Script = answer_fully
         self.submitted: list[Submitted] = []
+        self.most_open = 0
         self.arrived = asyncio.Condition()
         self.open: dict[RequestHandle, Submitted] = {}
         self.orders: list[tuple[str, str]] = []
@@ -138,10 +140,11 @@ class FakeNode:
         if not self.ready:
             raise Unavailable("the server is shutting down", retry_after=1.0)
         number = len(self.submitted)
-        handle = RequestHandle(number, request_id, model, 0.0, self._cancelled)
+        handle = RequestHandle(number, request_id, model, time.monotonic(), self._cancelled)
         submitted = Submitted(self, model, job, handle, priority, deadline)
         self.submitted.append(submitted)
         self.open[handle] = submitted
+        self.most_open = max(self.most_open, len(self.open))
         self._idle.clear()
         task = asyncio.get_running_loop().create_task(self._run(submitted))
         self._tasks.add(task)
@@ -159,7 +162,7 @@ class FakeNode:
 
     def end(self, handle: RequestHandle, error: Any) -> None:
         if self.open.pop(handle, None) is not None:
-            handle.finish(1.0, error)
+            handle.finish(handle.arrival + 1.0, error)
         if not self.open:
             self._idle.set()
 
