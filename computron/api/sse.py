@@ -36,7 +36,8 @@ async def stream(
     """Answer with one event for each chunk, then [DONE].
 
     Nothing is sent before the first output or `keep_alive` seconds, so that an early error still has its HTTP status;
-    from then on comments show a waiting client that it is not forgotten, and an error becomes the last event.
+    from then on an error becomes the last event. A comment after every `keep_alive` seconds without anything else shows
+    the client that it is not forgotten.
     """
     exchange = current()
     response = web.StreamResponse(
@@ -47,15 +48,25 @@ async def stream(
             REQUEST_ID: exchange.request_id,
         }
     )
+    answered = False
     try:
-        index, output = await _first(request, response, submission, keep_alive)
-        if not response.prepared:
-            await response.prepare(request)
-        await response.write(_events(chunks.chunks(index, output)))
-        async for index, output in submission:
-            data = _events(chunks.chunks(index, output))
+        while True:
+            try:
+                async with asyncio.timeout(keep_alive):
+                    index, output = await anext(submission)
+            except TimeoutError:
+                data = KEEP_ALIVE
+            except StopAsyncIteration:
+                break
+            else:
+                answered = True
+                data = _events(chunks.chunks(index, output))
+            if not response.prepared:
+                await response.prepare(request)
             if data:
                 await response.write(data)
+        if not answered:
+            raise ExecutionFailed("the model ended without an answer")
         await response.write(_events(chunks.last_chunks()) + DONE)
     except ComputronError as error:
         if not response.prepared:
@@ -70,22 +81,6 @@ async def stream(
         await response.write(_events((error_body(ComputronError("the server made an error; see its log")),)))
     await response.write_eof()
     return response
-
-
-async def _first(
-    request: web.BaseRequest, response: web.StreamResponse, submission: Submission, keep_alive: float
-) -> tuple[int, Output]:
-    """The first output, with comments while it is not there."""
-    while True:
-        try:
-            async with asyncio.timeout(keep_alive):
-                return await anext(submission)
-        except TimeoutError:
-            if not response.prepared:
-                await response.prepare(request)
-            await response.write(KEEP_ALIVE)
-        except StopAsyncIteration:
-            raise ExecutionFailed("the model ended without an answer") from None
 
 
 def _events(chunks: Iterable[Any]) -> bytes:

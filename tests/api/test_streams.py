@@ -62,6 +62,45 @@ async def test_a_waiting_stream_is_kept_alive_by_comments(run_server):
     assert rest.endswith("data: [DONE]\n\n")
 
 
+async def test_a_stream_that_stands_still_is_kept_alive_too(run_server):
+    async with run_server(keep_alive_interval=0.01) as server:
+        go = asyncio.Event()
+
+        async def with_a_pause(submitted) -> None:
+            submitted.put(TextOutput(0, (1,), "early"))
+            await go.wait()
+            submitted.put(TextOutput(0, (2,), "late", finish_reason="stop"))
+            submitted.finish()
+
+        server.node.script = with_a_pause
+        async with server.session.post(server.url + "/v1/chat/completions", json=BODY) as response:
+            await response.content.readuntil(b"early")
+            await response.content.readuntil(b"\n\n")
+            for _ in range(3):
+                assert await response.content.readuntil(b"\n\n") == b": waiting for model\n\n"
+            go.set()
+            rest = await response.text()
+    assert "late" in rest
+    assert rest.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("interval", [0.01, 60.0])
+async def test_a_model_that_ends_without_an_answer_is_an_error(run_server, interval):
+    async with run_server(keep_alive_interval=interval) as server:
+        commented = asyncio.Event()
+
+        async def nothing(submitted) -> None:
+            if interval < 1:
+                await commented.wait()
+            submitted.finish()
+
+        server.node.script = nothing
+        async with server.session.post(server.url + "/v1/chat/completions", json=BODY) as response:
+            commented.set()
+            assert response.status == (200 if interval < 1 else 500)
+            assert "the model ended without an answer" in await response.text()
+
+
 async def test_the_official_client_overlooks_comments(run_server):
     async with run_server(keep_alive_interval=0.01) as server:
         waited = asyncio.Event()
