@@ -74,7 +74,8 @@ class Swap:
         self.moved_contents = tuple(plan.contents[position] for position in plan.moved)
         self.moved_sizes = tuple(image.page_sizes[plan.pages[position]] for position in plan.moved)
         self.lease: Lease | None = None
-        self.error: str | None = None  # why it will not complete, once that is known
+        self.error: str | None = None  # why it will fail, once that is known
+        self.cancelled = False
         self.mapped_groups = 0
         self.mapping_ended = False
         self.transfer_ended = False
@@ -100,6 +101,18 @@ class Swap:
         with self._changed:
             self.error = self.error or words
             self._changed.notify_all()
+
+    def cancel(self) -> None:
+        """Let no gate wait for it any longer, and no further chunk start."""
+        with self._changed:
+            self.cancelled = True
+            self._changed.notify_all()
+        self.transfer.cancel()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it will not complete, once that is known."""
+        return self.error or ("it was cancelled" if self.cancelled else None)
 
     def end(self, error: str | None) -> None:
         with self._changed:
@@ -150,16 +163,16 @@ class Swap:
         """See Gate.wait. With verification a gate opens at the end: unverified bytes are not computed with."""
         needed = self._needs[segment]
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self.error is not None or self._is_mapped(needed))
-            if self.error is not None:
-                raise self._failure(self.error)
+            self._changed.wait_for(lambda: self._ended or self.trouble is not None or self._is_mapped(needed))
+            if self.trouble is not None:
+                raise self._failure(self.trouble)
             if self._ended:
                 return
         try:
             for group in range(needed):
                 self.transfer.wait_segment(group, stream)
         except _transfer.TransferError as error:
-            raise self._failure(self.error or str(error)) from error
+            raise self._failure(self.trouble or str(error)) from error
 
     def _is_mapped(self, groups: int) -> bool:
         return self.verification == "none" and self.mapped_groups >= groups

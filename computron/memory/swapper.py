@@ -168,11 +168,13 @@ class Swapper:
             swap.transfer.raise_priority(urgency)
 
     def cancel(self, image_id: str) -> None:
-        """Stop the image's swap, if it is still under way. `completions` tells what had arrived, and stays."""
+        """Stop the image's swap, if it is still under way: its gates raise at once, verifying or not. `completions`
+        tells what had arrived, and stays."""
         if swap := self._swaps.get(image_id):
-            swap.transfer.cancel()
+            swap.cancel()
 
     def cancel_all(self) -> None:
+        """Stop all swaps. No gate waits any longer then, whether `completions` is ever called again or not."""
         for image_id in self._swaps:
             self.cancel(image_id)
 
@@ -257,8 +259,8 @@ class Swapper:
         state: SwapState = "done"
         if error is not None:
             state = "failed"
-        elif swap.transfer.state == "cancelled":
-            state, error = "cancelled", "it was cancelled"
+        elif swap.cancelled:
+            state = "cancelled"
         swap.end(error)
         return self._account(swap, state, tuple(page for page in swap.pages if page not in gone))
 

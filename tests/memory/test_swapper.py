@@ -558,6 +558,51 @@ def test_adding_and_swapping_go_on_side_by_side(make_store, make_swapper, source
     assert errors == []
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_cancelled_gates_raise_without_anybody_asking_for_completions(make_store, make_swapper, sources, verify):
+    slow = _transfer.host_backend(link_bandwidth=2e5)
+    store = make_store(16, on=slow)
+    swapper = make_swapper(store, 16, on=slow, verify=verify)
+    swapper.register(store.add("a", sources.random(16, seed=1)))
+    swapper.swap_in("a", range(16), DEMAND)
+    gate = swapper.gate("a")
+    errors = []
+
+    def run() -> None:
+        try:
+            gate.wait(0)
+        except SwapFailed as error:
+            errors.append(str(error))
+
+    running = threading.Thread(target=run)
+    running.start()
+    swapper.cancel_all()
+    running.join(30)
+    assert errors == ["a could not be brought to the device: it was cancelled"]
+    with pytest.raises(SwapFailed, match="it was cancelled"):
+        gate.wait(0)
+    swapper.close()
+    with pytest.raises(SwapFailed):
+        gate.wait(0)
+    store.check()
+
+
+def test_swap_cancelled_while_it_waits_for_its_verification_raises_and_keeps_what_arrived(
+    make_store, make_swapper, sources, finish
+):
+    store = make_store(4)
+    swapper = make_swapper(store, 4, verify=True)
+    swapper.register(store.add("a", sources.random(4, seed=1)))
+    swap = swapper.swap_in("a", range(4), DEMAND)
+    assert swap.transfer.wait(30)  # its verification begins only in completions()
+    swapper.cancel("a")
+    with pytest.raises(SwapFailed, match="it was cancelled"):
+        swap.wait(0)
+    (outcome,) = finish(swapper)
+    assert (outcome.state, outcome.arrived) == ("cancelled", (0, 1, 2, 3))
+    swapper.check()
+
+
 def test_closing_ends_what_is_under_way(make_store, make_swapper, sources, slow):
     store = make_store(16, on=slow)
     swapper = make_swapper(store, 16, on=slow)
