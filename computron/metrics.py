@@ -30,7 +30,10 @@ class ModelFigures(Protocol):
 
 
 class NodeFigures(Protocol):
-    """One node at one moment. Memory in bytes by state; `transfer_bytes` since the start."""
+    """One node at one moment. Memory in bytes by state; transfers, swaps and seconds are counted since the start.
+
+    `swaps`: swap-ins by how they ended: done, failed or cancelled.
+    """
 
     @property
     def models(self) -> Sequence[ModelFigures]: ...
@@ -42,6 +45,12 @@ class NodeFigures(Protocol):
     def pages_shared(self) -> int: ...
     @property
     def transfer_bytes(self) -> int: ...
+    @property
+    def swaps(self) -> Mapping[str, int]: ...
+    @property
+    def link_busy_seconds(self) -> float: ...
+    @property
+    def host_pages_on_disk(self) -> int: ...
 
 
 class Metrics:
@@ -178,6 +187,22 @@ class _SnapshotCollector(Collector):
         moved = CounterMetricFamily("computron_transfer_bytes", "Bytes moved to the device", labels=["node"])
         moved.add_metric([self._node], figures.transfer_bytes)
         yield moved
+        busy = CounterMetricFamily(
+            "computron_link_busy_seconds", "Time in which the link to the device moved pages", labels=["node"]
+        )
+        busy.add_metric([self._node], figures.link_busy_seconds)
+        yield busy
+        swaps = CounterMetricFamily(
+            "computron_swaps", "Swap-ins that have ended: done, failed or cancelled", labels=["node", "outcome"]
+        )
+        for outcome, count in figures.swaps.items():
+            swaps.add_metric([self._node, outcome], count)
+        yield swaps
+        yield GaugeMetricFamily(
+            "computron_host_pages_on_disk",
+            "Pages of the host store that are on disk, its budget being full",
+            value=figures.host_pages_on_disk,
+        )
         yield CounterMetricFamily(
             "computron_pages_shared", "Pages that need no storage of their own", value=figures.pages_shared
         )

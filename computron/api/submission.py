@@ -35,6 +35,7 @@ class Submission:
         self._pumps: list[asyncio.Task[None]] = []
         self._outputs: asyncio.Queue[tuple[int, Output | ComputronError | None]] | None = None
         self._open = len(jobs)
+        self._began = time.monotonic()
 
     async def __aenter__(self) -> Submission:
         """Raises what the node raises; then none of the jobs stays queued."""
@@ -53,7 +54,7 @@ class Submission:
         """Raises what the node raises."""
         call, index, deadline = self._call, len(self._handles), self._call.deadline
         if deadline is not None and self._handles:
-            deadline -= time.monotonic() - self._handles[0].arrival
+            deadline -= time.monotonic() - self._began
         handle = self._node.submit(
             self._model,
             self._jobs[index],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -140,7 +139,7 @@ class FakeNode:
         if not self.ready:
             raise Unavailable("the server is shutting down", retry_after=1.0)
         number = len(self.submitted)
-        handle = RequestHandle(number, request_id, model, time.monotonic(), self._cancelled)
+        handle = RequestHandle(number, request_id, model, 0.0, self._cancelled)
         submitted = Submitted(self, model, job, handle, priority, deadline)
         self.submitted.append(submitted)
         self.open[handle] = submitted
@@ -162,7 +161,7 @@ class FakeNode:
 
     def end(self, handle: RequestHandle, error: Any) -> None:
         if self.open.pop(handle, None) is not None:
-            handle.finish(handle.arrival + 1.0, error)
+            handle.finish(1.0, error)
         if not self.open:
             self._idle.set()
 
@@ -184,7 +183,19 @@ class FakeNode:
             for name, model in self.models.items()
         )
         failure = "the link is broken" if self.state is NodeState.FAILED else None
-        return NodeSnapshot(self.state, failure, len(self.open), models, {"free": 10}, {"used": 20}, 5, 77)
+        return NodeSnapshot(
+            state=self.state,
+            failure=failure,
+            requests=len(self.open),
+            models=models,
+            device_memory={"free": 10},
+            host_memory={"used": 20},
+            pages_shared=5,
+            transfer_bytes=77,
+            swaps={"done": 4, "failed": 2, "cancelled": 1},
+            link_busy_seconds=1.5,
+            host_pages_on_disk=6,
+        )
 
     async def startup(self, progress: Any = None) -> None:
         if progress is not None:

@@ -147,5 +147,9 @@ async def test_metrics_have_their_fixed_names(server):
         'computron_host_memory_bytes{node="0",state="used"} 20.0',
         'computron_transfer_bytes_total{node="0"} 77.0',
         "computron_pages_shared_total 5.0",
+        'computron_swaps_total{node="0",outcome="failed"} 2.0',
+        'computron_swaps_total{node="0",outcome="cancelled"} 1.0',
+        'computron_link_busy_seconds_total{node="0"} 1.5',
+        "computron_host_pages_on_disk 6.0",
     ):
         assert line in text.splitlines()
