@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,8 +61,10 @@ class Row:
 class Report:
     """Rows of one benchmark. `ratio` is what the row is judged by; `baseline` is measured in the same run."""
 
-    def __init__(self, title: str, options: argparse.Namespace) -> None:
+    def __init__(self, title: str, options: argparse.Namespace, names: Sequence[str]) -> None:
+        """`names`: the rows that this run promises, whatever else it adds."""
         self.title = title
+        self.names = tuple(names)
         self.rows: list[Row] = []
         self._options = options
         self._draw: Callable[[Axes], None] | None = None
@@ -77,7 +79,10 @@ class Report:
         self._draw = draw
 
     def finish(self) -> None:
-        """Print the table; write the JSON file and the picture if they were asked for."""
+        """Print the table; write the JSON file and the picture if they were asked for.
+
+        Raises RuntimeError, after the table and before any file is written, if a promised row is missing.
+        """
         machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
         table = Table(title=f"{self.title} ({machine})", title_justify="left")
         table.add_column("name")
@@ -86,9 +91,16 @@ class Report:
         for row in self.rows:
             table.add_row(row.name, _figure(row.value), row.unit, _figure(row.baseline), _figure(row.ratio))
         Console(width=None if os.environ.get("COLUMNS") else 120).print(table)
+        missing = sorted(set(self.names) - {row.name for row in self.rows})
+        if missing:
+            raise RuntimeError(f"this benchmark promises rows that it did not give: {', '.join(missing)}")
         if self._options.json is not None:
             self._options.json.write_text(json.dumps([asdict(row) for row in self.rows], indent=1) + "\n")
-        if self._options.plot is not None and self._draw is not None:
+        if self._options.plot is None:
+            return
+        if self._draw is None:
+            print(f"{self._options.plot} was not written: this benchmark has nothing to draw")
+        else:
             self._write_plot(self._options.plot, self._draw)
 
     def _write_plot(self, path: Path, draw: Callable[[Axes], None]) -> None:

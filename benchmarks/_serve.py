@@ -1,61 +1,131 @@
-"""`transformers serve --continuous-batching` in a process of its own, asked over HTTP by as many clients as chats."""
+"""Servers of one model in processes of their own, asked over HTTP by as many clients as chats."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from computron.models.demo import cache_folder
 
+ROOT = Path(__file__).parents[1]
+HOST = "127.0.0.1"
 EXTRAS = ("fastapi", "uvicorn", "starlette", "openai", "pydantic")
 START_SECONDS = 180
+END_SECONDS = 30
+CONFIG = """
+[device]
+kind = "{kind}"
+memory = "{memory}GiB"
+[host]
+memory = "{memory}GiB"
+[[models]]
+id = "model"
+source = {source}
+dtype = "{dtype}"
+max_batch_size = {batch}
+"""
+
+Chat = Sequence[Mapping[str, str]]
 
 
 class Unavailable(Exception):
-    """It cannot be measured here; the message says why."""
+    """What a server needs cannot be installed here; the message says why."""
+
+
+class Server:
+    """A server that runs only while it is asked, so that it costs the other one nothing."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, model: str) -> None:
+        self._process = process
+        self._url = f"http://{HOST}:{port}/v1/chat/completions"
+        self._model = model
+        self._process.send_signal(signal.SIGSTOP)
+
+    def ask(self, chats: Sequence[Chat], *, max_tokens: int) -> int:
+        """Send all chats at once; the tokens of the answers, as the server counts them. Raises RuntimeError if one fails."""
+
+        def one(chat: Chat) -> int:
+            body = {"model": self._model, "messages": chat, "max_tokens": max_tokens, "temperature": 0.0}
+            return int(_post(self._url, {**body, "stream": False})["usage"]["completion_tokens"])
+
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            with ThreadPoolExecutor(len(chats)) as clients:
+                return sum(clients.map(one, chats))
+        finally:
+            self._process.send_signal(signal.SIGSTOP)
 
 
 @contextmanager
-def transformers_serve(
-    folder: str, chats: Sequence[Sequence[Mapping[str, str]]], *, max_tokens: int, device: str
-) -> Iterator[Callable[[], int]]:
-    """Gives a call that sends all chats at once and counts the tokens of the answers. Raises Unavailable."""
+def transformers_serve(folder: str, *, dtype: str, device: str) -> Iterator[Server]:
+    """`transformers serve --continuous-batching`. Raises Unavailable, or RuntimeError if it does not start."""
     port = _free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--continuous-batching"]
-    command += ["--port", str(port), "--host", "127.0.0.1", "--device", device]
-    environment = {**os.environ, "PYTHONPATH": str(_extras()), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        _wait_for(process, port)
+    command += ["--port", str(port), "--host", HOST, "--device", device, "--dtype", dtype]
+    with _running(command, port, "/health", {"PYTHONPATH": str(_extras())}) as process:
+        yield Server(process, port, folder)
 
-        def ask(chat: Sequence[Mapping[str, str]]) -> int:
-            body = {"model": folder, "messages": chat, "max_tokens": max_tokens, "temperature": 0.0, "stream": False}
-            answer = _post(f"http://127.0.0.1:{port}/v1/chat/completions", body)
-            return int(answer["usage"]["completion_tokens"])
 
-        with ThreadPoolExecutor(len(chats)) as clients:
-            yield lambda: sum(clients.map(ask, chats))
-    finally:
-        process.terminate()
-        process.wait()
+@contextmanager
+def computron_serve(folder: str, *, dtype: str, device: str, batch: int) -> Iterator[Server]:
+    """`computron serve` with as much memory as a model of this size can use. Raises RuntimeError if it does not start."""
+    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    text = CONFIG.format(
+        kind="cuda" if device == "cuda" else "host",
+        memory=2 + size // (1 << 30),
+        source=json.dumps(folder),
+        dtype=dtype,
+        batch=batch,
+    )
+    port = _free_port()
+    with tempfile.TemporaryDirectory() as temporary:
+        config = Path(temporary) / "serve.toml"
+        config.write_text(text)
+        command = [sys.executable, "-m", "computron", "serve", str(config), "--port", str(port)]
+        with _running(command, port, "/health/ready", {}) as process:
+            yield Server(process, port, "model")
+
+
+@contextmanager
+def _running(
+    command: Sequence[str], port: int, ready: str, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **threads, **environment}, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            _wait_for(process, f"http://{HOST}:{port}{ready}", output)
+            yield process
+        finally:
+            process.terminate()
+            process.send_signal(signal.SIGCONT)
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _extras() -> Path:
-    """A folder with what serving needs beside transformers; made once."""
+    """A folder with what transformers serve needs beside transformers; made once."""
     folder = cache_folder() / "transformers-serve"
     if all(importlib.util.find_spec(name) for name in EXTRAS) or folder.is_dir():
         return folder
@@ -63,30 +133,32 @@ def _extras() -> Path:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", str(target), *EXTRAS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Unavailable(f"its dependencies cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+        raise Unavailable(f"what transformers serve needs cannot be installed: {done.stderr.strip().splitlines()[-1]}")
     target.rename(folder)
     return folder
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
-def _wait_for(process: subprocess.Popen[str], port: int) -> None:
+def _wait_for(process: subprocess.Popen[bytes], url: str, output: IO[bytes]) -> None:
+    name = " ".join(map(str, process.args[2:4])) if isinstance(process.args, list) else str(process.args)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            output = process.stdout.read() if process.stdout is not None else ""
-            raise Unavailable(f"it ended at once: {(output.strip().splitlines() or ['without a word'])[-1]}")
+            output.seek(0)
+            lines = output.read().decode(errors="replace").strip().splitlines()
+            raise RuntimeError(f"{name} ended at once: {(lines or ['without a word'])[-1]}")
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as response:
+            with urllib.request.urlopen(url, timeout=2) as response:
                 if response.status == 200:
                     return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    raise Unavailable(f"it was not ready after {START_SECONDS} s")
+    raise RuntimeError(f"{name} was not ready after {START_SECONDS} s")
 
 
 def _post(url: str, body: Mapping[str, Any]) -> Any:
@@ -95,4 +167,4 @@ def _post(url: str, body: Mapping[str, Any]) -> Any:
         with urllib.request.urlopen(request, timeout=600) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
-        raise Unavailable(f"it answered {error.code}: {error.read().decode(errors='replace')[:300]}") from error
+        raise RuntimeError(f"{url} answered {error.code}: {error.read().decode(errors='replace')[:300]}") from error

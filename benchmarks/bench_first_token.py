@@ -3,7 +3,10 @@
 A model that has been evicted is asked for one token. Its layers' times are measured in the same run while it is
 resident, the link is emulated so that transfer and compute stand at 3:1, 1:1 and 1:3 (on CUDA: the real link, one row),
 and the bound is what a pipeline without any overhead would need: stage k starts when its own bytes are there and stage
-k-1 is done. Baseline: that bound.
+k-1 is done. Baseline: that bound. `over_unpipelined` compares with all of the transfer, then all of the compute.
+
+On CUDA the device is synchronised between stages while they are timed, so that a stage's time is that of its kernels
+and not of their launches.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ import asyncio
 import itertools
 import statistics
 import time
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from _common import Report, arguments, uses_cuda
 
 from computron import _transfer
@@ -22,23 +26,39 @@ from computron.execution.requests import GenerateJob, SamplingParams
 from computron.memory.swapper import Gate
 from computron.node.node import Node
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAMES = ("first_token.over_pipeline_bound",)
 MODEL = "measured"
 RATIOS = {"3:1": 3.0, "1:1": 1.0, "1:3": 1 / 3}  # transfer : compute
 
 
-@dataclass(frozen=True)
 class Timed:
-    """Wraps the worker's gate and notes when each segment was asked for and given."""
-
-    gate: Gate
-    asked: list[tuple[int, float, float]]
+    """Wraps the worker's gate and notes when each segment was first asked for, on a clock that stands in waits."""
 
     is_open = False  # so that the hooks are installed and tell the stages' times
 
+    def __init__(self, gate: Gate, *, cuda: bool) -> None:
+        self.asked: dict[int, float] = {}
+        self._gate = gate
+        self._cuda = cuda
+        self._waited = 0.0
+
+    def now(self) -> float:
+        """Seconds, when all that was launched before has been computed."""
+        return self._finished() - self._waited
+
     def wait(self, segment: int, stream: int = 0) -> None:
-        before = time.perf_counter()
-        self.gate.wait(segment, stream)
-        self.asked.append((segment, before, time.perf_counter()))
+        before = self._finished()
+        self.asked.setdefault(segment, before - self._waited)
+        self._gate.wait(segment, stream)
+        self._waited += self._finished() - before
+
+    def _finished(self) -> float:
+        if self._cuda:
+            torch.cuda.current_stream().synchronize()
+        return time.perf_counter()
 
 
 def perfect_pipeline(segment_bytes: list[int], bandwidth: float, stage_seconds: list[float]) -> float:
@@ -87,12 +107,11 @@ class Bench:
         runs: list[list[float]] = []
 
         def timed_step(requests: object, gate: Gate) -> object:
-            timed = Timed(gate, [])
-            began = time.perf_counter()
+            timed = Timed(gate, cuda=self.config.device.kind == "cuda")
+            began = timed.now()
             result = step(requests, timed)  # type: ignore[arg-type]
-            ended = time.perf_counter()
-            first = {segment: before for segment, before, _ in reversed(timed.asked)}
-            starts = [began, *(first[k] for k in range(1, len(self.segment_bytes))), ended]
+            ended = timed.now()
+            starts = [began, *(timed.asked[k] for k in range(1, len(self.segment_bytes))), ended]
             runs.append([b - a for a, b in itertools.pairwise(starts)])
             return result
 
@@ -122,6 +141,7 @@ async def measure(report: Report, quick: bool, cuda: bool, seed: int) -> None:
     await first.stop()
 
     worst = 0.0
+    drawn: dict[str, tuple[float, float, float]] = {}
     total = sum(first.segment_bytes)
     for name, ratio in ({"link": None} if cuda else RATIOS).items():
         bandwidth = None if ratio is None else total / (compute * ratio)
@@ -146,9 +166,21 @@ async def measure(report: Report, quick: bool, cuda: bool, seed: int) -> None:
         over = statistics.median(shares)
         worst = max(worst, over)
         seconds, bound, unpipelined = (statistics.median(column) for column in zip(*times, strict=True))
+        drawn[name] = (seconds, bound, unpipelined)
         report.row(f"first_token.{name}.over_pipeline_bound", seconds, "s", bound, over)
         report.row(f"first_token.{name}.over_unpipelined", seconds, "s", unpipelined, seconds / unpipelined)
     report.row("first_token.over_pipeline_bound", worst, "x", 1.0, worst)
+    report.plot(lambda axes: draw(axes, drawn))
+
+
+def draw(axes: Axes, seconds: dict[str, tuple[float, float, float]]) -> None:
+    """`seconds`: measured, bound and unpipelined, by transfer : compute."""
+    for number, label in enumerate(("measured", "bound", "unpipelined")):
+        places = [index + 0.27 * number for index in range(len(seconds))]
+        axes.bar(places, [1e3 * each[number] for each in seconds.values()], width=0.25, label=label)
+    axes.set_xticks([index + 0.27 for index in range(len(seconds))], list(seconds))
+    axes.set(xlabel="transfer : compute", ylabel="ms until the first token")
+    axes.legend()
 
 
 def link_speed(backend: _transfer.Backend) -> float:
@@ -173,7 +205,7 @@ def link_speed(backend: _transfer.Backend) -> float:
 
 def main() -> None:
     options = arguments(__doc__ or "")
-    report = Report("First token after a swap", options)
+    report = Report("First token after a swap", options, NAMES)
     cuda = uses_cuda(options)
     asyncio.run(measure(report, options.quick, cuda, options.seed))
     report.finish()

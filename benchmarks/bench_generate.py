@@ -6,8 +6,12 @@ Against transformers.generate on the same weights, dtype and threads, in turns, 
 the next one as soon as a place of 8 is free; transformers takes them 8 at a time, padded, until the longest is done.
 Only tokens that were asked for count.
 
-With --serve also against `transformers serve --continuous-batching` over HTTP with 8 requests at once
-(`generate.serve.ratio`). What it needs beside transformers is installed into a folder of its own in the cache.
+Neither side looks for an end of the text: both give exactly the tokens that were asked for.
+
+With --serve also `computron serve` against `transformers serve --continuous-batching` (`generate.serve.ratio`): each in
+a process of its own with the same model, dtype and threads, asked over HTTP by the same client with 8 chats at once;
+the one that is not being asked is stopped meanwhile. What transformers serve needs beside transformers is installed
+into a folder of its own in the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from _common import Report, arguments, uses_cuda
-from _serve import Unavailable, transformers_serve
+from _serve import Unavailable, computron_serve, transformers_serve
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from computron.config import ModelConfig
@@ -34,6 +38,7 @@ from computron.models.demo import demo_models, shown_progress
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+NAMES = ("generate.equal.ratio", "generate.mixed.ratio")
 BATCH = 8
 FRAME = 1 << 20
 CACHE = 1 << 30
@@ -65,10 +70,10 @@ class Ours:
         self.executor: Executor = make_executor(self.model, cache, FRAME)
         self.executor.set_cache(CACHE // FRAME)
 
-    def run(self, requests: Sequence[Request], *, ignore_eos: bool = True) -> int:
+    def run(self, requests: Sequence[Request]) -> int:
         """Tokens given; the next request is admitted when one has ended."""
         for number, request in enumerate(requests):
-            sampling = SamplingParams(request.answer, temperature=0.0, ignore_eos=ignore_eos)
+            sampling = SamplingParams(request.answer, temperature=0.0, ignore_eos=True)
             self.executor.add(number, GenerateJob(request.prompt, sampling))
         waiting, running, tokens = list(range(len(requests))), list[int](), 0
         while waiting or running:
@@ -96,14 +101,15 @@ class Transformers:
             for row, request in enumerate(batch):
                 ids[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
                 mask[row, width - len(request.prompt) :] = 1
-            self.model.generate(
+            answers = self.model.generate(
                 ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 do_sample=False,
                 max_new_tokens=longest,
-                min_new_tokens=longest,
+                eos_token_id=None,  # not min_new_tokens, which would add work to every step
                 pad_token_id=0,
             )
+            assert answers.shape[1] == width + longest, "transformers ended before the longest answer"
         return sum(request.answer for request in requests)
 
 
@@ -137,18 +143,34 @@ def tokens_per_second(
     return {name: statistics.median(each) for name, each in rates.items()}
 
 
-def compare_with_serve(report: Report, ours: Ours, folder: str, repetitions: int, device: torch.device) -> None:
+def compare_in_process(
+    folder: str, options: argparse.Namespace, repetitions: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Tokens a second of the executor and of transformers.generate, by workload. Leaves no model in memory."""
+    ours, theirs = Ours(folder, options.dtype, device), Transformers(folder, options.dtype, device)
+    generator = random.Random(options.seed)
+    vocabulary = ours.model.plan.vocabulary
+    equal = equal_requests(generator, vocabulary, 32 if options.quick else 64)
+    mixed = mixed_requests(generator, vocabulary, *((32, 16) if options.quick else (64, 48)))
+    rates = {}
+    for name, requests, times in (("equal", equal, repetitions), ("mixed", mixed, max(1, repetitions // 2))):
+        runs = {"executor": lambda r=requests: ours.run(r), "transformers.generate": lambda r=requests: theirs.run(r)}
+        rates[name] = tokens_per_second(runs, times, device, warm=name == "mixed")
+    return rates
+
+
+def compare_servers(folder: str, dtype: str, repetitions: int, device: torch.device) -> dict[str, float]:
+    """Tokens a second over HTTP. Raises Unavailable."""
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    prompts = [ours.model.encode(ours.model.render_chat(chat), add_special_tokens=False) for chat in chats]
-    requests = [Request(tuple(prompt), 64) for prompt in prompts]
-    try:
-        with transformers_serve(folder, chats, max_tokens=64, device=device.type) as serve:
-            runs = {"ours": lambda: ours.run(requests, ignore_eos=False), "serve": serve}
-            rates = tokens_per_second(runs, repetitions, device)
-    except Unavailable as reason:
-        print(f"transformers serve was skipped: {reason}")
-        return
-    report.row("generate.serve.ratio", rates["ours"], "tokens/s", rates["serve"], rates["ours"] / rates["serve"])
+    with (
+        transformers_serve(folder, dtype=dtype, device=device.type) as theirs,
+        computron_serve(folder, dtype=dtype, device=device.type, batch=BATCH) as ours,
+    ):
+        runs = {
+            "computron serve": lambda: ours.ask(chats, max_tokens=64),
+            "transformers serve": lambda: theirs.ask(chats, max_tokens=64),
+        }
+        return tokens_per_second(runs, repetitions, device)
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -166,30 +188,31 @@ def main() -> None:
     if folder is None:
         with shown_progress() as progress:
             folder = str(demo_models(progress).smollm2)
-    ours, theirs = Ours(folder, options.dtype, device), Transformers(folder, options.dtype, device)
-    generator = random.Random(options.seed)
-    vocabulary = ours.model.plan.vocabulary
-    equal = equal_requests(generator, vocabulary, 32 if options.quick else 64)
-    mixed = mixed_requests(generator, vocabulary, *((32, 16) if options.quick else (64, 48)))
     repetitions = 2 if options.quick else 5
-    report = Report(f"generate, {options.dtype}, {options.threads} threads, batch {BATCH}", options)
-    rates: dict[str, dict[str, float]] = {}
-    for name, requests, times in (("equal", equal, repetitions), ("mixed", mixed, max(1, repetitions // 2))):
-        runs = {"ours": lambda r=requests: ours.run(r), "transformers": lambda r=requests: theirs.run(r)}
-        rates[name] = tokens_per_second(runs, times, device, warm=name == "mixed")
-        mine, baseline = rates[name]["ours"], rates[name]["transformers"]
-        report.row(f"generate.{name}.ratio", mine, "tokens/s", baseline, mine / baseline)
+    report = Report(f"generate, {options.dtype}, {options.threads} threads, batch {BATCH}", options, NAMES)
+    rates = compare_in_process(folder, options, repetitions, device)
     if options.serve:
-        compare_with_serve(report, ours, folder, repetitions, device)
+        try:
+            rates["serve"] = compare_servers(folder, options.dtype, repetitions, device)
+        except Unavailable as reason:
+            print(f"--serve was skipped: {reason}")
+    for name, each in rates.items():
+        (mine, value), (theirs_label, baseline) = each.items()
+        report.row(f"generate.{name}.ratio", value, "tokens/s", baseline, value / baseline)
+        print(f"generate.{name}: {mine} against {theirs_label}")
     report.plot(lambda axes: draw(axes, rates))
     report.finish()
 
 
 def draw(axes: Axes, rates: dict[str, dict[str, float]]) -> None:
-    for offset, system in enumerate(("ours", "transformers")):
+    for offset, label in enumerate(("Computron", "transformers")):
         places = [index + 0.4 * offset for index in range(len(rates))]
-        axes.bar(places, [rates[name][system] for name in rates], width=0.38, label=system)
-    axes.set_xticks([index + 0.2 for index in range(len(rates))], list(rates))
+        axes.bar(places, [list(each.values())[offset] for each in rates.values()], width=0.38, label=label)
+    axes.set_xticks(
+        [index + 0.2 for index in range(len(rates))],
+        [f"{name}\n{' | '.join(each)}" for name, each in rates.items()],
+        fontsize="small",
+    )
     axes.set_ylabel("tokens/s")
     axes.legend()
 

@@ -25,6 +25,7 @@ import uvloop
 from _common import Report, arguments
 from _load import Load, load
 
+NAMES = ("overhead.rps_share", "overhead.added_p50_ms")
 ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"
 PATH = "/v1/models/echo/infer"
@@ -122,7 +123,7 @@ def main() -> None:
             ports = {"computron": ours, "bare": bare}
             many = measure(ports, options.connections, seconds, rounds)
             one = measure(ports, 1, seconds, rounds)
-    report = Report("Echo through HTTP against a bare aiohttp handler", options)
+    report = Report("Echo through HTTP against a bare aiohttp handler", options, NAMES)
     rate, bare_rate = median(many["computron"], "rate"), median(many["bare"], "rate")
     report.row("overhead.rps_share", rate / bare_rate, "share", 1.0, rate / bare_rate)
     report.row("overhead.rps", rate, "requests/s", bare_rate, rate / bare_rate)

@@ -6,10 +6,17 @@ device has room for one and a half, so that half of each model stays.
 
 Bound: missing bytes / bandwidth of the link, emulated on the host backend, measured in this run on CUDA.
 Baseline of swap.vs_write_back: the weights of the leaving model are copied back and those of the coming one are
-loaded, tensor by tensor with torch's `copy_`, as Computron did in 2023. On the host both go over a link of the same
-emulated bandwidth, which they share, as on an A100, whose 25 GB/s fall to 11 to 13 each way when both ways are busy;
-the polling of Computron's engine, another 10 to 20 ms a switch, is left out. On CUDA both go over the real link at
-once, on two streams, from and to pinned memory. swap.write_back shows the baseline against its own bound.
+loaded, tensor by tensor with torch's `copy_`, as Computron did in 2023, without the 10 to 20 ms a switch that its
+engine's polling took. What the baseline gains from a link depends on whether both ways can be busy at once; on the
+host there is one emulated link of each kind, beside which Computron's own switch is the same, for it uses one way only:
+  swap.vs_write_back              half duplex: both ways share one bandwidth, as on an A100, whose 25 GB/s into the
+                                  device fall to 11 to 13 while it also copies out. A baseline that keeps its own
+                                  bound gives 2.0 / swap.over_bound.
+  swap.vs_write_back_full_duplex  full duplex: each way has all of the bandwidth, a tensor leaves while its successor
+                                  comes, and the room that this takes is granted. A baseline that keeps its own bound
+                                  gives 1.0 / swap.over_bound: what is saved is traffic, not time.
+On CUDA there is only swap.vs_write_back: both ways at once over the real link, on two streams, from and to pinned
+memory, with room for both models. swap.write_back* show the baselines against their own bounds.
 """
 
 from __future__ import annotations
@@ -34,6 +41,7 @@ from computron.memory.swapper import Swapper
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+NAMES: Final = ("swap.over_bound", "swap.partial.over_bound", "swap.vs_write_back")
 MIB: Final = 1 << 20
 ALIGNMENT: Final = 256
 LAYERS: Final = 30
@@ -172,16 +180,17 @@ class Device:
         self.swapper.evict(image_id, sorted(self.swapper.resident_pages(image_id)))
 
 
-class SharedLink:
-    """An emulated link for `copy_`: a copy takes the time that its bytes need, after the copy before it."""
+class EmulatedLink:
+    """The clock of a link: bytes that are put on it arrive when their time has passed, after those before them."""
 
     def __init__(self, bandwidth: float) -> None:
         self._bandwidth = bandwidth
         self._free_at = 0.0
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        self._free_at = max(self._free_at, time.perf_counter()) + source.nbytes / self._bandwidth
-        target.copy_(source)
+    def put(self, nbytes: int) -> None:
+        self._free_at = max(self._free_at, time.perf_counter()) + nbytes / self._bandwidth
+
+    def wait(self) -> None:
         pause = self._free_at - time.perf_counter() - 100e-6
         if pause > 0:
             time.sleep(pause)
@@ -197,16 +206,44 @@ class WriteBackOnLink:
 
     def __init__(self, tensors: Tensors, bandwidth: float) -> None:
         self._device = [torch.empty(nbytes, dtype=torch.uint8) for _, nbytes in tensors.places]
-        self._link = SharedLink(bandwidth)
+        self._link = EmulatedLink(bandwidth)
 
     def hold(self, weights: Weights) -> Weights:
         return [tensor.clone() for tensor in weights]
 
     def switch(self, leaving: Weights, coming: Weights) -> None:
         for host, device in zip(leaving, self._device, strict=True):
-            self._link.copy(host, device)
+            self._copy(host, device)
         for host, device in zip(coming, self._device, strict=True):
-            self._link.copy(device, host)
+            self._copy(device, host)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self._link.put(source.nbytes)
+        target.copy_(source)
+        self._link.wait()
+
+
+class WriteBackOnTwoLinks:
+    """The same with a link each way: a tensor is copied back and its place is loaded at the same time.
+
+    One thread copies both; that is in time as long as two copies are faster than the link is with one.
+    """
+
+    def __init__(self, tensors: Tensors, bandwidth: float) -> None:
+        self._device = [torch.empty(nbytes, dtype=torch.uint8) for _, nbytes in tensors.places]
+        self._out, self._in = EmulatedLink(bandwidth), EmulatedLink(bandwidth)
+
+    def hold(self, weights: Weights) -> Weights:
+        return [tensor.clone() for tensor in weights]
+
+    def switch(self, leaving: Weights, coming: Weights) -> None:
+        for back, device, load in zip(leaving, self._device, coming, strict=True):
+            self._out.put(back.nbytes)
+            self._in.put(load.nbytes)  # before any copy: neither link waits for the emulation of the other
+            back.copy_(device)
+            device.copy_(load)
+            self._out.wait()
+            self._in.wait()
 
 
 class WriteBackOnCuda:
@@ -233,7 +270,10 @@ class WriteBackOnCuda:
 
 
 def write_back_seconds(
-    baseline: WriteBackOnLink | WriteBackOnCuda, tensors: Tensors, data: Sequence[torch.Tensor], switches: int
+    baseline: WriteBackOnLink | WriteBackOnTwoLinks | WriteBackOnCuda,
+    tensors: Tensors,
+    data: Sequence[torch.Tensor],
+    switches: int,
 ) -> list[float]:
     weights = [baseline.hold([image[offset : offset + nbytes] for offset, nbytes in tensors.places]) for image in data]
     seconds = []
@@ -304,17 +344,26 @@ def measure(report: Report, options: argparse.Namespace) -> None:
     store.close()
     baseline = WriteBackOnCuda(tensors) if cuda else WriteBackOnLink(tensors, bandwidth)
     data = [sources[image_id].data for image_id in ("a", "b")]
-    written_back = statistics.median(write_back_seconds(baseline, tensors, data, switches))
-    cold = seconds["swap.over_bound"]
-    both_ways = 2 * tensors.nbytes / bandwidth
-    report.row("swap.write_back", written_back, "s", both_ways, written_back / both_ways)
-    report.row("swap.vs_write_back", cold, "s", written_back, written_back / cold)
-    report.plot(lambda axes: draw(axes, seconds, written_back, tensors.nbytes / bandwidth))
+    one_way = tensors.nbytes / bandwidth
+    bars = {}
+
+    def compare(suffix: str, label: str, seconds_each: Sequence[float], bound: float) -> None:
+        written_back = bars[label] = statistics.median(seconds_each)
+        cold = seconds["swap.over_bound"]
+        report.row(f"swap.write_back{suffix}", written_back, "s", bound, written_back / bound)
+        report.row(f"swap.vs_write_back{suffix}", cold, "s", written_back, written_back / cold)
+
+    label = "write-back and load" if cuda else "write-back and load, half duplex"
+    compare("", label, write_back_seconds(baseline, tensors, data, switches), one_way if cuda else 2 * one_way)
+    if not cuda:
+        measured_back = write_back_seconds(WriteBackOnTwoLinks(tensors, bandwidth), tensors, data, switches)
+        compare("_full_duplex", "write-back and load, full duplex", measured_back, one_way)
+    bars |= {name.removesuffix(".over_bound"): value for name, value in seconds.items()}
+    report.plot(lambda axes: draw(axes, bars, one_way))
 
 
-def draw(axes: Axes, seconds: dict[str, float], written_back: float, bound: float) -> None:
-    names = ["write-back and load", *(name.removesuffix(".over_bound") for name in seconds)]
-    axes.barh(names, [1e3 * value for value in (written_back, *seconds.values())])
+def draw(axes: Axes, seconds: dict[str, float], bound: float) -> None:
+    axes.barh(list(seconds), [1e3 * value for value in seconds.values()])
     axes.axvline(1e3 * bound, color="black", linestyle="--", label="one model / bandwidth")
     axes.invert_yaxis()
     axes.set_xlabel("ms a switch")
@@ -326,7 +375,7 @@ def main() -> None:
         parser.add_argument("--bandwidth", type=float, default=2.0, metavar="GB/s", help="emulated; default: 2")
 
     options = arguments(__doc__ or "", extend)
-    report = Report("Switching models", options)
+    report = Report("Switching models", options, NAMES)
     measure(report, options)
     report.finish()
 

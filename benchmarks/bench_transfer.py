@@ -28,6 +28,8 @@ from computron._transfer import Backend, DevicePool, HostMemory, Source, Transfe
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+NAMES = ("transfer.memcpy_share", "transfer.emulated_error")
+CUDA_NAMES = ("transfer.link_share",)  # there is neither a memcpy nor an emulated link to compare with
 MIB = 1 << 20
 PAGE = {"host": MIB, "cuda": 16 * MIB}
 CHUNK = {"host": MIB, "cuda": 4 * MIB}  # what the server uses
@@ -193,8 +195,9 @@ def measure_cuda(report: Report, nbytes: int, rounds: int) -> list[float]:
 
 
 def main(options: argparse.Namespace) -> None:
-    report = Report("Transfers against plain copies", options)
-    if uses_cuda(options):
+    cuda = uses_cuda(options)
+    report = Report("Transfers against plain copies", options, CUDA_NAMES if cuda else NAMES)
+    if cuda:
         curves = {"pinned": measure_cuda(report, (1 if options.quick else 4) << 30, 5 if options.quick else 15)}
     else:
         part, rounds = (256 * MIB, 12) if options.quick else (512 * MIB, 30)

@@ -1,0 +1,107 @@
+"""The benchmarks are not run here: only that each explains itself and gives the names that it promises."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+PROMISED = {
+    "bench_transfer": {"transfer.memcpy_share", "transfer.emulated_error"},
+    "bench_swap": {"swap.over_bound", "swap.partial.over_bound", "swap.vs_write_back"},
+    "bench_first_token": {"first_token.over_pipeline_bound"},
+    "bench_generate": {"generate.equal.ratio", "generate.mixed.ratio"},
+    "bench_overhead": {"overhead.rps_share", "overhead.added_p50_ms"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.fixture
+def common() -> ModuleType:
+    return importlib.import_module("_common")
+
+
+def options(**given: Path) -> argparse.Namespace:
+    return argparse.Namespace(**{"json": None, "plot": None, **given})
+
+
+def test_every_script_is_known_here() -> None:
+    assert {path.stem for path in FOLDER.glob("bench_*.py")} == set(PROMISED)
+
+
+@pytest.mark.parametrize("name", sorted(PROMISED))
+def test_help_is_given_and_nothing_measured(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in ("--quick", "--json", "--plot", "--device", "--seed"))
+
+
+@pytest.mark.parametrize("name", sorted(PROMISED))
+def test_required_names_are_promised(name: str) -> None:
+    assert set(importlib.import_module(name).NAMES) == PROMISED[name]
+
+
+def test_report_refuses_to_leave_out_a_promised_row(common: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    report = common.Report("title", options(json=file), ("a.given", "a.forgotten"))
+    report.row("a.given", 1.0, "s")
+    with pytest.raises(RuntimeError, match=r"did not give: a\.forgotten"):
+        report.finish()
+    assert not file.exists()
+
+
+def test_report_writes_rows_as_json(common: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    report = common.Report("title", options(json=file), ("a.given",))
+    report.row("a.given", 2.0, "s", 1.0, 2.0)
+    report.finish()
+    assert json.loads(file.read_text()) == [
+        {"name": "a.given", "value": 2.0, "unit": "s", "baseline": 1.0, "ratio": 2.0}
+    ]
+
+
+def test_plot_that_nothing_draws_is_said(
+    common: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "picture.png"
+    common.Report("title", options(plot=file), ()).finish()
+    assert "nothing to draw" in " ".join(capsys.readouterr().out.split())
+    assert not file.exists()
+
+
+def test_stage_times_leave_waits_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("bench_first_token")
+    clock = iter([10.0, 11.0, 15.0, 17.0, 20.0, 21.0])  # began; waits of 4 s and 3 s; ended
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+
+    class Closed:
+        def wait(self, segment: int, stream: int = 0) -> None: ...
+
+    timed = module.Timed(Closed(), cuda=False)
+    began = timed.now()
+    timed.wait(0)
+    timed.wait(1)
+    ended = timed.now()
+    assert (began, timed.asked, ended) == (10.0, {0: 11.0, 1: 13.0}, 14.0)
+
+
+def test_perfect_pipeline_waits_for_bytes_and_for_the_stage_before() -> None:
+    bound = importlib.import_module("bench_first_token").perfect_pipeline
+    assert bound([10, 10, 10], 10.0, [0.5, 0.5, 0.5]) == 3.5  # the link is slower
+    assert bound([10, 10, 10], 10.0, [2.0, 2.0, 2.0]) == 7.0  # the device is slower
