@@ -74,7 +74,7 @@ class Swap:
         self.moved_contents = tuple(plan.contents[position] for position in plan.moved)
         self.moved_sizes = tuple(image.page_sizes[plan.pages[position]] for position in plan.moved)
         self.lease: Lease | None = None
-        self.error: str | None = None  # why it will fail, once that is known
+        self.error: str | None = None  # why it will fail, once that is known; the first reason counts
         self.cancelled = False
         self.mapped_groups = 0
         self.mapping_ended = False

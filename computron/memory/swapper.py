@@ -81,6 +81,7 @@ class Swapper:
         self._caches: dict[str, MappedRange] = {}
         self._swaps: dict[str, Swap] = {}
         self._by_transfer: dict[int, Swap] = {}
+        self._stepping: set[str] = set()  # images that a step may be reading
         self._outcomes: dict[SwapState, int] = {"done": 0, "failed": 0, "cancelled": 0}
         self._bytes_moved = 0
         self._bytes_shared = 0
@@ -114,6 +115,7 @@ class Swapper:
 
     def unregister(self, image_id: str) -> None:
         """Give the addresses back once no view of them is left. Everything of the image must have left the device."""
+        self._refuse_while_stepping(image_id, "be unregistered")
         self._residency.remove_image(image_id)
         del self._registered[image_id]
         self._mapper.submit(self._parameters.pop(image_id).close)
@@ -179,7 +181,11 @@ class Swapper:
             self.cancel(image_id)
 
     def evict(self, image_id: str, pages: Sequence[int]) -> None:
-        """Unmap pages. The frames of those that no other image has are free at once."""
+        """Unmap pages. The frames of those that no other image has are free at once.
+
+        Raises OrderRefused while a step of the image runs.
+        """
+        self._refuse_while_stepping(image_id, "lose pages")
         self._residency.evict(image_id, pages)
         self._unmap(image_id, pages)
 
@@ -190,9 +196,12 @@ class Swapper:
     def set_cache(self, image_id: str, frames: int) -> None:
         """Let the cache range have frames at its slots 0 to `frames`, and no others. Mapped on return.
 
-        Raises SwapFailed, with the cache as it was, if mapping fails.
+        Raises SwapFailed, with the cache as it was, if mapping fails, and OrderRefused if the cache would shrink while
+        a step of the image runs.
         """
         before = self._residency.cache_frames(image_id)
+        if frames < before:
+            self._refuse_while_stepping(image_id, "lose cache")
         room = self._registered[image_id].cache
         if room is None or frames * self.frame_bytes > room.nbytes:
             raise OrderRefused(f"{image_id} has no room for a cache of {frames} frames")
@@ -208,8 +217,30 @@ class Swapper:
             raise SwapFailed(f"mapping the cache of {image_id} failed: {error}") from error
 
     def gate(self, image_id: str) -> Gate:
-        """What a run of the image has to wait at: its swap under way, or nothing."""
+        """What a reader of the image has to wait at: its swap under way, or nothing. Promises nothing about how long
+        what has passed the gate stays; a step asks `begin_step`."""
         return self._swaps.get(image_id, OPEN)
+
+    def begin_step(self, image_id: str) -> Gate:
+        """The gate for a step, which may read what has passed the gate until `end_step`.
+
+        If the image's swap fails or is cancelled meanwhile, the gate raises at once, but its pages stay mapped and
+        its frames taken until the step has ended; only then does `completions` tell of it. Raises OrderRefused if a
+        step of the image runs already.
+        """
+        self._refuse_while_stepping(image_id, "begin another")
+        self._stepping.add(image_id)
+        return self.gate(image_id)
+
+    def end_step(self, image_id: str) -> None:
+        """The step reads nothing any more. What waited for its end comes out of `completions` now."""
+        self._stepping.remove(image_id)
+        if image_id in self._swaps:
+            self._bell.ring()
+
+    def _refuse_while_stepping(self, image_id: str, order: str) -> None:
+        if image_id in self._stepping:
+            raise OrderRefused(f"{image_id} cannot {order} while a step of it runs")
 
     def resident_pages(self, image_id: str) -> frozenset[int]:
         return self._residency.resident(image_id)
@@ -227,7 +258,16 @@ class Swapper:
         self._bell.answer()
         for transfer in self._engine.completions():
             self._by_transfer.pop(transfer.id).transfer_ended = True
-        return [self._settle(swap) for swap in list(self._swaps.values()) if self._has_ended(swap)]
+        ended = [swap for swap in self._swaps.values() if self._has_ended(swap)]
+        return [self._settle(swap) for swap in ended if not self._is_being_read(swap)]
+
+    def _is_being_read(self, swap: Swap) -> bool:
+        """Whether a step may be reading pages that the end of this swap would take away."""
+        if swap.image_id not in self._stepping:
+            return False
+        if error := self._error_of(swap):
+            swap.fail(error)
+        return swap.trouble is not None
 
     def _has_ended(self, swap: Swap) -> bool:
         """Whether nothing of the swap is under way; its verification begins when all else has ended."""

@@ -72,6 +72,7 @@ class Device(RuleBasedStateMachine):
         }
         self.resident = {name: set() for name in IMAGES}
         self.under_way = {}
+        self.steps = {}  # of each image with a step: the pages that have passed the gate
         self.cache = dict.fromkeys(IMAGES, 0)
         self.poller = select.poll()
         self.poller.register(self.swapper.completions_fd, select.POLLIN)
@@ -98,21 +99,44 @@ class Device(RuleBasedStateMachine):
         if name in self.under_way and not self.swapper._verify:  # else it opens in completions(), on this thread
             with contextlib.suppress(SwapFailed):
                 self.swapper.gate(name).wait(segment)
+                if name in self.steps:
+                    last = sum(self.registered[name].image.segments[: segment + 1])
+                    here = self.resident[name] | self.under_way[name]
+                    self.steps[name] |= {page for page in here if page < last}
+
+    @rule(name=st.sampled_from(IMAGES))
+    def begin_step(self, name):
+        if name not in self.steps:
+            self.swapper.begin_step(name)
+            self.steps[name] = set(self.resident[name])
+
+    @rule(name=st.sampled_from(IMAGES))
+    def end_step(self, name):
+        if name in self.steps:
+            del self.steps[name]
+            self.swapper.end_step(name)
+
+    @rule()
+    def collect(self):
+        for outcome in self.swapper.completions():
+            assert outcome.image_id not in self.steps or outcome.state == "done"
+            ordered = self.under_way.pop(outcome.image_id)
+            assert set(outcome.pages) == ordered
+            assert set(outcome.arrived) <= ordered
+            assert outcome.state != "done" or set(outcome.arrived) == ordered
+            if outcome.state == "failed":
+                assert "injected" in outcome.error
+                assert outcome.arrived == ()
+            self.resident[outcome.image_id] |= set(outcome.arrived)
 
     @rule()
     def finish_one(self):
+        for name in list(self.steps):
+            self.end_step(name)
         before = len(self.under_way)
         while before and len(self.under_way) == before:
             assert self.poller.poll(30_000)
-            for outcome in self.swapper.completions():
-                ordered = self.under_way.pop(outcome.image_id)
-                assert set(outcome.pages) == ordered
-                assert set(outcome.arrived) <= ordered
-                assert outcome.state != "done" or set(outcome.arrived) == ordered
-                if outcome.state == "failed":
-                    assert "injected" in outcome.error
-                    assert outcome.arrived == ()
-                self.resident[outcome.image_id] |= set(outcome.arrived)
+            self.collect()
 
     @rule(operation=st.sampled_from(["copy", "copy", "map"]), after=st.integers(0, 6))
     def break_the_link(self, operation, after):
@@ -121,6 +145,10 @@ class Device(RuleBasedStateMachine):
     @rule(name=st.sampled_from(IMAGES), unwanted=PAGES)
     def evict(self, name, unwanted):
         pages = [page for page in unwanted if page in self.resident[name]]
+        if name in self.steps:
+            with pytest.raises(OrderRefused):
+                self.swapper.evict(name, pages)
+            return
         self.swapper.evict(name, pages)
         self.resident[name] -= set(pages)
 
@@ -160,7 +188,7 @@ class Device(RuleBasedStateMachine):
         for name, registered in self.registered.items():
             assert self.swapper.resident_pages(name) == self.resident[name]
             view = torch.from_dlpack(registered.parameters.dlpack())
-            for page in self.resident[name]:
+            for page in self.resident[name] | self.steps.get(name, set()):
                 expected = self.sources[name].data[page * PAGE : (page + 1) * PAGE]
                 assert view[page * PAGE : page * PAGE + len(expected)].numpy().tobytes() == expected
             cache = torch.from_dlpack(registered.cache.dlpack())
@@ -171,6 +199,7 @@ class Device(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "swapper"):
             return
+        self.finish_one()
         while self.under_way:
             self.finish_one()
         if self.loading.ident is not None:
