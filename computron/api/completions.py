@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -35,7 +36,9 @@ async def create_completion(context: Context, request: web.BaseRequest) -> web.S
     given = split_prompts(body.prompt, "prompt")
     prompts = [await _encode(context, served, body, prompt) for prompt in given]
     sampling = [_sampling(body, served, len(prompt)) for prompt in prompts]
-    echoes = [_echo(served, body, *pair) if body.echo else "" for pair in zip(given, prompts, strict=True)]
+    echoes = [
+        await _echo(context, served, body, *pair) if body.echo else "" for pair in zip(given, prompts, strict=True)
+    ]
     n = choices(body)
     jobs = [
         GenerateJob(prompt, seeded(params, choice))
@@ -80,10 +83,12 @@ def _sampling(body: CompletionBody, served: ServedModel, prompt: int) -> Samplin
     return sampling_params(body, defaults, length, logprobs=body.logprobs, echo=bool(body.echo))
 
 
-def _echo(served: ServedModel, body: CompletionBody, given: Prompt, tokens: tuple[int, ...]) -> str:
+async def _echo(
+    context: Context, served: ServedModel, body: CompletionBody, given: Prompt, tokens: tuple[int, ...]
+) -> str:
     if isinstance(given, str) and body.truncate_prompt_tokens is None:
         return given
-    return served.loaded.decode(tokens)
+    return await context.compute(len(tokens), functools.partial(served.loaded.decode, tokens))
 
 
 class CompletionWriter:

@@ -15,6 +15,7 @@ from computron.api.protocol import ServedModel, context_length
 from computron.api.schemas import DetokenizeBody, TokenizeBody
 from computron.errors import BadRequest
 
+DECODED_ALONE = 20  # characters that are encoded in the time in which one token is decoded by itself
 _tokenize_decoder = msgspec.json.Decoder(TokenizeBody)
 _detokenize_decoder = msgspec.json.Decoder(DetokenizeBody)
 
@@ -25,14 +26,19 @@ async def tokenize(context: Context, request: web.BaseRequest) -> web.Response:
     tokens = await _tokens(context, served, body)
     result = Tokens(count=len(tokens), max_model_len=context_length(served), tokens=tokens)
     if body.return_token_strs:
-        result.token_strs = [served.loaded.decode([token], skip_special_tokens=False) for token in tokens]
+        result.token_strs = await context.compute(len(tokens) * DECODED_ALONE, lambda: _each_decoded(served, tokens))
     return answer(result)
 
 
 async def detokenize(context: Context, request: web.BaseRequest) -> web.Response:
     body = await read_json(request, _detokenize_decoder)
     served = _text_model(context, body.model)
-    return answer({"prompt": served.loaded.decode(body.tokens, skip_special_tokens=False)})
+    decode = functools.partial(served.loaded.decode, body.tokens, skip_special_tokens=False)
+    return answer({"prompt": await context.compute(len(body.tokens), decode)})
+
+
+def _each_decoded(served: ServedModel, tokens: list[int]) -> list[str]:
+    return [served.loaded.decode([token], skip_special_tokens=False) for token in tokens]
 
 
 async def _tokens(context: Context, served: ServedModel, body: TokenizeBody) -> list[int]:

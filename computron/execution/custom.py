@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from computron.errors import BadRequest, SwapFailed
@@ -57,7 +58,9 @@ class CustomExecutor(SinglePassExecutor[CustomJob]):
         manager = self._manager
         arguments = _call("make_batch", False, lambda: _moved(manager.make_batch(payloads), self._model.device))
         output = _call("the model", True, lambda: self._model.module(*arguments))
-        values = _call("split_batch", False, lambda: manager.split_batch(output, len(payloads)))
+        values = _call(
+            "split_batch", False, lambda: [_plain(value) for value in manager.split_batch(output, len(payloads))]
+        )
         if len(values) != len(payloads):
             raise _Failed(f"split_batch gave {len(values)} values for {len(payloads)} requests", together=True)
         return values
@@ -72,6 +75,19 @@ def _moved(value: Any, device: torch.device) -> Any:
             return {key: _moved(item, device) for key, item in value.items()}
         case list() | tuple():
             return type(value)(_moved(item, device) for item in value)
+        case _:
+            return value
+
+
+def _plain(value: Any) -> Any:
+    """The same structure with lists in the place of tensors and arrays: here, where it blocks no event loop."""
+    match value:
+        case torch.Tensor() | np.ndarray() | np.generic():
+            return value.tolist()
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
         case _:
             return value
 

@@ -58,6 +58,13 @@ class Careless(StackTensors):
         return [0]
 
 
+class Raw(StackTensors):
+    """Gives what the module gave, as it is."""
+
+    def split_batch(self, output: Any, count: int) -> Sequence[Any]:
+        return [{"tensor": row, "more": (row.sum(), [row.numpy()], "text", None)} for row in output]
+
+
 class FailingGate:
     is_open = False
 
@@ -68,7 +75,7 @@ class FailingGate:
 @pytest.fixture
 def custom(monkeypatch, new_rig):
     module = types.ModuleType("user_models")
-    for each in (Double, Manager, Careless):
+    for each in (Double, Manager, Careless, Raw):
         setattr(module, each.__name__, each)
     monkeypatch.setitem(sys.modules, "user_models", module)
 
@@ -109,6 +116,10 @@ def test_a_payload_that_cannot_be_batched_fails_alone(custom) -> None:
 
 def test_a_result_that_cannot_be_split_fails_alone(custom) -> None:
     assert outputs(custom(), [1.0], [11.0], [3.0]) == [[2], "split_batch raised KeyError: 'twenty-two'", [6]]
+
+
+def test_tensors_and_arrays_in_an_answer_leave_as_lists(custom) -> None:
+    assert outputs(custom("Raw"), [1.0, 2.0]) == [{"tensor": [2.0, 4.0], "more": [6.0, [[2.0, 4.0]], "text", None]}]
 
 
 def test_a_manager_that_loses_a_result_is_told_so(custom) -> None:
