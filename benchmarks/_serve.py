@@ -58,7 +58,7 @@ class Server:
         self._process.send_signal(signal.SIGSTOP)
 
     def ask(self, chats: Sequence[Chat], *, max_tokens: int) -> int:
-        """Send all chats at once; the tokens of the answers, as the server counts them. Raises RuntimeError if one fails."""
+        """Send all chats at once; the tokens of the answers, by the server's count. Raises RuntimeError if one fails."""
 
         def one(chat: Chat) -> int:
             body = {"model": self._model, "messages": chat, "max_tokens": max_tokens, "temperature": 0.0}
@@ -84,7 +84,7 @@ def transformers_serve(folder: str, *, dtype: str, device: str) -> Iterator[Serv
 
 @contextmanager
 def computron_serve(folder: str, *, dtype: str, device: str, batch: int) -> Iterator[Server]:
-    """`computron serve` with as much memory as a model of this size can use. Raises RuntimeError if it does not start."""
+    """`computron serve` with memory for the model and its cache. Raises RuntimeError if it does not start."""
     size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     text = CONFIG.format(
         kind="cuda" if device == "cuda" else "host",
