@@ -21,6 +21,7 @@ class ServerConfig:
     port: Annotated[int, Bounds(low=0, high=65535)] = 8000  # 0: any free port
     api_key: str | None = None
     max_body: Annotated[Size, Bounds(above=0)] = 32 << 20
+    max_priority: Annotated[int, Bounds(low=0)] = 10  # that a request may ask for
     max_requests_per_client: Annotated[int, Bounds(low=0)] = 0  # 0: no limit
     drain_timeout: Duration = 30.0
     keep_alive_interval: Annotated[Duration, Bounds(above=0)] = 5.0  # between SSE comments while a stream waits

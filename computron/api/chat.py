@@ -40,7 +40,7 @@ async def create_chat_completion(context: Context, request: web.BaseRequest) -> 
     body = await read_json(request, _decoder)
     served = context.model(body.model, "generate")
     _check(body)
-    call = read_call(request, body.priority)
+    call = read_call(context, request, body.priority)
     rendered = await render_chat(
         context,
         served,

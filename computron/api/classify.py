@@ -28,7 +28,7 @@ _decoder = msgspec.json.Decoder(ClassifyBody)
 async def create_classification(context: Context, request: web.BaseRequest) -> web.Response:
     body = await read_json(request, _decoder)
     served = context.model(body.model, "classify")
-    call = read_call(request, body.priority)
+    call = read_call(context, request, body.priority)
     wanted = "image" if served.plan.takes_images else "input"
     if getattr(body, wanted) is None:
         form = "`image`, as base64 or a data URL" if wanted == "image" else "`input`, as text or token ids"

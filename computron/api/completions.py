@@ -32,7 +32,7 @@ async def create_completion(context: Context, request: web.BaseRequest) -> web.S
     body = await read_json(request, _decoder)
     served = context.model(body.model, "generate")
     _check(body)
-    call = read_call(request, body.priority)
+    call = read_call(context, request, body.priority)
     given = split_prompts(body.prompt, "prompt")
     prompts = [await _encode(context, served, body, prompt) for prompt in given]
     sampling = [_sampling(body, served, len(prompt)) for prompt in prompts]

@@ -83,13 +83,20 @@ def request_id(request: web.BaseRequest) -> str:
     return os.urandom(16).hex()
 
 
-def read_call(request: web.BaseRequest, priority: int | None = None) -> Call:
+def read_call(context: Context, request: web.BaseRequest, priority: int | None = None) -> Call:
     """`priority`: vLLM's field of the body, where a lower value is served first; the header, if given, wins.
 
     Raises BadRequest.
     """
     headers = request.headers
+    highest = context.server.max_priority
     asked = _whole_number(PRIORITY, headers.get(PRIORITY))
+    if asked is not None and asked > highest:
+        raise BadRequest(f"{PRIORITY} must be at most {highest} (server.max_priority), not {asked}", param=PRIORITY)
+    if asked is None and priority is not None and -priority > highest:
+        raise BadRequest(
+            f"`priority` must be at least {-highest} (server.max_priority), not {priority}", param="priority"
+        )
     deadline = _whole_number(DEADLINE, headers.get(DEADLINE))
     if deadline is not None and deadline <= 0:
         raise BadRequest(f"{DEADLINE} must be more than 0", param=DEADLINE)

@@ -24,7 +24,7 @@ _decoder = msgspec.json.Decoder(EmbeddingBody)
 async def create_embeddings(context: Context, request: web.BaseRequest) -> web.Response:
     body = await read_json(request, _decoder)
     served = context.model(body.model, "embed")
-    call = read_call(request, body.priority)
+    call = read_call(context, request, body.priority)
     if body.dimensions is not None:
         raise BadRequest(
             f"the model `{body.model}` has embeddings of one size; `dimensions` cannot be chosen", param="dimensions"

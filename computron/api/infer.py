@@ -21,7 +21,7 @@ _decoder = msgspec.json.Decoder()
 async def infer(context: Context, request: web.BaseRequest, model: str) -> web.Response:
     served = context.model(model, "custom")
     payload = await read_json(request, _decoder)
-    call = read_call(request)
+    call = read_call(context, request)
     parse = functools.partial(served.loaded.batch_manager.parse, payload)
     job = CustomJob(await context.compute(request.content_length or 0, parse))
     async with Submission(context.node, model, (job,), call) as submission:

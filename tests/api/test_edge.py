@@ -75,6 +75,26 @@ async def test_priority_and_deadline_reach_the_node(server):
     assert seen == [(-3, None), (5, None), (0, 1.5)]  # the body's priority is vLLM's: lower goes first
 
 
+@pytest.mark.parametrize(
+    ("body", "headers", "message"),
+    [
+        ({}, {"X_Computron_Priority": "11"}, "X-Computron-Priority must be at most 10 (server.max_priority), not 11"),
+        ({"priority": -11}, {}, "`priority` must be at least -10 (server.max_priority), not -11"),
+    ],
+)
+async def test_a_priority_is_bounded(server, body, headers, message):
+    status, answer, _ = await server.post("/v1/chat/completions", CHAT | body, **headers)
+    assert (status, answer["error"]["message"]) == (400, message)
+    allowed = {"X_Computron_Priority": "10"}
+    assert (await server.post("/v1/chat/completions", CHAT | body, **allowed))[0] == 200
+
+
+async def test_the_bound_of_priorities_is_configured(run_server):
+    async with run_server(max_priority=0) as server:
+        assert (await server.post("/v1/chat/completions", CHAT, X_Computron_Priority="1"))[0] == 400
+        assert (await server.post("/v1/chat/completions", CHAT, X_Computron_Priority="-5"))[0] == 200
+
+
 @pytest.mark.parametrize("headers", [{"X_Computron_Priority": "high"}, {"X_Computron_Deadline_Ms": "0"}])
 async def test_a_wrong_header_is_named(server, headers):
     status, answer, _ = await server.post("/v1/chat/completions", CHAT, **headers)
