@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from computron._toml import key_lines
-from computron.config import Config, ModelConfig, load_config, with_place
+from computron.config import POLICIES, Config, ModelConfig, load_config, with_place
 from computron.errors import ConfigError
+from computron.scheduling import scheduler
 
 MODEL = '[[models]]\nid = "m"\nsource = "org/m"\n'
 
@@ -242,3 +243,12 @@ k = 3
         ("m", 1): 15,
         ("m", 1, "k"): 16,
     }
+
+
+def test_every_policy_of_the_scheduler_can_be_configured():
+    assert set(POLICIES) == set(scheduler.POLICIES)
+
+
+def test_a_models_queue_is_as_long_as_the_schedulers_unless_it_says_otherwise(write):
+    text = f'[scheduler]\nmax_queue = 7\n{MODEL}[[models]]\nid = "n"\nsource = "org/n"\nmax_queue = 3\n'
+    assert [model.max_queue for model in load_config(write(text)).models] == [7, 3]
