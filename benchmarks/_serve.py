@@ -58,7 +58,7 @@ class Server:
         self._process.send_signal(signal.SIGSTOP)
 
     def ask(self, chats: Sequence[Chat], *, max_tokens: int) -> int:
-        """Send all chats at once; the tokens of the answers, by the server's count. Raises RuntimeError if one fails."""
+        """Send all chats at once; the tokens of the answers, by its own count. Raises RuntimeError if one fails."""
 
         def one(chat: Chat) -> int:
             body = {"model": self._model, "messages": chat, "max_tokens": max_tokens, "temperature": 0.0}
