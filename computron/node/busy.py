@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+Interval = tuple[float, float]
+
+REMEMBERED = 4096  # intervals of compute; those of any swap under way are among the last ones
 
 
-class Waiting(Protocol):
-    """What a step tells of its own waiting for segments."""
-
-    waited: float
-    waiting_since: float | None
+def computing(began: float, ended: float, waits: Sequence[Interval]) -> list[Interval]:
+    """When a step from `began` to `ended` computed, if in `waits`, given in order, it waited for segments."""
+    edges = [began, *(edge for wait in waits for edge in wait), ended]
+    return [(a, b) for a, b in list(pairwise(edges))[::2] if b > a]
 
 
 class BusyClock:
-    """Adds up the seconds in which the device computed, waits for segments left out, to lay beside swaps' seconds."""
+    """Remembers when the device computed, to lay beside the time that a swap took. All times are of one clock."""
 
     def __init__(self) -> None:
-        self._finished = 0.0
-        self._step_began: float | None = None
-        self._swaps: dict[str, float] = {}
+        self._computed: deque[Interval] = deque(maxlen=REMEMBERED)
 
-    def step_began(self, now: float) -> None:
-        self._step_began = now
+    def add(self, intervals: Iterable[Interval]) -> None:
+        """A step has ended; in these intervals, in order, it computed."""
+        self._computed.extend(intervals)
 
-    def step_ended(self, now: float, waited: float) -> None:
-        if self._step_began is not None:
-            self._finished += max(0.0, now - self._step_began - waited)
-            self._step_began = None
+    def hidden_share(self, began: float, ended: float, running: Sequence[Interval] = ()) -> float:
+        """Share, 0 to 1, of the time from `began` to `ended` in which the device computed; 1 if nothing took time.
 
-    def seconds(self, now: float, waiting: Waiting | None) -> float:
-        """Seconds computed until `now`, those of the step under way included."""
-        if self._step_began is None:
-            return self._finished
-        waited = 0.0
-        if waiting is not None:
-            since = waiting.waiting_since  # read once: the compute thread clears it
-            waited = waiting.waited + (now - since if since is not None else 0.0)
-        return self._finished + max(0.0, now - self._step_began - waited)
-
-    def swap_began(self, model: str, computed: float) -> None:
-        self._swaps[model] = computed
-
-    def swap_ended(self, model: str, seconds: float, computed: float) -> float:
-        """Share of the swap's `seconds`, 0 to 1, in which the device computed."""
-        began = self._swaps.pop(model, computed)
-        return min(1.0, (computed - began) / seconds) if seconds > 0 else 1.0
+        `running`: intervals of the step under way, in order.
+        """
+        if ended <= began:
+            return 1.0
+        overlap = 0.0
+        for a, b in (*reversed(running), *reversed(self._computed)):
+            if b <= began:
+                break
+            overlap += max(0.0, min(b, ended) - max(a, began))
+        return min(1.0, overlap / (ended - began))

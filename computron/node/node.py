@@ -7,26 +7,33 @@ decides; nothing in the scheduler does.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections import deque
 from collections.abc import Mapping
 
 from computron.config import Config
-from computron.errors import ComputronError, ExecutionFailed, ModelNotFound, SwapFailed, Unavailable
-from computron.execution.requests import FailedOutput, Job, StepResult, TextOutput
+from computron.errors import ModelNotFound, SwapFailed, Unavailable
+from computron.execution.requests import Job
 from computron.memory.swapper import SwapOutcome
 from computron.metrics import Metrics
 from computron.models.plan import plan_model
 from computron.node.busy import BusyClock
 from computron.node.handle import RequestHandle
+from computron.node.measured_gate import MeasuredGate
 from computron.node.rejections import RETRY_AFTER, rejection
+from computron.node.requests import Requests
 from computron.node.snapshot import NodeSnapshot, NodeState, take_snapshot
-from computron.node.worker import Progress, ServedModel, Step, Worker
+from computron.node.worker import Progress, ServedModel, Worker
 from computron.scheduling import actions, events
 from computron.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
+
+MAX_ABORTS = (
+    5  # steps of a model in a row that came to nothing, before their requests are told; more than swaps are retried
+)
 
 
 class Node:
@@ -39,18 +46,18 @@ class Node:
         self.failure: str | None = None
         self._worker: Worker | None = None
         self._scheduler: Scheduler | None = None
-        self._handles: dict[int, RequestHandle] = {}
+        self._requests = Requests(self.metrics, self._forget)
         self._next_number = 0
         self._events: deque[events.Event] = deque()
         self._handling = False
-        self._dropped: dict[str, set[int]] = {}  # cancelled while their model's step runs; dropped after it
+        self._dropped: dict[str, set[int]] = {}  # ended while their model's step runs; dropped after it
         self._step: asyncio.Task[None] | None = None
         self._stepping: str | None = None
+        self._aborts: dict[str, int] = {}  # steps in a row of each model that came to nothing
         self._wake: asyncio.TimerHandle | None = None
         self._busy = BusyClock()
         self._swap_errors: dict[str, str] = {}  # the last one of each model
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._context = contextvars.copy_context()  # of no request: log lines of steps name none
 
     # Lifecycle
 
@@ -70,6 +77,7 @@ class Node:
             link_bandwidth_hint=worker.link_bandwidth_hint,
         )
         plans = [await loop.run_in_executor(None, plan_model, model) for model in self.config.models]
+        worker.check_sizes(plans)
         for plan in plans:
             await loop.run_in_executor(None, worker.load, plan, progress)
         loop.add_reader(worker.completions_fd, self._on_transfers)
@@ -83,24 +91,26 @@ class Node:
             self.state = NodeState.DRAINING
             try:
                 async with asyncio.timeout(drain):
-                    await self._idle.wait()
+                    await self._requests.idle.wait()
             except TimeoutError:
-                log.warning("drain_timeout requests=%d", len(self._handles))
-        self._end_all(Unavailable("the server is shutting down", retry_after=RETRY_AFTER))
+                log.warning("drain_timeout requests=%d", len(self._requests))
+        self._requests.end_all(Unavailable("the server is shutting down", retry_after=RETRY_AFTER))
         await self._close()
 
     async def _close(self) -> None:
-        if self._wake is not None:
-            self._wake.cancel()
         worker, self._worker = self._worker, None
         if worker is None:
             return
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(worker.completions_fd)
+        self._stop_listening(worker)
         worker.cancel_transfers()
         if self._step is not None:
             await asyncio.wait([self._step])
-        await loop.run_in_executor(None, worker.close)
+        await asyncio.get_running_loop().run_in_executor(None, worker.close)
+
+    def _stop_listening(self, worker: Worker) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
+        asyncio.get_running_loop().remove_reader(worker.completions_fd)
 
     # Requests
 
@@ -126,7 +136,7 @@ class Node:
     ) -> RequestHandle:
         """Queue one job. `deadline`: seconds from now by which it must have started.
 
-        Raises ModelNotFound, BadRequest, ContextTooLong, QueueFull, OutOfMemory or Unavailable; errors that come later
+        Raises ModelNotFound, BadRequest, ContextTooLong or Unavailable; errors that come later, QueueFull among them,
         are raised from the handle's iteration.
         """
         served = self.model(model)
@@ -136,10 +146,9 @@ class Node:
         now = time.monotonic()
         number = self._next_number
         self._next_number += 1
-        handle = RequestHandle(number, request_id, model, now, self._cancel)
-        self._handles[number] = handle
-        self._idle.clear()
         served.executor.add(number, job)
+        handle = RequestHandle(number, request_id, model, now, self._cancel)
+        self._requests.open(handle)
         request = events.Request(
             id=number,
             model=model,
@@ -162,34 +171,21 @@ class Node:
         self._handle(events.UnloadAsked(model))
 
     def _cancel(self, handle: RequestHandle) -> None:
-        self._end(handle, outcome="cancelled")
+        self._requests.end(handle, outcome="cancelled")
         self._handle(events.RequestCancelled(handle.number))
 
-    def _end(self, handle: RequestHandle, *, outcome: str, error: ComputronError | None = None) -> None:
-        """The request is over, whatever the reason: tell its reader, count it, forget it."""
-        now = time.monotonic()
-        handle.finish(now, error)
-        del self._handles[handle.number]
-        if not self._handles:
-            self._idle.set()
-        self.metrics.request_finished(handle.model, outcome, now - handle.arrival)
-        if self._worker is None:
-            return
+    def _forget(self, handle: RequestHandle) -> None:
         if self._stepping == handle.model:
             self._dropped.setdefault(handle.model, set()).add(handle.number)
-        else:
+        elif self._worker is not None:
             self._worker.models[handle.model].executor.drop(handle.number)
-
-    def _end_all(self, error: ComputronError) -> None:
-        for handle in list(self._handles.values()):
-            self._end(handle, outcome="error", error=error)
 
     def _why_unavailable(self) -> str:
         match self.state:
             case NodeState.STARTING:
                 return "the server is starting: its models are being loaded"
             case NodeState.FAILED:
-                return f"the device has failed: {self.failure}; the server must be restarted"
+                return f"the server has failed and must be restarted: {self.failure}"
             case _:
                 return "the server is shutting down"
 
@@ -202,7 +198,7 @@ class Node:
             return
         self._handling = True
         try:
-            while self._events:
+            while self._events and self.state is not NodeState.FAILED:
                 for action in self._scheduler.handle(self._events.popleft(), time.monotonic()):
                     self._perform(action)
         except Exception as error:
@@ -217,130 +213,111 @@ class Node:
             return
         match action:
             case actions.Run():
-                self._stepping = action.model
-                self._step = asyncio.get_running_loop().create_task(self._run(worker, action))
+                self._start_step(worker, action)
             case actions.Reject():
-                self._reject(action)
+                handle = self._requests.get(action.request)
+                if handle is not None:
+                    error = rejection(action, self._swap_errors.get(action.model))
+                    self._requests.end(handle, outcome="rejected", error=error)
             case actions.WakeAt():
                 self._wake_at(action.time)
-            case actions.SwapIn():
-                self._busy.swap_began(action.model, self._compute_seconds())
-                try:
-                    worker.perform(action)
-                except SwapFailed as error:
-                    log.error("swap_in_refused model=%s error=%s", action.model, error)
-                    self._swap_errors[action.model] = str(error)
-                    self._events.append(events.SwapFailed(action.model, action.pages))
             case actions.Evict():
                 worker.perform(action)
                 self.metrics.eviction(action.model, action.reason.value, len(action.pages))
-            case actions.RaiseUrgency() | actions.CancelSwap() | actions.SetCache() | actions.Preempt():
+                log.info("evict model=%s pages=%d reason=%s", action.model, len(action.pages), action.reason.value)
+            case actions.Preempt():
                 worker.perform(action)
-
-    def _reject(self, action: actions.Reject) -> None:
-        handle = self._handles.get(action.request)
-        if handle is not None:
-            self._end(handle, outcome="rejected", error=rejection(action, self._swap_errors.get(action.model)))
+                log.info("preempt model=%s request=%d", action.model, action.request)
+            case actions.SwapIn() | actions.RaiseUrgency() | actions.CancelSwap() | actions.SetCache():
+                worker.perform(action)
 
     def _wake_at(self, moment: float) -> None:
         if self._wake is not None:
             self._wake.cancel()
         delay = max(0.0, moment - time.monotonic())
-        self._wake = asyncio.get_running_loop().call_later(delay, self._handle, events.TimePassed())
+        loop = asyncio.get_running_loop()
+        self._wake = loop.call_later(delay, self._handle, events.TimePassed(), context=self._context)
 
     # Steps
 
-    async def _run(self, worker: Worker, action: actions.Run) -> None:
+    def _start_step(self, worker: Worker, action: actions.Run) -> None:
+        # The gate is taken now: between now and the task's start, a swap of the model may fail.
+        try:
+            gate = worker.begin_step(action.model)
+        except SwapFailed as error:
+            self._events.append(self._aborted(action, error))
+            return
+        self._stepping = action.model
+        self._requests.begin_step(action.requests)
+        run = self._run(worker, action, gate)
+        self._step = asyncio.get_running_loop().create_task(run, context=self._context)
+
+    async def _run(self, worker: Worker, action: actions.Run, gate: MeasuredGate) -> None:
         model = action.model
-        now = time.monotonic()
-        for number in action.requests:
-            handle = self._handles.get(number)
-            if handle is not None and handle.timings.queue_seconds is None:
-                handle.timings.queue_seconds = now - handle.arrival
-        self._busy.step_began(now)
         event: events.Event
         try:
-            step = await worker.run(action)
+            result = await worker.run(action, gate)
         except SwapFailed as error:
-            log.warning("step_aborted model=%s error=%s", model, error)
-            self._busy.step_ended(time.monotonic(), waited=0.0)
-            event = events.StepAborted(model)
+            event = self._aborted(action, error)
         except Exception as error:
-            log.exception("step_failed model=%s", model)
-            self._busy.step_ended(time.monotonic(), waited=0.0)
-            failed = action.requests
-            self._fail_requests(failed, error)
-            event = events.StepFailed(model, failed)
+            log.exception("step_failed model=%s requests=%s", model, self._names(action.requests))
+            self._requests.fail(action.requests, error)
+            event = events.StepFailed(model, action.requests)
+            reason = worker.device_error()
+            if reason is not None:
+                self._fail(reason)
         else:
-            self._busy.step_ended(step.started + step.seconds, step.waited)
-            self._deliver(model, step)
-            event = events.StepFinished(
-                model, step.result.finished, step.seconds - step.waited, step.result.cache_blocks
-            )
-        self._step_over(worker, model)
-        self._handle(event)
-
-    def _step_over(self, worker: Worker, model: str) -> None:
+            self._aborts.pop(model, None)
+            self._requests.deliver(model, result)
+            event = events.StepFinished(model, result.finished, gate.computed_seconds(), result.cache_blocks)
+        self._busy.add(gate.computing(time.monotonic()))
+        worker.end_step(model)
         self._stepping = None
         self._step = None
         for number in self._dropped.pop(model, ()):
             worker.models[model].executor.drop(number)
+        self._handle(event)
 
-    def _fail_requests(self, numbers: tuple[int, ...], error: Exception) -> None:
-        for number in numbers:
-            handle = self._handles.get(number)
-            if handle is not None:
-                reason = error if isinstance(error, ComputronError) else ExecutionFailed(f"the model failed: {error}")
-                self._end(handle, outcome="error", error=reason)
+    def _aborted(self, action: actions.Run, error: SwapFailed) -> events.Event:
+        """The step came to nothing. Its requests wait again, unless that has happened too often in a row."""
+        aborts = self._aborts[action.model] = self._aborts.get(action.model, 0) + 1
+        log.warning("step_aborted model=%s times=%d error=%s", action.model, aborts, error)
+        if aborts < MAX_ABORTS:
+            return events.StepAborted(action.model)
+        del self._aborts[action.model]
+        self._requests.fail(action.requests, error)
+        return events.StepFailed(action.model, action.requests)
 
-    def _deliver(self, model: str, step: Step) -> None:
-        now = time.monotonic()
-        result: StepResult = step.result
-        self.metrics.batch(model, result.batch_size)
-        for output in result.outputs:
-            handle = self._handles.get(output.request)
-            if handle is None:
-                continue
-            if isinstance(output, FailedOutput):
-                self._end(handle, outcome="error", error=ExecutionFailed(output.message))
-                continue
-            if handle.last_output is None:
-                handle.timings.first_output_seconds = now - handle.arrival
-                if isinstance(output, TextOutput):
-                    self.metrics.first_token(model, now - handle.arrival)
-            elif isinstance(output, TextOutput):
-                self.metrics.inter_token(model, now - handle.last_output)
-            handle.last_output = now
-            handle.put(output)
-        for number in result.finished:
-            handle = self._handles.get(number)
-            if handle is not None:
-                self._end(handle, outcome="ok")
+    def _names(self, numbers: tuple[int, ...]) -> str:
+        handles = (self._requests.get(number) for number in numbers)
+        return ",".join(handle.request_id for handle in handles if handle is not None)
 
     # Transfers
 
     def _on_transfers(self) -> None:
-        if self._worker is None:
+        worker = self._worker
+        if worker is None:
             return
-        for outcome in self._worker.completions():
-            self._handle(self._swap_event(outcome))
-        reason = self._worker.backend.failed if self._worker is not None else None
-        if reason is not None and self.state is not NodeState.FAILED:
+        try:
+            for outcome in worker.completions():
+                self._handle(self._swap_event(outcome))
+        except Exception as error:
+            self._fail(f"{type(error).__name__}: {error}")
+            raise
+        reason = worker.backend.failed
+        if reason is not None:
             self._fail(reason)
 
     def _swap_event(self, outcome: SwapOutcome) -> events.Event:
         model = outcome.image_id
         match outcome.state:
             case "done":
-                hidden = self._busy.swap_ended(model, outcome.seconds, self._compute_seconds())
+                hidden = self._hidden_share(outcome)
                 self.metrics.swap_finished(model, outcome.seconds, hidden, outcome.bytes_moved)
-                for handle in self._handles.values():
-                    if handle.model == model and handle.last_output is None:
-                        handle.timings.swap_seconds += outcome.seconds
-                        handle.timings.swap_bytes += outcome.bytes_moved
+                self._requests.charge_swap(outcome)
                 log.info(
-                    "swap_in model=%s pages=%d bytes=%d seconds=%.4f",
-                    model, len(outcome.pages), outcome.bytes_moved, outcome.seconds,
+                    "swap_in model=%s pages=%d bytes=%d seconds=%.4f hidden=%.2f",
+                    model, len(outcome.pages), outcome.bytes_moved, outcome.seconds, hidden,
                 )  # fmt: skip
                 return events.SwapFinished(model, outcome.pages, outcome.seconds)
             case "cancelled":
@@ -350,22 +327,28 @@ class Node:
                 self._swap_errors[model] = outcome.error or "unknown"
                 return events.SwapFailed(model, outcome.pages)
 
-    def _compute_seconds(self) -> float:
+    def _hidden_share(self, outcome: SwapOutcome) -> float:
         gate = self._worker.gate if self._worker is not None else None
-        return self._busy.seconds(time.monotonic(), gate)
+        running = [] if gate is None else gate.computing(time.monotonic())
+        return self._busy.hidden_share(outcome.finished - outcome.seconds, outcome.finished, running)
 
     def _fail(self, reason: str) -> None:
-        """Nothing more can be served: answer everyone, and let health checks tell."""
+        """Nothing more can be served: answer everyone, stop the loop, and let health checks tell."""
+        if self.state is NodeState.FAILED:
+            return
         self.failure = reason
         self.state = NodeState.FAILED
         log.critical("node_failed reason=%s", reason)
-        self._end_all(Unavailable(f"the device has failed: {reason}"))
+        if self._worker is not None:
+            self._stop_listening(self._worker)
+            self._worker.cancel_transfers()
+        self._requests.end_all(Unavailable(self._why_unavailable(), retry_after=RETRY_AFTER))
 
     # What others may see
 
     def snapshot(self) -> NodeSnapshot:
         """Figures for /metrics, /v1/models and /health, taken now."""
-        return take_snapshot(self.state, self.failure, len(self._handles), self._worker, self._scheduler)
+        return take_snapshot(self.state, self.failure, len(self._requests), self._worker, self._scheduler)
 
     def check(self) -> None:
         """Raises AssertionError if memory and the scheduler disagree about what is where, or either is inconsistent.
@@ -376,6 +359,7 @@ class Node:
         assert worker is not None
         assert scheduler is not None
         worker.swapper.check()
+        worker.store.check()
         scheduler.check()
         assert worker.swapper.free_frames == scheduler.free_frames
         for model, served in worker.models.items():

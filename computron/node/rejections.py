@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from computron.errors import ComputronError, DeadlineExceeded, ModelNotFound, OutOfMemory, QueueFull, SwapFailed
+from computron.errors import ComputronError, ContextTooLong, DeadlineExceeded, ModelNotFound, QueueFull, SwapFailed
 from computron.scheduling.actions import Reject, RejectReason
 
 RETRY_AFTER = 1.0  # seconds a client is told to wait where nothing better is known
@@ -15,7 +15,7 @@ def rejection(action: Reject, swap_error: str | None) -> ComputronError:
         case RejectReason.QUEUE_FULL:
             return QueueFull(f"the queue of model {model!r} is full; try again later", retry_after=RETRY_AFTER)
         case RejectReason.TOO_LARGE:
-            return OutOfMemory(
+            return ContextTooLong(
                 f"the request's KV cache does not fit the device beside model {model!r}: shorten the prompt or "
                 "max_tokens, or raise device.memory"
             )

@@ -31,7 +31,7 @@ class ModelSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class NodeSnapshot:
-    """Memory figures are bytes by state; requests are those not yet answered."""
+    """Memory figures are bytes by state; requests are those not yet answered; the rest counts since the start."""
 
     state: NodeState
     failure: str | None
@@ -41,6 +41,9 @@ class NodeSnapshot:
     host_memory: dict[str, int]
     pages_shared: int
     transfer_bytes: int
+    swaps: dict[str, int]  # swap-ins by how they ended: done, failed, cancelled
+    link_busy_seconds: float
+    host_pages_on_disk: int
 
 
 def take_snapshot(
@@ -48,7 +51,7 @@ def take_snapshot(
 ) -> NodeSnapshot:
     """Ask the scheduler and the memory how they stand; models are empty while the node starts and after its end."""
     if worker is None or scheduler is None or state is NodeState.STARTING:
-        return NodeSnapshot(state, failure, requests, (), {}, {}, 0, 0)
+        return NodeSnapshot(state, failure, requests, (), {}, {}, 0, 0, {}, 0.0, 0)
     models = tuple(
         ModelSnapshot(
             model=model,
@@ -75,4 +78,7 @@ def take_snapshot(
         host_memory={"used": host.used, "free": host.budget - host.used},
         pages_shared=host.shared_pages,
         transfer_bytes=device.bytes_moved,
+        swaps={"done": device.swaps_done, "failed": device.swaps_failed, "cancelled": device.swaps_cancelled},
+        link_busy_seconds=device.link_seconds,
+        host_pages_on_disk=host.on_disk_pages,
     )

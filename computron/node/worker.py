@@ -7,37 +7,28 @@ transfers on the extension's threads.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
 from torch.utils.dlpack import from_dlpack
 
 from computron import _transfer
-from computron.config import Config, DeviceConfig
+from computron.config import Config
 from computron.errors import ConfigError
 from computron.execution.attention import IMPLEMENTATION
+from computron.execution.blocks import BLOCK_TOKENS, blocks_for
 from computron.execution.executor import Executor, make_executor
 from computron.execution.requests import StepResult
-from computron.memory.host_store import HostStore
 from computron.memory.images import StoredImage
-from computron.memory.swapper import Gate, SwapOutcome, Swapper
+from computron.memory.swapper import SwapOutcome, Swapper
 from computron.models.loading import LoadedModel, load_model
 from computron.models.plan import ModelPlan
+from computron.node.device import LINK_BANDWIDTH, MIB, open_backend, open_store, open_swapper, page_size
+from computron.node.measured_gate import MeasuredGate
 from computron.scheduling.actions import CancelSwap, Evict, Preempt, RaiseUrgency, Run, SetCache, SwapIn
-
-KIB = 1 << 10
-MIB = 1 << 20
-
-DEFAULT_PAGE = {"host": 1 * MIB, "cuda": 16 * MIB}
-DEFAULT_CHUNK = {"host": 1 * MIB, "cuda": 4 * MIB}
-LINK_BANDWIDTH = {"host": 8e9, "cuda": 25e9}  # bytes a second, until the first swaps have been measured
-GPU_SHARE = 0.9  # of the free memory of a GPU, where the configuration names no amount: the rest is for activations
-HOST_STORE_SHARE = 0.5  # of the machine's memory, likewise
-
 
 Progress = Callable[[str, int, int], None]
 """Called from loading threads with (model id, bytes loaded, bytes in all)."""
@@ -67,117 +58,52 @@ class ServedModel:
     executor: Executor
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A step that has ended. `waited`: seconds of `seconds` in which it waited for segments."""
-
-    result: StepResult
-    started: float
-    seconds: float
-    waited: float
-
-
-class MeasuredGate:
-    """Passes waits on to the swap's gate and adds up how long they took."""
-
-    __slots__ = ("_gate", "waited", "waiting_since")
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-        self.waited = 0.0
-        self.waiting_since: float | None = None
-
-    @property
-    def is_open(self) -> bool:
-        return self._gate.is_open
-
-    def wait(self, segment: int, stream: int = 0) -> None:
-        self.waiting_since = time.monotonic()
-        try:
-            self._gate.wait(segment, stream)
-        finally:
-            self.waited += time.monotonic() - self.waiting_since
-            self.waiting_since = None
-
-
-def open_backend(config: DeviceConfig) -> _transfer.Backend:
-    """The backend that the configuration asks for. Raises ConfigError with the reason if it cannot be had."""
-    kind = config.kind
-    if kind == "auto":
-        kind = "host" if _transfer.cuda_unavailable_reason() is not None else "cuda"
-    if kind == "host":
-        return _transfer.host_backend(
-            link_bandwidth=config.link_bandwidth, link_latency=config.link_latency, copy_threads=config.copy_threads
-        )
-    reason = _transfer.cuda_unavailable_reason()
-    if reason is not None:
-        raise ConfigError(f'device.kind is "cuda", but no CUDA device can be used: {reason}', param="device.kind")
-    if config.link_bandwidth is not None:
-        raise ConfigError("device.link_bandwidth emulates a link on the host backend only", param="device.kind")
-    return _transfer.cuda_backend(config.index)
-
-
-def machine_memory() -> int:
-    """Bytes of physical memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 class Worker:
+    """Raises ConfigError if the device, or memory as large as configured, cannot be had."""
+
     def __init__(self, config: Config) -> None:
-        device = config.device
-        self.backend = open_backend(device)
-        kind = self.backend.kind
-        self.page_bytes = device.page_size or DEFAULT_PAGE[kind]
-        if self.page_bytes % self.backend.granularity:
-            raise ConfigError(
-                f"device.page_size is {self.page_bytes}, but must be a multiple of {self.backend.granularity} "
-                f"on {self.backend.device_name}",
-                param="device.page_size",
-            )
-        memory = device.memory
-        if memory is None:
-            if kind == "host":
-                raise ConfigError('set device.memory, for example "2GiB", on the host backend', param="device.memory")
-            memory = int(self.backend.free_memory * GPU_SHARE)
-        if memory < self.page_bytes:
-            raise ConfigError(
-                f"device.memory is {memory} bytes, less than one page of {self.page_bytes}", param="device.memory"
-            )
-        self.store = HostStore(
-            self.backend,
-            budget=config.host.memory or int(machine_memory() * HOST_STORE_SHARE),
-            page_bytes=self.page_bytes,
-            load_threads=config.host.load_threads,
-            spill_directory=config.host.spill_directory,
-        )
-        self.swapper = Swapper(
-            self.backend,
-            self.store,
-            device_memory=memory,
-            page_bytes=self.page_bytes,
-            chunk_bytes=min(device.chunk_size or DEFAULT_CHUNK[kind], self.page_bytes),
-            verify=device.verify,
-        )
-        self.link_bandwidth_hint = device.link_bandwidth or LINK_BANDWIDTH[kind]
+        self.backend = open_backend(config.device)
+        self.page_bytes = page_size(config.device, self.backend)
+        self.store = open_store(config, self.backend, self.page_bytes)
+        self.swapper: Swapper = open_swapper(config.device, self.backend, self.store, self.page_bytes)
+        self.link_bandwidth_hint = config.device.link_bandwidth or LINK_BANDWIDTH[self.backend.kind]
         self.models: dict[str, ServedModel] = {}
         self.gate: MeasuredGate | None = None  # of the step that runs now
+        self._pinned_pages: dict[str, int] = {}
+        self._cache_wanted: dict[str, int] = {}  # frames, as last ordered
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
 
     @property
     def frames(self) -> int:
         return self.swapper.frames
 
+    # Loading
+
+    def check_sizes(self, plans: Sequence[ModelPlan]) -> None:
+        """Raises ConfigError if the device can never hold one of the models beside the pinned ones."""
+        self._pinned_pages = {plan.config.id: self._pages(plan) for plan in plans if plan.config.pinned}
+        for plan in plans:
+            needed = self._pages(plan) + (1 if plan.cache is not None else 0)
+            pinned = self._pinned_beside(plan)
+            if needed + pinned > self.frames:
+                beside = f" beside {self._mib(pinned)} of pinned models" if pinned else ""
+                cache = " (its parameters and one page of KV cache)" if plan.cache is not None else ""
+                raise ConfigError(
+                    f"model {plan.config.id!r} needs {self._mib(needed)} of device memory{cache}{beside}, but "
+                    f"device.memory is {self._mib(self.frames)}: raise device.memory"
+                    f"{', pin fewer models' if pinned else ''} or choose a smaller dtype",
+                    param="device.memory",
+                )
+
     def load(self, plan: ModelPlan, progress: Progress | None) -> ServedModel:
         """Bring a model's image into the host store and build its module around its address range. Blocks.
 
-        Raises ConfigError if the device can never hold the model, CheckpointError if it cannot be read.
+        Raises CheckpointError if it cannot be read.
         """
-        self._check_size(plan)
         model_id = plan.config.id
         report = None if progress is None else _LoadProgress(progress, model_id, plan.image.nbytes)
         image = self.store.add(model_id, plan.image, report)
-        cache_bytes = self._cache_range(plan)
-        registered = self.swapper.register(image, cache_bytes=cache_bytes)
+        registered = self.swapper.register(image, cache_bytes=self._cache_range(plan))
         parameters = from_dlpack(registered.parameters.dlpack())
         cache = from_dlpack(registered.cache.dlpack()) if registered.cache is not None else None
         attention = IMPLEMENTATION if plan.cache is not None else None
@@ -186,22 +112,25 @@ class Worker:
         self.models[model_id] = served
         return served
 
-    def _check_size(self, plan: ModelPlan) -> None:
-        pages = -(-plan.image.nbytes // self.page_bytes) + (1 if plan.cache is not None else 0)
-        if pages > self.frames:
-            raise ConfigError(
-                f"model {plan.config.id!r} needs {pages * self.page_bytes / MIB:.1f} MiB of device memory"
-                f"{' (its parameters and one page of KV cache)' if plan.cache is not None else ''}, but device.memory "
-                f"is {self.frames * self.page_bytes / MIB:.1f} MiB: raise device.memory or choose a smaller dtype",
-                param="device.memory",
-            )
+    def _pages(self, plan: ModelPlan) -> int:
+        return -(-plan.image.nbytes // self.page_bytes)
+
+    def _pinned_beside(self, plan: ModelPlan) -> int:
+        return sum(pages for model, pages in self._pinned_pages.items() if model != plan.config.id)
+
+    def _mib(self, pages: int) -> str:
+        return f"{pages * self.page_bytes / MIB:.1f} MiB"
 
     def _cache_range(self, plan: ModelPlan) -> int:
+        """Bytes of addresses for the KV cache: for full batches, but no more than can ever be mapped."""
         if plan.cache is None:
             return 0
-        largest = plan.cache.bytes_per_token * plan.max_model_len * plan.config.max_batch_size
-        pages = min(-(-largest // self.page_bytes) + 1, self.frames)
-        return pages * self.page_bytes
+        blocks = plan.config.max_batch_size * blocks_for(plan.max_model_len)
+        wanted = -(-blocks * BLOCK_TOKENS * plan.cache.bytes_per_token // self.page_bytes)
+        room = self.frames - self._pages(plan) - self._pinned_beside(plan)
+        return min(wanted, room) * self.page_bytes
+
+    # Orders
 
     def perform(self, action: SwapIn | RaiseUrgency | CancelSwap | Evict | SetCache | Preempt) -> None:
         """Carry out one action; the ends of transfers come through `completions`."""
@@ -220,27 +149,46 @@ class Worker:
                 self.models[action.model].executor.preempt(action.request)
 
     def _set_cache(self, model: str, frames: int) -> None:
-        # Frames are mapped before the executor learns of them, and left by the executor before they are unmapped.
-        executor = self.models[model].executor
+        """Less is done at once. More is mapped by the step that needs it, which can fail where this cannot."""
+        self._cache_wanted[model] = frames
         if frames < self.swapper.cache_frames(model):
-            executor.set_cache(frames)
+            self.models[model].executor.set_cache(frames)  # it leaves the frames before they are unmapped
             self.swapper.set_cache(model, frames)
-        else:
-            self.swapper.set_cache(model, frames)
-            executor.set_cache(frames)
 
-    async def run(self, action: Run) -> Step:
+    def begin_step(self, model: str) -> MeasuredGate:
+        """Map the cache that the step needs, and hold the model's pages until `end_step`.
+
+        Raises SwapFailed if the cache cannot be mapped.
+        """
+        wanted = self._cache_wanted.get(model, 0)
+        if wanted > self.swapper.cache_frames(model):
+            self.swapper.set_cache(model, wanted)
+            self.models[model].executor.set_cache(wanted)
+        self.gate = MeasuredGate(self.swapper.begin_step(model))
+        return self.gate
+
+    async def run(self, action: Run, gate: MeasuredGate) -> StepResult:
         """Run one step on the compute thread. Raises SwapFailed, or whatever the model's code raised."""
-        gate = self.gate = MeasuredGate(self.swapper.gate(action.model))
         executor = self.models[action.model].executor
-        started = time.monotonic()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._compute, self._run, executor, action.requests, gate)
+
+    def _run(self, executor: Executor, requests: Sequence[int], gate: MeasuredGate) -> StepResult:
+        gate.begin()
         try:
-            result = await asyncio.get_running_loop().run_in_executor(
-                self._compute, executor.step, action.requests, gate
-            )
+            return executor.step(requests, gate)
         finally:
-            self.gate = None
-        return Step(result, started, time.monotonic() - started, gate.waited)
+            if self.backend.kind == "cuda":
+                # Nothing may read pages or cache after the step, also if it raised half way or gave no token.
+                torch.cuda.current_stream(self.backend.device_index).synchronize()
+            gate.end()
+
+    def end_step(self, model: str) -> None:
+        """The step reads nothing any more."""
+        self.gate = None
+        self.swapper.end_step(model)
+
+    # Transfers
 
     @property
     def completions_fd(self) -> int:
@@ -252,6 +200,15 @@ class Worker:
     def cancel_transfers(self) -> None:
         """End all transfers, so that no step waits any longer."""
         self.swapper.cancel_all()
+
+    def device_error(self) -> str | None:
+        """Words of an error after which the device can do nothing more; asks the device."""
+        if self.backend.failed is None and self.backend.kind == "cuda":
+            try:
+                _ = self.backend.free_memory
+            except _transfer.TransferError as error:
+                return str(error)
+        return self.backend.failed
 
     def close(self) -> None:
         self._compute.shutdown(wait=True)
