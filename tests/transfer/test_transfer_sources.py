@@ -144,8 +144,8 @@ def test_a_descriptor_that_is_not_open_fails_its_transfer(device):
 
 
 def test_an_urgent_file_takes_the_staging_chunks_of_a_waiting_one(device, opened):
-    device.slow_down(0.01)
-    pool, memory = device.pool(12), device.memory(4)
+    device.slow_down(0.005)
+    pool, memory = device.pool(18), device.memory(10)
     data = device.bytes(4 * device.frame)
     descriptor = opened(data)
     engine = device.engine(pool, depth=1, staging_chunks=2)
@@ -154,7 +154,7 @@ def test_an_urgent_file_takes_the_staging_chunks_of_a_waiting_one(device, opened
         sources = [Source.file([(0, device.frame, descriptor, page * device.frame)]) for page in range(4)]
         return engine.submit(pool.allocate(4), sources, [device.frame] * 4, [4], priority=priority)
 
-    straight = device.send(engine, memory, pool.allocate(4), priority=1)
+    straight = device.send(engine, memory, pool.allocate(10), priority=1)
     waiting = from_file(priority=2)  # fills both chunks, and cannot send them
     urgent = from_file(priority=0)
     order = []
@@ -162,8 +162,8 @@ def test_an_urgent_file_takes_the_staging_chunks_of_a_waiting_one(device, opened
     while len(order) < 3:
         order += [names[ended.id] for ended in engine.completions()]
     assert order == ["urgent", "straight", "waiting"]
-    assert read_all(device, pool, range(4, 8)) == data, "what was dropped is read again"
-    assert read_all(device, pool, range(8, 12)) == data
+    assert read_all(device, pool, range(10, 14)) == data, "what was dropped is read again"
+    assert read_all(device, pool, range(14, 18)) == data
 
 
 def test_cancelling_returns_the_staging_chunks(device, opened):
