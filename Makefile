@@ -20,7 +20,7 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) install --progress-bar on -q -c constraints.txt "setuptools>=77" wheel pybind11 ninja
+	$(PIP) install --progress-bar on -q -c constraints.txt "setuptools>=77" wheel pybind11
 	$(PIP) install --progress-bar on -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 

@@ -130,7 +130,7 @@ class Bench:
 async def measure(report: Report, quick: bool, cuda: bool, seed: int) -> None:
     repeats = 3 if quick else 9
     preset = "llama-3.2-1b" if cuda else "smollm2-135m"
-    prompt = 2048 if cuda else 512
+    prompt = 2048 if cuda else 1024
     model = ModelConfig(id=MODEL, source=f"random:{preset}", dtype="bfloat16", max_batch_tokens=4096, seed=seed)
     memory = (8 << 30) if cuda else (768 << 20)
 
