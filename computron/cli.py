@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 import urllib.error
 import urllib.parse
@@ -85,6 +86,10 @@ def serve(
 
 
 def _run_server(config: Config) -> int:
+    # Before torch is loaded. Its threads wait for each other at every operation; if they spin there, one other busy
+    # process on the machine makes a step ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
     # Imported here: they take seconds, which `computron version` should not.
     import uvloop
 
