@@ -51,8 +51,16 @@ class HostConfig:
 
 @dataclass(frozen=True, slots=True)
 class GroupConfig:
+    """The nodes that serve the same models together: `tensor_parallel` times `pipeline_parallel` of them."""
+
     tensor_parallel: Count = 1
     pipeline_parallel: Count = 1
+    node_timeout: Annotated[Duration, Bounds(above=0)] = 10.0  # a node not heard of for so long counts as lost
+    recovery_timeout: Duration = 60.0  # requests in flight wait so long for the group to form anew
+
+    @property
+    def nodes(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +133,6 @@ def load_config(path: str | Path) -> Config:
     models = tuple(replace(m, max_queue=default if m.max_queue is None else m.max_queue) for m in config.models)
     _check_device(document, config.device)
     _check_scheduler(document, config.scheduler)
-    _check_group(document, config.group)
     return replace(config, host=_with_paths(document, config.host), models=models)
 
 
@@ -244,9 +251,3 @@ def _check_scheduler(document: Document, scheduler: SchedulerConfig) -> None:
     if scheduler.policy not in POLICIES:
         known = suggestion(scheduler.policy, POLICIES, "choose from ")
         raise document.error(("scheduler", "policy"), f'unknown policy "{scheduler.policy}"{known}')
-
-
-def _check_group(document: Document, group: GroupConfig) -> None:
-    for key in ("tensor_parallel", "pipeline_parallel"):
-        if getattr(group, key) > 1:
-            raise document.error(("group", key), f"{key}: models are served from one device; only 1 is possible yet")

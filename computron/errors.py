@@ -102,6 +102,14 @@ class Unavailable(ComputronError):
     code = "service_unavailable"
 
 
+class GroupBroken(ComputronError):
+    """The nodes of the group lost each other: what they computed together came to nothing."""
+
+    status = 503
+    type = "service_unavailable_error"
+    code = "group_broken"
+
+
 class OutOfMemory(ComputronError):
     """Something does not fit the device's or the host's budget now. The message gives both numbers."""
 

@@ -104,10 +104,7 @@ def test_absent_sections_have_their_defaults(write):
         ('[scheduler]\nmax_wait = "30"\n', ':2: max_wait: "30" has no unit; write it like "30s"'),
         ('[scheduler]\npolicy = "lur"\n', ':2: unknown policy "lur"; did you mean "lru"?'),
         ("[group]\ntensor_parallel = 0\n", ":2: tensor_parallel: must be at least 1, not 0"),
-        (
-            "[group]\ntensor_parallel = 2\n",
-            ":2: tensor_parallel: models are served from one device; only 1 is possible yet",
-        ),
+        ('[group]\nnode_timeout = "0s"\n', ":2: node_timeout: must be more than 0, not 0"),
         ("server = 3\n", ":1: [server] must be a table, not a whole number"),
         ("[device]\nmemory = 3GiB\n", ":2: Expected newline or end of document after a statement at column 11"),
     ],

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from computron.config import Config
-from computron.errors import ModelNotFound, SwapFailed, Unavailable
+from computron.errors import ConfigError, ModelNotFound, SwapFailed, Unavailable
 from computron.execution.requests import Job
 from computron.memory.swapper import SwapOutcome
 from computron.metrics import Metrics
@@ -67,6 +67,8 @@ class Node:
         Raises ConfigError or CheckpointError, naming the model, if one of them cannot be served.
         """
         loop = asyncio.get_running_loop()
+        if self.config.group.nodes > 1:
+            raise ConfigError("models are served from one node; only 1 is possible yet", param="group")
         worker = self._worker = Worker(self.config)
         self._scheduler = Scheduler(
             frames=worker.frames,
