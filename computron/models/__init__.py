@@ -10,15 +10,18 @@ from computron.models.geometry import CacheGeometry
 from computron.models.layout import TensorSlot
 from computron.models.loading import LoadedModel, load_model
 from computron.models.plan import ModelPlan, plan_model
+from computron.models.shard import Communicator, Shard
 
 __all__ = [
     "BatchManager",
     "CacheGeometry",
+    "Communicator",
     "EmbeddingSettings",
     "Gate",
     "LoadedModel",
     "ModelPlan",
     "OpenGate",
+    "Shard",
     "StackTensors",
     "TensorSlot",
     "load_model",

@@ -15,6 +15,7 @@ from computron.models.custom import BatchManager, make_batch_manager
 from computron.models.gates import StageWaits
 from computron.models.layout import persistent_tensors
 from computron.models.plan import ModelPlan
+from computron.models.shard import Communicator
 from computron.models.text import render_chat
 
 
@@ -29,6 +30,13 @@ class LoadedModel:
         self.module = module
         self.device = device
         self._waits = StageWaits(module, plan.layout.stage_of(), device)
+
+    def forward(self, *arguments: Any, **named: Any) -> Any | None:
+        """The module's output; None where the stage is not the last one and the next goes on with its hidden states.
+
+        Raises GroupBroken if the model is split and its nodes lose each other.
+        """
+        return self.module(*arguments, **named)
 
     @functools.cached_property
     def batch_manager(self) -> BatchManager:
@@ -77,11 +85,17 @@ class LoadedModel:
         return render_chat(self.tokenizer, self.plan.config.id, messages, **arguments)
 
 
-def load_model(plan: ModelPlan, parameters: torch.Tensor, *, attention: str | None = None) -> LoadedModel:
+def load_model(
+    plan: ModelPlan,
+    parameters: torch.Tensor,
+    *,
+    attention: str | None = None,
+    communicator: Communicator | None = None,
+) -> LoadedModel:
     """Build the module around `parameters`: uint8, at least `plan.image.nbytes` long, at its device address for good.
 
     Nothing of `parameters` is read. `attention`: a name known to transformers' attention interface; None leaves the
-    choice to transformers.
+    choice to transformers. `communicator`: what the parts of a split model talk through.
     Raises CheckpointError or ConfigError if the module or its batch manager cannot be built.
     """
     module = plan.build(parameters.device, attention)

@@ -22,6 +22,7 @@ from computron.models.geometry import CacheGeometry, cache_geometry
 from computron.models.images import StateImage
 from computron.models.layout import Layout, TensorSlot, lay_out, module_stages, persistent_tensors
 from computron.models.pretrained import plan_image
+from computron.models.shard import Shard
 from computron.models.text import GenerationDefaults, generation_defaults, load_tokenizer
 from computron.models.vision import ImageProcessor, load_image_processor
 
@@ -44,6 +45,7 @@ class ModelPlan:
     image: ImageSource
     layout: Layout
     build: Builder
+    shard: Shard = Shard()
     source: Source | None = None
     cache: CacheGeometry | None = None
     max_model_len: int = 0
@@ -86,14 +88,16 @@ class ModelPlan:
         return load_image_processor(self.config, self.source.folder)
 
 
-def plan_model(config: ModelConfig) -> ModelPlan:
+def plan_model(config: ModelConfig, shard: Shard = Shard()) -> ModelPlan:  # noqa: B008
     """Read configs and headers, no weights; a custom model's factory is called, and its weights held until they have
     been read and the module is loaded. Raises CheckpointError or ConfigError with the remedy.
+
+    `shard`: image, layout and cache geometry are those of this part of the model; the rest is the whole model's.
     """
-    return _plan_custom(config) if config.task == "custom" else _plan_pretrained(config)
+    return _plan_custom(config, shard) if config.task == "custom" else _plan_pretrained(config, shard)
 
 
-def _plan_pretrained(config: ModelConfig) -> ModelPlan:
+def _plan_pretrained(config: ModelConfig, shard: Shard) -> ModelPlan:
     source = open_source(config)
     tensors = {} if source.random or source.folder is None else checkpoint_tensors(source.folder)
     dtype = choose_dtype(config, source.config, tensors)
@@ -127,6 +131,7 @@ def _plan_pretrained(config: ModelConfig) -> ModelPlan:
         image=image,
         layout=layout,
         build=build,
+        shard=shard,
         source=source,
         cache=cache,
         max_model_len=max_model_len,
@@ -141,7 +146,7 @@ def _plan_pretrained(config: ModelConfig) -> ModelPlan:
     return plan
 
 
-def _plan_custom(config: ModelConfig) -> ModelPlan:
+def _plan_custom(config: ModelConfig, shard: Shard) -> ModelPlan:
     first = make_module(config)
     spare = [first]  # the module just made serves the first load; a later one makes another
 
@@ -166,6 +171,7 @@ def _plan_custom(config: ModelConfig) -> ModelPlan:
         image=StateImage(layout, lambda: dict(persistent_tensors(make_module(config))), held),
         layout=layout,
         build=build,
+        shard=shard,
     )
 
 
