@@ -22,7 +22,7 @@ from computron.models.geometry import CacheGeometry, cache_geometry
 from computron.models.images import StateImage
 from computron.models.layout import Layout, TensorSlot, lay_out, module_stages, persistent_tensors
 from computron.models.pretrained import plan_image
-from computron.models.shard import Shard
+from computron.models.shard import WHOLE, Shard
 from computron.models.text import GenerationDefaults, generation_defaults, load_tokenizer
 from computron.models.vision import ImageProcessor, load_image_processor
 
@@ -45,7 +45,7 @@ class ModelPlan:
     image: ImageSource
     layout: Layout
     build: Builder
-    shard: Shard = Shard()
+    shard: Shard = WHOLE
     source: Source | None = None
     cache: CacheGeometry | None = None
     max_model_len: int = 0
@@ -88,7 +88,7 @@ class ModelPlan:
         return load_image_processor(self.config, self.source.folder)
 
 
-def plan_model(config: ModelConfig, shard: Shard = Shard()) -> ModelPlan:  # noqa: B008
+def plan_model(config: ModelConfig, shard: Shard = WHOLE) -> ModelPlan:
     """Read configs and headers, no weights; a custom model's factory is called, and its weights held until they have
     been read and the module is loaded. Raises CheckpointError or ConfigError with the remedy.
 

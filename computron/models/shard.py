@@ -55,6 +55,9 @@ class Shard:
         return self.last and self.tensor_rank == 0
 
 
+WHOLE = Shard()
+
+
 class Communicator(Protocol):
     """What a split module calls during a forward. Every method raises GroupBroken when the group breaks."""
 
