@@ -77,6 +77,15 @@ class Residency:
             raise OrderRefused(f"{image_id} is already registered")
         self._images[image_id] = _Image(tuple(contents))
 
+    def identify(self, image_id: str, contents: Sequence[int]) -> None:
+        """Let the image's pages have these contents. None of them may be on the device."""
+        image = self._image(image_id)
+        if image.resident or image.plan:
+            raise OrderRefused(f"{image_id} cannot be identified anew while pages of it are on the device")
+        if len(contents) != len(image.contents):
+            raise OrderRefused(f"{image_id} has {len(image.contents)} pages, {len(contents)} were identified")
+        image.contents = tuple(contents)
+
     def remove_image(self, image_id: str) -> None:
         image = self._image(image_id)
         if image.resident or image.plan or image.cache:
@@ -85,6 +94,11 @@ class Residency:
 
     def resident(self, image_id: str) -> frozenset[int]:
         return frozenset(self._image(image_id).resident)
+
+    def missing(self, image_id: str) -> int:
+        """How many of its pages are neither on the device nor on their way."""
+        image = self._image(image_id)
+        return len(image.contents) - len(image.resident) - (len(image.plan.pages) if image.plan else 0)
 
     def cache_frames(self, image_id: str) -> int:
         return len(self._image(image_id).cache)

@@ -71,7 +71,7 @@ class Swap:
         self.plan = plan
         self.started = time.monotonic()
         self.groups = group_by_segment(image, plan)
-        self.moved_contents = tuple(plan.contents[position] for position in plan.moved)
+        self.moved_contents = tuple(image.pages[plan.pages[position]] for position in plan.moved)
         self.moved_sizes = tuple(image.page_sizes[plan.pages[position]] for position in plan.moved)
         self.lease: Lease | None = None
         self.error: str | None = None  # why it will fail, once that is known; the first reason counts
@@ -139,9 +139,9 @@ class Swap:
     def mapped_slots(self) -> list[int]:
         return [slot for group in self.groups[: self.mapped_groups] for slot in group.slots]
 
-    def arrived_contents(self) -> set[int]:
-        """Contents that are whole on the device."""
-        return {content for index, content in enumerate(self.moved_contents) if self.transfer.page_done(index)}
+    def arrived(self) -> list[int]:
+        """Positions in the plan's `moved` of the contents that are whole on the device."""
+        return [index for index in range(len(self.plan.moved)) if self.transfer.page_done(index)]
 
     def verify(self, pool: _transfer.DevicePool, digest_of: Callable[[int], bytes]) -> None:
         """Compare what arrived with the digests of its contents; a difference fails the swap."""

@@ -113,6 +113,15 @@ class Swapper:
         self._registered[image.id] = registered
         return registered
 
+    def identify(self, image_id: str, identities: Sequence[int]) -> None:
+        """From now on, pages of equal identities, here or in other images, are one page of the device, and no others.
+
+        `identities`: one for each page; their contents must be equal where they are. Without this call it is the
+        contents that identify pages. Several devices that hold shards of the same models agree by this on what is
+        shared. Raises OrderRefused while any page of the image is on the device.
+        """
+        self._residency.identify(image_id, identities)
+
     def unregister(self, image_id: str) -> None:
         """Give the addresses back once no view of them is left. Everything of the image must have left the device."""
         self._refuse_while_stepping(image_id, "be unregistered")
@@ -245,6 +254,10 @@ class Swapper:
     def resident_pages(self, image_id: str) -> frozenset[int]:
         return self._residency.resident(image_id)
 
+    def missing_pages(self, image_id: str) -> int:
+        """How many pages are neither on the device nor on their way."""
+        return self._residency.missing(image_id)
+
     def cache_frames(self, image_id: str) -> int:
         return self._residency.cache_frames(image_id)
 
@@ -285,14 +298,14 @@ class Swapper:
     def _settle(self, swap: Swap) -> SwapOutcome:
         image_id = swap.image_id
         error = self._error_of(swap)
+        arrived = swap.arrived() if error is None else []
         if error is None:
-            arrived_contents = swap.arrived_contents()
-            dropped = self._residency.settle(image_id, arrived_contents)
+            plan = swap.plan
+            dropped = self._residency.settle(image_id, {plan.contents[plan.moved[index]] for index in arrived})
         else:
-            arrived_contents = set()
             dropped = self._residency.abandon(image_id)
         if swap.lease is not None:
-            self._store.release(swap.lease, arrived_contents)
+            self._store.release(swap.lease, {swap.moved_contents[index] for index in arrived})
         gone = set(dropped)
         self._unmap(image_id, [slot for slot in swap.mapped_slots() if slot in gone])
         del self._swaps[image_id]
