@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -35,7 +37,9 @@ app.add_typer(models_app, name="models")
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 output = Console(highlight=False)
 
-Url = Annotated[str, typer.Option("--url", envvar="COMPUTRON_URL", help="Address of the server.")]
+Url = Annotated[
+    str, typer.Option("--url", envvar="COMPUTRON_URL", help="Address of the server; http:// may be left out.")
+]
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="COMPUTRON_API_KEY", help="Its API key, if it asks.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -43,6 +47,21 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 def main() -> None:
     """The `computron` command."""
     app()
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version of Computron.")
+    ] = False,
+) -> None:
+    pass
 
 
 def fail(message: str) -> NoReturn:
@@ -93,7 +112,7 @@ def _run_server(config: Config) -> int:
     # Imported here: they take seconds, which `computron version` should not.
     import uvloop
 
-    from computron.api.logs import set_up_logging
+    from computron.api.logs import flush_logs, set_up_logging
     from computron.api.server import serve as serve_until_stopped
     from computron.metrics import Metrics
     from computron.node.node import Node
@@ -104,8 +123,11 @@ def _run_server(config: Config) -> int:
     async def run() -> int:
         return await serve_until_stopped(config.server, Node(config, metrics), metrics, LoadingDisplay(config))
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run())
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(run())
+    finally:
+        flush_logs()  # before the last words of this command
 
 
 class LoadingDisplay:
@@ -136,7 +158,8 @@ class LoadingDisplay:
         self.close()
         size = sum(self._bytes.values()) / 2**20
         seconds = time.monotonic() - self._began
-        errors.print(f"{self._count} models ({size:.0f} MiB) loaded in {seconds:.1f} s; serving at {url}")
+        models = "1 model" if self._count == 1 else f"{self._count} models"
+        errors.print(f"{models} ({size:.0f} MiB) loaded in {seconds:.1f} s; serving at {url}")
 
     def close(self) -> None:
         self._progress.stop()
@@ -188,8 +211,8 @@ def load_model(
             progress.update(bar, completed=state["resident_ratio"])
     if state["resident_ratio"] < 1:
         share = f"{state['resident_ratio']:.0%}"
-        fail(f"{model} is {share} resident after {wait:g} s: others need the room; it stays asked for")
-    output.print(f"{model} is {state['state']}")
+        fail(f"{model} is {share} on the device after {wait:g} s: others need the room; it stays asked for")
+    output.print(f"{model} is on the device")
 
 
 @models_app.command("unload")
@@ -203,7 +226,8 @@ def unload_model(
         computron models unload smollm2-135m
     """
     state = call(url, "POST", f"/v1/models/{urllib.parse.quote(model)}/unload", api_key)
-    output.print(f"{model} is {state['state']}" + ("" if state["resident_ratio"] == 0 else ", and leaves when idle"))
+    gone = state["resident_ratio"] == 0
+    output.print(f"{model} is off the device" if gone else f"{model} will leave the device as soon as it is idle")
 
 
 @app.command()
@@ -214,6 +238,8 @@ def version() -> None:
 
 def call(url: str, method: str, path: str, api_key: str | None) -> Any:
     """One request to a running server, its JSON answer. Exits with one line if that does not work."""
+    if "://" not in url:
+        url = f"http://{url}"
     request = urllib.request.Request(url.rstrip("/") + path, method=method)
     if api_key is not None:
         request.add_header("Authorization", f"Bearer {api_key}")
@@ -222,11 +248,22 @@ def call(url: str, method: str, path: str, api_key: str | None) -> Any:
             return json.load(response)
     except urllib.error.HTTPError as error:
         with error:
-            fail(_server_message(error.read(), f"{url} answered {error.code} {error.reason}"))
+            said = _server_message(error.read(), f"{url} answered {error.code} {error.reason}")
+        if error.code == 401:
+            which = "an" if api_key is None else "another"
+            said = f"{url} asks for {which} API key; give it with --api-key or COMPUTRON_API_KEY"
+        fail(said)
     except urllib.error.URLError as error:
-        fail(f"no server at {url}: {error.reason}; start one with `computron serve`, or give its address with --url")
+        fail(f"no server at {url}: {error.reason}; start one with `{_program()} serve`, or give its address with --url")
     except (OSError, ValueError) as error:
         fail(f"{url} is no Computron server: {error}")
+
+
+def _program() -> str:
+    """This command as it can be typed here, also outside an activated environment."""
+    if shutil.which("computron") is not None:
+        return "computron"
+    return sys.argv[0] if Path(sys.argv[0]).name == "computron" else f"{sys.executable} -m computron"
 
 
 def _server_message(body: bytes, otherwise: str) -> str:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import http.server
 import json
+import logging
+import sys
 import threading
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from computron import cli
+from computron.api.version import installed_version
+from computron.config import Config, ModelConfig
 from computron.errors import ConfigError
 
 MODEL = {
@@ -33,6 +37,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         if "nothing" in self.path:
             self.reply(404, {"error": {"message": "The model `nothing` does not exist."}})
+        elif "locked" in self.path:
+            self.reply(401, {"error": {"message": "the API key is missing or wrong"}})
         else:
             self.reply(202, MODEL | {"resident_ratio": self.ratio.pop(0)})
 
@@ -76,14 +82,16 @@ def test_help_has_examples(command):
     assert "computron " + " ".join(command) in result.output
 
 
-def test_version():
-    result = run("version")
+@pytest.mark.parametrize("asked", ["version", "--version"])
+def test_version(asked):
+    result = run(asked)
     assert result.exit_code == 0
-    assert result.output.startswith("computron ")
+    assert result.output == f"computron {installed_version()}\n"
 
 
-def test_models_are_listed(url):
-    result = run("models", "list", "--url", url)
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_models_are_listed(url, scheme):
+    result = run("models", "list", "--url", scheme + url.removeprefix("http://"))
     assert result.exit_code == 0
     assert result.output.splitlines()[1].split() == [
         "a/b", "(pinned)", "generate", "resident", "3.0", "MiB", "100%", "2", "1",
@@ -93,7 +101,7 @@ def test_models_are_listed(url):
 def test_load_waits_until_the_model_is_resident(url):
     Handler.ratio += [0.0, 0.5, 1.0]
     result = run("models", "load", "a/b", "--url", url, "--api-key", "k")
-    assert (result.exit_code, result.output.splitlines()[-1]) == (0, "a/b is resident")
+    assert (result.exit_code, result.output.splitlines()[-1]) == (0, "a/b is on the device")
     assert Handler.seen == [
         ("POST", "/v1/models/a/b/load", "Bearer k"),
         ("GET", "/v1/models/a/b", "Bearer k"),
@@ -105,10 +113,13 @@ def test_load_that_takes_too_long_fails_and_says_so(url):
     Handler.ratio += [0.5]
     result = run("models", "load", "a/b", "--url", url, "--wait", "0")
     assert result.exit_code == 1
-    assert "a/b is 50% resident after 0 s" in result.stderr
+    assert "a/b is 50% on the device after 0 s" in result.stderr
 
 
-@pytest.mark.parametrize(("ratio", "said"), [(0.0, "a/b is resident"), (0.5, "a/b is resident, and leaves when idle")])
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [(0.0, "a/b is off the device"), (0.5, "a/b will leave the device as soon as it is idle")],
+)
 def test_unload_tells_what_is_left(url, ratio, said):
     Handler.ratio += [ratio]
     assert run("models", "unload", "a/b", "--url", url).output.strip() == said
@@ -120,11 +131,32 @@ def test_the_servers_own_words_are_shown(url):
     assert result.stderr == "error: The model `nothing` does not exist.\n"
 
 
+@pytest.mark.parametrize(("key", "which"), [((), "an API key"), (("--api-key", "k"), "another API key")])
+def test_a_missing_or_wrong_key_is_told_with_where_to_give_it(url, key, which):
+    result = run("models", "load", "locked", "--url", url, *key)
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {url} asks for {which}; give it with --api-key or COMPUTRON_API_KEY\n"
+
+
 def test_no_server_is_one_line_with_the_remedy():
     result = run("models", "list", "--url", "http://127.0.0.1:1")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: no server at http://127.0.0.1:1: ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "called", "hint"),
+    [
+        ("/here", "/here/computron", "`computron serve`"),
+        ("/else", "/here/computron", "`/here/computron serve`"),
+        ("/else", "/here/__main__.py", f"`{sys.executable} -m computron serve`"),
+    ],
+)
+def test_the_hint_can_be_typed_as_it_stands(path, called, hint, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: f"{path}/{name}" if path == "/here" else None)
+    monkeypatch.setattr("sys.argv", [called])
+    assert hint in run("models", "list", "--url", "127.0.0.1:1").stderr
 
 
 def test_a_wrong_configuration_is_one_line(tmp_path: Path):
@@ -145,6 +177,27 @@ def test_an_error_at_the_start_finds_its_line(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(cli, "_run_server", run_server)
     result = run("serve", str(path))
     assert (result.exit_code, result.stderr) == (1, f"error: {path}:5: device.memory is too small\n")
+
+
+@pytest.mark.parametrize(("models", "said"), [(("a",), "1 model "), (("a", "b"), "2 models "), ((), "0 models ")])
+def test_what_is_loaded_is_counted(models, said, capsys):
+    display = cli.LoadingDisplay(Config(models=tuple(ModelConfig(id=name) for name in models)))
+    display.ready("http://here")
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_the_servers_last_log_lines_come_before_the_commands_last_words(monkeypatch, capsys):
+    async def serve(*_):
+        logging.getLogger("computron.test").info("last_line")
+        return 15
+
+    monkeypatch.setattr("computron.api.server.serve", serve)
+    monkeypatch.setattr("computron.node.node.Node", lambda *_: None)
+    root, ours = logging.getLogger(), logging.getLogger("computron")
+    for logger, name in ((root, "handlers"), (root, "level"), (ours, "level")):
+        monkeypatch.setattr(logger, name, list(logger.handlers) if name == "handlers" else logger.level)
+    assert cli._run_server(Config()) == 15
+    assert "last_line" in capsys.readouterr().err
 
 
 def test_a_wrong_option_is_a_usage_error(tmp_path: Path):

@@ -128,6 +128,12 @@ def set_up_logging(level: str, form: Literal["text", "json"], stream: TextIO | N
     logging.getLogger("computron").setLevel(level.upper())
 
 
+def flush_logs() -> None:
+    """Write the lines that are still gathered."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+
+
 def _time(record: logging.LogRecord) -> str:
     return f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
 
