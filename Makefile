@@ -40,6 +40,7 @@ test: install  ## Lint, type-check and test
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
 	$(BIN)/python -m computron.models.demo
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	scripts/test-sanitizers address -- -q
 
 .PHONY: check
 check: install  ## Lint and type-check only
