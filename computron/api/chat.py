@@ -24,7 +24,7 @@ from computron.api.bodies import answer, read_json
 from computron.api.choices import Choice, text_output, usage
 from computron.api.context import Context, read_call
 from computron.api.logprobs import chat_logprobs, prompt_logprobs
-from computron.api.prompts import encode_prompt, render_chat
+from computron.api.prompts import cut_prompt, render_chat
 from computron.api.protocol import ServedModel
 from computron.api.sampling import answer_length, check_logprobs, check_refused, choices, sampling_params, seeded
 from computron.api.schemas import ChatBody
@@ -50,9 +50,7 @@ async def create_chat_completion(context: Context, request: web.BaseRequest) -> 
         special=bool(body.add_special_tokens),
         template_arguments=_template_arguments(body),
     )
-    prompt = await encode_prompt(
-        context, served, rendered, special=False, truncate=body.truncate_prompt_tokens, param="messages"
-    )
+    prompt = cut_prompt(served, rendered, body.truncate_prompt_tokens, "messages")
     params = _sampling(body, served, len(prompt))
     jobs = [GenerateJob(prompt, seeded(params, choice)) for choice in range(choices(body))]
     writer = ChatWriter(body, f"chatcmpl-{call.request_id}", prompt, len(jobs))

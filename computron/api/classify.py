@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import functools
 import time
 from typing import Any
 
@@ -13,8 +12,8 @@ from aiohttp import web
 
 from computron.api.answers import Classification, ClassificationList, LabelProbability, Usage
 from computron.api.bodies import answer, read_json
-from computron.api.context import Call, Context, read_call
-from computron.api.prompts import check_length, encode_prompt, split_prompts
+from computron.api.context import LONG_TEXT, Call, Context, read_call
+from computron.api.prompts import check_length, read_prompts
 from computron.api.protocol import ServedModel
 from computron.api.schemas import ClassifyBody
 from computron.api.submission import Submission
@@ -41,16 +40,16 @@ async def create_classification(context: Context, request: web.BaseRequest) -> w
 
 
 async def _text_jobs(context: Context, served: ServedModel, body: ClassifyBody) -> list[ClassifyJob]:
+    prompts = await read_prompts(
+        context,
+        served,
+        body.input or "",
+        special=body.add_special_tokens is not False,
+        truncate=body.truncate_prompt_tokens,
+        param="input",
+    )
     jobs: list[ClassifyJob] = []
-    for text in split_prompts(body.input or "", "input"):
-        tokens = await encode_prompt(
-            context,
-            served,
-            text,
-            special=body.add_special_tokens is not False,
-            truncate=body.truncate_prompt_tokens,
-            param="input",
-        )
+    for _, tokens in prompts:
         check_length(served, tokens, "input")
         jobs.append(ClassifyJob(tokens=tokens))
     return jobs
@@ -60,13 +59,13 @@ async def _image_jobs(context: Context, served: ServedModel, body: ClassifyBody)
     images = [body.image] if isinstance(body.image, str) else body.image or []
     if not images:
         raise BadRequest("`image` must not be empty", param="image")
-    jobs: list[ClassifyJob] = []
-    for index, text in enumerate(images):
-        param = "image" if isinstance(body.image, str) else f"image[{index}]"
-        jobs.append(
-            ClassifyJob(pixels=await context.compute(len(text), functools.partial(_pixels, served, text, param)))
-        )
-    return jobs
+    params = ["image"] if isinstance(body.image, str) else [f"image[{index}]" for index in range(len(images))]
+
+    def prepare() -> list[ClassifyJob]:
+        return [ClassifyJob(pixels=_pixels(served, *pair)) for pair in zip(images, params, strict=True)]
+
+    # A small file may hold a large image, so that even one is prepared on a thread.
+    return await context.compute(LONG_TEXT, prepare)
 
 
 def _pixels(served: ServedModel, text: str, param: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -15,7 +14,7 @@ from computron.api.bodies import answer, read_json
 from computron.api.choices import Choice, text_output, usage
 from computron.api.context import Context, read_call
 from computron.api.logprobs import CompletionLogprobsWriter, prompt_logprobs
-from computron.api.prompts import Prompt, encode_prompt, split_prompts
+from computron.api.prompts import ENCODED_MEANWHILE, Prompt, read_prompts
 from computron.api.protocol import ServedModel
 from computron.api.sampling import answer_length, check_logprobs, check_refused, choices, sampling_params, seeded
 from computron.api.schemas import CompletionBody
@@ -33,12 +32,17 @@ async def create_completion(context: Context, request: web.BaseRequest) -> web.S
     served = context.model(body.model, "generate")
     _check(body)
     call = read_call(context, request, body.priority)
-    given = split_prompts(body.prompt, "prompt")
-    prompts = [await _encode(context, served, body, prompt) for prompt in given]
-    sampling = [_sampling(body, served, len(prompt)) for prompt in prompts]
-    echoes = [
-        await _echo(context, served, body, *pair) if body.echo else "" for pair in zip(given, prompts, strict=True)
-    ]
+    read = await read_prompts(
+        context,
+        served,
+        body.prompt,
+        special=body.add_special_tokens is not False,
+        truncate=body.truncate_prompt_tokens,
+        param="prompt",
+    )
+    prompts = [tokens for _, tokens in read]
+    sampling = _sampling(body, served, prompts)
+    echoes = await _echoes(context, served, body, read)
     n = choices(body)
     jobs = [
         GenerateJob(prompt, seeded(params, choice))
@@ -67,28 +71,33 @@ def _check(body: CompletionBody) -> None:
         check_logprobs("logprobs", body.logprobs)
 
 
-async def _encode(context: Context, served: ServedModel, body: CompletionBody, prompt: Prompt) -> tuple[int, ...]:
-    special = body.add_special_tokens is not False
-    return await encode_prompt(
-        context, served, prompt, special=special, truncate=body.truncate_prompt_tokens, param="prompt"
-    )
-
-
-def _sampling(body: CompletionBody, served: ServedModel, prompt: int) -> SamplingParams:
+def _sampling(body: CompletionBody, served: ServedModel, prompts: Sequence[Sequence[int]]) -> list[SamplingParams]:
+    """For each prompt; made once for all prompts of one length."""
     asked, default = (None, MAX_TOKENS) if body.max_tokens is UNSET else (body.max_tokens, None)
     if body.echo and asked == 0:
         asked = 1  # a step is needed to read the prompt; its token is not shown
-    length = answer_length(served, prompt, asked, default, name="max_tokens")
-    defaults = served.plan.generation
-    return sampling_params(body, defaults, length, logprobs=body.logprobs, echo=bool(body.echo))
+    made: dict[int, SamplingParams] = {}
+    for size in map(len, prompts):
+        if size not in made:
+            length = answer_length(served, size, asked, default, name="max_tokens")
+            made[size] = sampling_params(
+                body, served.plan.generation, length, logprobs=body.logprobs, echo=bool(body.echo)
+            )
+    return [made[len(prompt)] for prompt in prompts]
 
 
-async def _echo(
-    context: Context, served: ServedModel, body: CompletionBody, given: Prompt, tokens: tuple[int, ...]
-) -> str:
-    if isinstance(given, str) and body.truncate_prompt_tokens is None:
-        return given
-    return await context.compute(len(tokens), functools.partial(served.loaded.decode, tokens))
+async def _echoes(
+    context: Context, served: ServedModel, body: CompletionBody, read: Sequence[tuple[Prompt, tuple[int, ...]]]
+) -> list[str]:
+    """What each answer begins with: the text as it was given, or that of the tokens that were kept."""
+    if not body.echo:
+        return [""] * len(read)
+    whole = body.truncate_prompt_tokens is None
+
+    def decode() -> list[str]:
+        return [given if whole and isinstance(given, str) else served.loaded.decode(tokens) for given, tokens in read]
+
+    return await context.compute(sum(ENCODED_MEANWHILE + len(tokens) for _, tokens in read), decode)
 
 
 class CompletionWriter:

@@ -12,7 +12,7 @@ from aiohttp import web
 from computron.api.answers import Embedding, EmbeddingList, Usage
 from computron.api.bodies import answer, read_json
 from computron.api.context import Context, read_call
-from computron.api.prompts import check_length, encode_prompt, split_prompts
+from computron.api.prompts import check_length, read_prompts
 from computron.api.schemas import EmbeddingBody
 from computron.api.submission import Submission
 from computron.errors import BadRequest, ExecutionFailed
@@ -29,16 +29,16 @@ async def create_embeddings(context: Context, request: web.BaseRequest) -> web.R
         raise BadRequest(
             f"the model `{body.model}` has embeddings of one size; `dimensions` cannot be chosen", param="dimensions"
         )
+    prompts = await read_prompts(
+        context,
+        served,
+        body.input,
+        special=body.add_special_tokens is not False,
+        truncate=body.truncate_prompt_tokens,
+        param="input",
+    )
     jobs: list[EmbedJob] = []
-    for text in split_prompts(body.input, "input"):
-        tokens = await encode_prompt(
-            context,
-            served,
-            text,
-            special=body.add_special_tokens is not False,
-            truncate=body.truncate_prompt_tokens,
-            param="input",
-        )
+    for _, tokens in prompts:
         check_length(served, tokens, "input")
         jobs.append(EmbedJob(tokens))
     embeddings: list[Sequence[float]] = [()] * len(jobs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from computron.api.schemas import Message
 from computron.errors import BadRequest, ContextTooLong
 
 MAX_PROMPTS = 2048
+ENCODED_MEANWHILE = 50  # characters that are encoded in the time that a prompt takes beside its length
 Prompt = str | tuple[int, ...]
 
 
@@ -46,18 +46,43 @@ def _token_ids(value: list[Any], param: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-async def encode_prompt(
-    context: Context, served: ServedModel, prompt: Prompt, *, special: bool, truncate: int | None, param: str
-) -> tuple[int, ...]:
-    """The prompt's token ids, at least one; `truncate` keeps that many of the last ones, -1 what the model can take.
+async def read_prompts(
+    context: Context,
+    served: ServedModel,
+    value: str | list[Any],
+    *,
+    special: bool,
+    truncate: int | None,
+    param: str,
+) -> list[tuple[Prompt, tuple[int, ...]]]:
+    """Each prompt of a call as it was given and as token ids, off the event loop if they are long together.
 
     Raises BadRequest.
     """
-    if isinstance(prompt, str):
-        encode = functools.partial(served.loaded.encode, prompt, add_special_tokens=special)
-        tokens = tuple(await context.compute(len(prompt), encode))
-    else:
-        tokens = prompt
+
+    def read() -> list[tuple[Prompt, tuple[int, ...]]]:
+        prompts = split_prompts(value, param)
+        return [(prompt, cut_prompt(served, _encoded(served, prompt, special), truncate, param)) for prompt in prompts]
+
+    return await context.compute(_size(value), read)
+
+
+def _encoded(served: ServedModel, prompt: Prompt, special: bool) -> tuple[int, ...]:
+    return tuple(served.loaded.encode(prompt, add_special_tokens=special)) if isinstance(prompt, str) else prompt
+
+
+def _size(value: str | list[Any]) -> int:
+    """Characters and token ids in all, and the constant part of each prompt."""
+    if isinstance(value, str) or len(value) > MAX_PROMPTS or (value and type(value[0]) is int):
+        return len(value)
+    return sum(ENCODED_MEANWHILE + (len(entry) if isinstance(entry, str | list) else 0) for entry in value)
+
+
+def cut_prompt(served: ServedModel, tokens: tuple[int, ...], truncate: int | None, param: str) -> tuple[int, ...]:
+    """At least one token; `truncate` keeps that many of the last ones, -1 what the model can take.
+
+    Raises BadRequest.
+    """
     if truncate is not None:
         limit = context_length(served)
         keep = limit if truncate == -1 else truncate

@@ -12,7 +12,8 @@ from computron.execution.requests import SamplingParams
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
-MAX_STOPS = 64
+MAX_TEMPERATURE = 2
+MAX_STOPS = 64  # OpenAI takes 4, vLLM any number, and evaluations send more than 4
 _INT64 = 1 << 63
 
 _REFUSED = {
@@ -65,8 +66,8 @@ def sampling_params(
     presence_penalty = _first(body.presence_penalty, None, 0.0)
     frequency_penalty = _first(body.frequency_penalty, None, 0.0)
     min_tokens = body.min_tokens or 0
-    if not temperature >= 0:
-        raise BadRequest(f"`temperature` must be at least 0, not {temperature}", param="temperature")
+    if body.temperature is not None:
+        _within("temperature", body.temperature, 0, MAX_TEMPERATURE)
     if not 0 < top_p <= 1:
         raise BadRequest(f"`top_p` must be more than 0 and at most 1, not {top_p}", param="top_p")
     if top_k < -1:

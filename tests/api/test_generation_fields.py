@@ -59,6 +59,13 @@ async def test_a_completion_has_sixteen_tokens_or_what_room_is_left(server):
     assert (await sampling(server, body, "/v1/completions")).max_tokens == 99
 
 
+async def test_each_prompt_of_a_call_has_the_room_that_it_leaves(server):
+    body = {"model": "chat", "prompt": ["a" * 95, "b", "c" * 95, "d" * 98], "max_tokens": None}
+    await server.post("/v1/completions", body)
+    lengths = {chr(s.job.prompt[0]): s.job.sampling.max_tokens for s in server.node.submitted}
+    assert lengths == {"a": 5, "b": 99, "c": 5, "d": 2}
+
+
 async def test_content_parts_and_tool_messages_reach_the_template(server):
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
