@@ -102,25 +102,25 @@ class Bench:
 
     async def stage_seconds(self, repeats: int) -> list[float]:
         """Median time of each stage while the model is resident; the last one includes the step's end."""
-        executor = self.node.models[MODEL].executor
-        step = executor.step
+        runner = self.node.models[MODEL].runner
+        run = runner.run
         runs: list[list[float]] = []
 
-        def timed_step(requests: object, gate: Gate) -> object:
+        def timed_run(step: object, gate: Gate) -> object:
             timed = Timed(gate, cuda=self.config.device.kind == "cuda")
             began = timed.now()
-            result = step(requests, timed)  # type: ignore[arg-type]
+            result = run(step, timed)  # type: ignore[arg-type]
             ended = timed.now()
             starts = [began, *(timed.asked[k] for k in range(1, len(self.segment_bytes))), ended]
             runs.append([b - a for a, b in itertools.pairwise(starts)])
             return result
 
-        executor.step = timed_step  # type: ignore[method-assign, assignment]
+        runner.run = timed_run  # type: ignore[method-assign, assignment]
         try:
             for _ in range(repeats + 1):
                 await self.ask()
         finally:
-            executor.step = step  # type: ignore[method-assign]
+            runner.run = run  # type: ignore[method-assign]
         return [statistics.median(stage) for stage in zip(*runs[1:], strict=True)]
 
     async def stop(self) -> None:

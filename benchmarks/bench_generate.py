@@ -30,7 +30,7 @@ from _serve import Unavailable, computron_serve, transformers_serve
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from computron.config import ModelConfig
-from computron.execution.executor import Executor, make_executor
+from computron.execution.executor import make_executor, make_runner, run_step
 from computron.execution.requests import GenerateJob, SamplingParams
 from computron.models import LoadedModel, OpenGate, load_model, plan_model
 from computron.models.demo import demo_models, shown_progress
@@ -67,7 +67,8 @@ class Ours:
         plan.image.read_into(0, memoryview(image.numpy()))
         self.model: LoadedModel = load_model(plan, image.to(device))
         cache = torch.empty(CACHE, dtype=torch.uint8, device=device)
-        self.executor: Executor = make_executor(self.model, cache, FRAME)
+        self.runner = make_runner(self.model, cache)
+        self.executor = make_executor(self.model, FRAME, self.runner.block_bytes, self.runner.capacity)
         self.executor.set_cache(CACHE // FRAME)
 
     def run(self, requests: Sequence[Request]) -> int:
@@ -79,7 +80,7 @@ class Ours:
         while waiting or running:
             while waiting and len(running) < BATCH:
                 running.append(waiting.pop(0))
-            result = self.executor.step(running, OpenGate())
+            result = run_step(self.executor, self.runner, running, OpenGate())
             tokens += len(result.outputs)
             running = [number for number in running if number not in result.finished]
         return tokens

@@ -15,23 +15,11 @@ import torch
 
 from computron.execution.blocks import BLOCK_TOKENS, blocks_for
 from computron.execution.kv_cache import Indices, KVCache, upload
+from computron.execution.steps import TokenBatch
 
 # Blocks of padding at which a group of its own is cheaper than a wider one: gathering and attending to a block of a
 # small model takes about 1 us, the calls of one more group about 60 us a layer.
 MAX_PADDING_BLOCKS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """`length` new tokens of a sequence that has `start` tokens in its `blocks`; the blocks hold the new ones too."""
-
-    blocks: Indices
-    start: int
-    length: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +37,12 @@ class Part:
     mask: torch.Tensor | None
 
 
-def packing_order(chunks: Sequence[Chunk]) -> list[int]:
-    """The order in which `AttentionPlan` takes chunks: single tokens first, the longest sequence first."""
-    return sorted(range(len(chunks)), key=lambda i: (chunks[i].length > 1, -len(chunks[i].blocks)))
+def packing_key(start: int, length: int) -> tuple[bool, int]:
+    """Sorts new tokens of sequences into the order of a `TokenBatch`: single ones first, of the longest sequence first.
+
+    `start`: tokens that the sequence has in the cache already, `length`: the new ones.
+    """
+    return length > 1, -blocks_for(start + length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +77,17 @@ class AttentionPlan:
     """`positions`: [tokens], of each token in its sequence. `extras`: the given ones, on the device."""
 
     def __init__(
-        self, cache: KVCache, chunks: Sequence[Chunk], windows: set[int | None], extras: Sequence[Indices] = ()
+        self, cache: KVCache, batch: TokenBatch, windows: set[int | None], extras: Sequence[Indices] = ()
     ) -> None:
-        """`chunks` in `packing_order`. `windows`: those that the layers are known to ask for; new ones are added."""
+        """`windows`: those that the layers are known to ask for; new ones are added."""
         self.cache = cache
-        self._chunks = chunks
+        self._starts, self._lengths, self._blocks = batch.starts, batch.lengths, batch.blocks
         self._windows = windows
-        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
-        blocks = np.concatenate([_block_of_each_token(chunk) for chunk in chunks])
+        self._counts = -(-(self._starts + self._lengths) // BLOCK_TOKENS)  # blocks of each sequence
+        self._offsets = self._counts.cumsum() - self._counts  # of its first one in `batch.blocks`
+        places = self._lengths.cumsum() - self._lengths  # of its first token in the packed row
+        positions = np.arange(len(batch.tokens)) + np.repeat(self._starts - places, self._lengths)
+        blocks = self._blocks[np.repeat(self._offsets, self._lengths) + positions // BLOCK_TOKENS]
         slots = cache.slots(blocks, positions % BLOCK_TOKENS)
         drafts = {window: self._drafts(window) for window in windows}
         arrays = [array for each in drafts.values() for array in _arrays(each)]
@@ -125,35 +119,34 @@ class AttentionPlan:
         ]
 
     def _drafts(self, window: int | None) -> list[_Draft]:
-        singles = sum(chunk.length == 1 for chunk in self._chunks)
-        drafts, begin = [], 0
-        for group in _groups(self._chunks[:singles], window):
-            drafts.append(self._decode_draft(group, begin, window))
-            begin += len(group)
-        for chunk in self._chunks[singles:]:
-            drafts.append(self._prompt_draft(chunk, begin, window))
-            begin += chunk.length
+        singles = int(np.count_nonzero(self._lengths == 1))
+        groups = _groups(self._counts[:singles].tolist(), window)
+        drafts = [self._decode_draft(begin, end, window) for begin, end in groups]
+        begin = singles
+        for sequence in range(singles, len(self._lengths)):
+            end = begin + int(self._lengths[sequence])
+            drafts.append(self._prompt_draft(sequence, begin, end, window))
+            begin = end
         return drafts
 
-    def _decode_draft(self, group: Sequence[Chunk], begin: int, window: int | None) -> _Draft:
-        firsts = [_first_block(chunk, window) for chunk in group]
-        width = max(len(chunk.blocks) - first for chunk, first in zip(group, firsts, strict=True))
-        table = np.empty((len(group), width), np.int64)
-        for row, chunk, first in zip(table, group, firsts, strict=True):
-            seen = chunk.blocks[first:]
-            row[: len(seen)] = seen
-            row[len(seen) :] = seen[0]  # padding: any block that is mapped and written
-        starts = np.array([chunk.start - first * BLOCK_TOKENS for chunk, first in zip(group, firsts, strict=True)])
-        return _Draft(begin, begin + len(group), starts, width * BLOCK_TOKENS, self.cache.rows(table))
+    def _decode_draft(self, begin: int, end: int, window: int | None) -> _Draft:
+        starts = self._starts[begin:end]
+        firsts = _first_blocks(starts, window)
+        seen = (self._counts[begin:end] - firsts)[:, None]
+        places = np.arange(seen.max())
+        # Padding: any block that is mapped and written, such as the first one that the sequence sees.
+        table = self._blocks[(self._offsets[begin:end] + firsts)[:, None] + np.where(places < seen, places, 0)]
+        return _Draft(begin, end, starts - firsts * BLOCK_TOKENS, table.shape[1] * BLOCK_TOKENS, self.cache.rows(table))
 
-    def _prompt_draft(self, chunk: Chunk, begin: int, window: int | None) -> _Draft:
-        end = begin + chunk.length
-        if chunk.start == 0:
-            return _Draft(begin, end, np.zeros(1, np.int64), chunk.length, None)
-        first = _first_block(chunk, window)
-        blocks = chunk.blocks[first:]
-        starts = np.array([chunk.start - first * BLOCK_TOKENS])
-        return _Draft(begin, end, starts, len(blocks) * BLOCK_TOKENS, self.cache.rows(blocks[None]))
+    def _prompt_draft(self, sequence: int, begin: int, end: int, window: int | None) -> _Draft:
+        starts = self._starts[sequence : sequence + 1]
+        if starts[0] == 0:
+            return _Draft(begin, end, starts, end - begin, None)
+        firsts = _first_blocks(starts, window)
+        offset, first, count = (int(each[0]) for each in (self._offsets[sequence:], firsts, self._counts[sequence:]))
+        blocks = self._blocks[offset + first : offset + count]
+        rows = self.cache.rows(blocks[None])
+        return _Draft(begin, end, starts - firsts * BLOCK_TOKENS, len(blocks) * BLOCK_TOKENS, rows)
 
 
 def _arrays(drafts: Sequence[_Draft]) -> list[Indices]:
@@ -161,25 +154,24 @@ def _arrays(drafts: Sequence[_Draft]) -> list[Indices]:
     return [array for draft in drafts for array in (draft.starts, draft.rows) if array is not None]
 
 
-def _block_of_each_token(chunk: Chunk) -> Indices:
-    return chunk.blocks[np.arange(chunk.start, chunk.end) // BLOCK_TOKENS]
+def _first_blocks(starts: Indices, window: int | None) -> Indices:
+    """The first block that any new token of each sequence sees."""
+    return np.zeros_like(starts) if window is None else np.maximum(0, starts - window + 1) // BLOCK_TOKENS
 
 
-def _first_block(chunk: Chunk, window: int | None) -> int:
-    """The first block that any token of the chunk sees."""
-    return 0 if window is None else max(0, chunk.start - window + 1) // BLOCK_TOKENS
+def _groups(blocks: Sequence[int], window: int | None) -> list[tuple[int, int]]:
+    """Neighbours (the longest comes first) as long as padding them to one width is cheaper than one more call.
 
-
-def _groups(singles: Sequence[Chunk], window: int | None) -> list[Sequence[Chunk]]:
-    """Neighbours (the longest comes first) as long as padding them to one width is cheaper than one more call."""
+    `blocks`: of each sequence. Gives [begin, end) of each group.
+    """
     groups, begin, padding = [], 0, 0
     most = None if window is None else blocks_for(window) + 1
-    widths = [len(chunk.blocks) if most is None else min(len(chunk.blocks), most) for chunk in singles]
+    widths = blocks if most is None else [min(count, most) for count in blocks]
     for index, width in enumerate(widths):
         padding += widths[begin] - width
         if padding > MAX_PADDING_BLOCKS:
-            groups.append(singles[begin:index])
+            groups.append((begin, index))
             begin, padding = index, 0
-    if singles:
-        groups.append(singles[begin:])
+    if widths:
+        groups.append((begin, len(widths)))
     return groups

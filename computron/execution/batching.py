@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from computron.errors import BadRequest, ComputronError, ContextTooLong, ExecutionFailed
+from computron.execution.steps import TextBatch
 from computron.models import LoadedModel
 
 Item = TypeVar("Item")
@@ -60,6 +63,12 @@ def padding_id(model: LoadedModel) -> int | None:
     return None if token is None else int(token)
 
 
+def join_texts(texts: Sequence[Sequence[int]]) -> TextBatch:
+    """Texts of at least one token each, as one batch."""
+    tokens = np.array(list(itertools.chain.from_iterable(texts)), np.int64)
+    return TextBatch(tokens, np.array([len(text) for text in texts], np.int64))
+
+
 @dataclass(frozen=True, slots=True)
 class PaddedTexts:
     """`ids`: [texts, longest], padded on the right. `lengths`: [texts]. `mask`: 1 for tokens; None without padding."""
@@ -69,19 +78,14 @@ class PaddedTexts:
     mask: torch.Tensor | None
 
 
-def pad(texts: Sequence[Sequence[int]], padding: int, device: torch.device) -> PaddedTexts:
-    """Texts of at least one token each, as one batch on the device."""
-    longest = max(map(len, texts))
-    ids = torch.full((len(texts), longest), padding)
-    for row, text in zip(ids, texts, strict=True):
-        row[: len(text)] = torch.tensor(text)
-    lengths = torch.tensor([len(text) for text in texts])
-    mask = (torch.arange(longest) < lengths[:, None]).long() if min(map(len, texts)) < longest else None
-    return PaddedTexts(
-        ids.to(device, non_blocking=True),
-        lengths.to(device, non_blocking=True),
-        None if mask is None else mask.to(device, non_blocking=True),
-    )
+def pad(batch: TextBatch, padding: int, device: torch.device) -> PaddedTexts:
+    """The texts on the device."""
+    inside = np.arange(batch.lengths.max()) < batch.lengths[:, None]
+    ids = np.full(inside.shape, padding, np.int64)
+    ids[inside] = batch.tokens
+    arrays = [ids, batch.lengths.copy()] if inside.all() else [ids, batch.lengths.copy(), inside.astype(np.int64)]
+    moved = [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
+    return PaddedTexts(moved[0], moved[1], moved[2] if len(moved) > 2 else None)
 
 
 def execution_error(error: Exception) -> ComputronError:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from computron.errors import BadRequest
-from computron.execution.batching import by_group, by_length, check_tokens, pad, padding_id
-from computron.execution.requests import ClassifyJob, ClassOutput, Job
-from computron.execution.single_pass import SinglePassExecutor
+from computron.execution.batching import by_group, by_length, check_tokens, join_texts, pad, padding_id
+from computron.execution.requests import ClassifyJob, ClassOutput, Job, Output
+from computron.execution.single_pass import SinglePassExecutor, SinglePassRunner
+from computron.execution.steps import ImageStep, RowsOutput, StepInput, StepOutput, TextBatch, TextStep
 from computron.models import LoadedModel
-
-Batch = Sequence[tuple[int, ClassifyJob]]
 
 
 class ClassifyExecutor(SinglePassExecutor[ClassifyJob]):
@@ -20,11 +19,11 @@ class ClassifyExecutor(SinglePassExecutor[ClassifyJob]):
         super().__init__(model)
         plan = model.plan
         self._takes_images = plan.takes_images
-        self._activation = plan.activation
-        self._padding = padding_id(model)
         # Models that classify by their last token find it by looking for padding: without a padding token they take
         # one text at a time.
-        self._most_items = plan.config.max_batch_size if plan.takes_images or self._padding is not None else 1
+        together = plan.takes_images or padding_id(model) is not None
+        self._most_items = plan.config.max_batch_size if together else 1
+        self._order: list[int] = []  # requests as they are in the step
 
     def _checked(self, job: Job) -> ClassifyJob:
         if not isinstance(job, ClassifyJob):
@@ -38,31 +37,51 @@ class ClassifyExecutor(SinglePassExecutor[ClassifyJob]):
             check_tokens(self._model, job.tokens, "input")
         return job
 
-    def _batches(self, items: Batch) -> list[list[tuple[int, ClassifyJob]]]:
+    def _plan(self, items: Sequence[tuple[int, ClassifyJob]]) -> TextStep | ImageStep:
         if self._takes_images:
-            return by_group(items, lambda item: tuple(item[1].pixels.shape), self._most_items)
-        return by_length(
-            items,
-            lambda item: self._tokens(item[1]),
-            most_items=self._most_items,
-            most_tokens=self._model.plan.config.max_batch_tokens,
-        )
+            batches = by_group(items, lambda item: tuple(item[1].pixels.shape), self._most_items)
+        else:
+            most_tokens = self._model.plan.config.max_batch_tokens
+            batches = by_length(
+                items, lambda item: self._tokens(item[1]), most_items=self._most_items, most_tokens=most_tokens
+            )
+        self._order = [request for batch in batches for request, _ in batch]
+        if self._takes_images:
+            return ImageStep(tuple(torch.stack([job.pixels for _, job in batch]) for batch in batches))
+        return TextStep(tuple(join_texts([job.tokens or () for _, job in batch]) for batch in batches))
 
-    def _run(self, batch: Batch) -> list[ClassOutput]:
-        logits = (self._image_logits if self._takes_images else self._text_logits)([job for _, job in batch]).float()
-        probabilities = torch.sigmoid(logits) if self._activation == "sigmoid" else torch.softmax(logits, -1)
-        return [ClassOutput(request, row) for (request, _), row in zip(batch, probabilities.tolist(), strict=True)]
-
-    def _image_logits(self, jobs: Sequence[ClassifyJob]) -> torch.Tensor:
-        pixels = torch.stack([job.pixels for job in jobs])
-        moved = pixels.to(self._model.device, self._model.plan.dtype, non_blocking=True)
-        logits: torch.Tensor = self._model.module(pixel_values=moved).logits
-        return logits
-
-    def _text_logits(self, jobs: Sequence[ClassifyJob]) -> torch.Tensor:
-        texts = pad([job.tokens or () for job in jobs], self._padding or 0, self._model.device)
-        logits: torch.Tensor = self._model.module(input_ids=texts.ids, attention_mask=texts.mask).logits
-        return logits
+    def _outputs(self, output: StepOutput) -> list[Output]:
+        assert isinstance(output, RowsOutput), "the output is another task's"
+        return [ClassOutput(request, row) for request, row in zip(self._order, output.rows.tolist(), strict=True)]
 
     def _tokens(self, job: ClassifyJob) -> int:
         return len(job.tokens or ())
+
+
+class ClassifyRunner(SinglePassRunner):
+    def __init__(self, model: LoadedModel) -> None:
+        super().__init__(model)
+        self._padding = padding_id(model) or 0
+
+    def _run(self, step: StepInput) -> RowsOutput | None:
+        if isinstance(step, ImageStep):
+            return self._rows_output([self._probabilities(self._of_images(batch)) for batch in step.batches])
+        assert isinstance(step, TextStep), "what classifies runs no other steps"
+        return self._rows_output([self._probabilities(self._of_texts(batch)) for batch in step.batches])
+
+    def _of_images(self, pixels: torch.Tensor) -> torch.Tensor | None:
+        """Logits, [images, labels]; None where they are not."""
+        moved = pixels.to(self._model.device, self._model.plan.dtype, non_blocking=True)
+        output = self._model.forward(pixel_values=moved)
+        return None if output is None else output.logits
+
+    def _of_texts(self, batch: TextBatch) -> torch.Tensor | None:
+        texts = pad(batch, self._padding, self._model.device)
+        output = self._model.forward(input_ids=texts.ids, attention_mask=texts.mask)
+        return None if output is None else output.logits
+
+    def _probabilities(self, logits: torch.Tensor | None) -> torch.Tensor | None:
+        if logits is None:
+            return None
+        activation = self._model.plan.activation
+        return torch.sigmoid(logits.float()) if activation == "sigmoid" else torch.softmax(logits.float(), -1)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from computron.errors import BadRequest, SwapFailed
+from computron.errors import BadRequest, GroupBroken, SwapFailed
 from computron.execution.batching import by_group
-from computron.execution.requests import CustomJob, CustomOutput, FailedOutput, Job
-from computron.execution.single_pass import SinglePassExecutor
+from computron.execution.requests import CustomJob, CustomOutput, FailedOutput, Job, Output
+from computron.execution.single_pass import SinglePassExecutor, SinglePassRunner
+from computron.execution.steps import BatchResult, CustomStep, CustomStepOutput, StepInput, StepOutput
 from computron.models import LoadedModel
 
 Batch = Sequence[tuple[int, CustomJob]]
@@ -27,43 +28,102 @@ class _Failed(Exception):
 
 
 class CustomExecutor(SinglePassExecutor[CustomJob]):
+    """1. The forward raises: all requests of the batch fail, those of other batches do not.
+
+    2. Making or splitting the batch raises: each request is run by itself, so that only the guilty one fails.
+
+    A group runs nothing twice: where splitting raises, all requests of the batch fail.
+    """
+
     def __init__(self, model: LoadedModel) -> None:
         super().__init__(model)
         self._manager = model.batch_manager
+        self._batches: list[Batch] = []  # of the step
+        self._refused: list[FailedOutput] = []  # those that no batch could be made of
 
     def _checked(self, job: Job) -> CustomJob:
         if not isinstance(job, CustomJob):
             raise BadRequest("this model takes what its batch manager parses, by /v1/models/{id}/infer", param="model")
         return job
 
-    def _batches(self, items: Batch) -> list[list[tuple[int, CustomJob]]]:
-        most = self._model.plan.config.max_batch_size
-        return by_group(items, lambda item: self._manager.group(item[1].payload), most)
+    def _plan(self, items: Batch) -> CustomStep:
+        self._batches, self._refused = [], []
+        groups = by_group(
+            items, lambda item: self._manager.group(item[1].payload), self._model.plan.config.max_batch_size
+        )
+        return CustomStep(tuple(arguments for batch in groups for arguments in self._made(batch)))
 
-    def _run(self, batch: Batch) -> list[CustomOutput | FailedOutput]:
-        """1. The forward raises: all requests of the batch fail, those of other batches do not.
+    def _made(self, batch: Batch) -> list[tuple[Any, ...]]:
+        """The arguments of the batch, or of each of its requests for which they can be made."""
+        try:
+            arguments = self._make(batch)
+        except _Failed as error:
+            if len(batch) > 1:
+                return [arguments for item in batch for arguments in self._made([item])]
+            self._refused.append(FailedOutput(batch[0][0], str(error)))
+            return []
+        self._batches.append(batch)
+        return [arguments]
 
-        2. Making or splitting the batch raises: each request is run by itself, so that only the guilty one fails.
-        """
+    def _outputs(self, output: StepOutput) -> list[Output]:
+        assert isinstance(output, CustomStepOutput), "the output is another task's"
+        results = zip(self._batches, output.results, strict=True)
+        return [*self._refused, *(each for batch, result in results for each in self._answers(batch, result))]
+
+    def _answers(self, batch: Batch, result: BatchResult) -> Sequence[Output]:
         requests = [request for request, _ in batch]
         try:
-            values = self._values([job.payload for _, job in batch])
+            values = self._split(batch, result)
         except _Failed as error:
-            if error.together or len(batch) == 1:
+            if error.together or len(batch) == 1 or not self._model.plan.shard.whole:
                 return [FailedOutput(request, str(error)) for request in requests]
-            return [output for item in batch for output in self._run([item])]
+            return [output for item in batch for output in self._alone(item)]
         return [CustomOutput(request, value) for request, value in zip(requests, values, strict=True)]
 
-    def _values(self, payloads: Sequence[Any]) -> Sequence[Any]:
-        manager = self._manager
-        arguments = _call("make_batch", False, lambda: _moved(manager.make_batch(payloads), self._model.device))
-        output = _call("the model", True, lambda: self._model.module(*arguments))
+    def _alone(self, item: tuple[int, CustomJob]) -> Sequence[Output]:
+        """Run one request again. This node has the whole model, and it has just run."""
+        try:
+            arguments = self._make([item])
+        except _Failed as error:
+            return [FailedOutput(item[0], str(error))]
+        return self._answers([item], run_batch(self._model, arguments))
+
+    def _make(self, batch: Batch) -> tuple[Any, ...]:
+        payloads = [job.payload for _, job in batch]
+        return _call("make_batch", lambda: tuple(self._manager.make_batch(payloads)))
+
+    def _split(self, batch: Batch, result: BatchResult) -> Sequence[Any]:
+        if result.error:
+            raise _Failed(result.error, together=True)
         values = _call(
-            "split_batch", False, lambda: [_plain(value) for value in manager.split_batch(output, len(payloads))]
+            "split_batch", lambda: [_plain(value) for value in self._manager.split_batch(result.value, len(batch))]
         )
-        if len(values) != len(payloads):
-            raise _Failed(f"split_batch gave {len(values)} values for {len(payloads)} requests", together=True)
+        if len(values) != len(batch):
+            raise _Failed(f"split_batch gave {len(values)} values for {len(batch)} requests", together=True)
         return values
+
+
+class CustomRunner(SinglePassRunner):
+    """In a group a module that raises fails the step: no node knows whether it did so on the others too."""
+
+    def _run(self, step: StepInput) -> CustomStepOutput | None:
+        assert isinstance(step, CustomStep), "custom models run no other steps"
+        results = [run_batch(self._model, arguments) for arguments in step.batches]
+        return CustomStepOutput(tuple(results)) if self._model.plan.shard.gives_result else None
+
+
+def run_batch(model: LoadedModel, arguments: Sequence[Any]) -> BatchResult:
+    """What the module gives or, if it is whole, the error that it raises."""
+    shard = model.plan.shard
+    try:
+        value = model.forward(*_moved(arguments, model.device))
+        return BatchResult(value if shard.pipeline_parallel == 1 else _fetched(value))
+    except (SwapFailed, GroupBroken):  # nobody's fault here
+        raise
+    except Exception as error:
+        if not shard.whole:
+            raise
+        return BatchResult(error=f"the model raised {type(error).__name__}: {error}")
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -75,6 +135,19 @@ def _moved(value: Any, device: torch.device) -> Any:
             return {key: _moved(item, device) for key, item in value.items()}
         case list() | tuple():
             return type(value)(_moved(item, device) for item in value)
+        case _:
+            return value
+
+
+def _fetched(value: Any) -> Any:
+    """The same structure, of plain containers, with its tensors on the CPU."""
+    match value:
+        case torch.Tensor():
+            return value.cpu()
+        case Mapping():
+            return {key: _fetched(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_fetched(item) for item in value]
         case _:
             return value
 
@@ -92,10 +165,10 @@ def _plain(value: Any) -> Any:
             return value
 
 
-def _call(name: str, together: bool, function: Callable[[], Result]) -> Result:
+def _call(name: str, function: Callable[[], Result]) -> Result:
     try:
         return function()
     except SwapFailed:  # nobody's fault here
         raise
     except Exception as error:
-        raise _Failed(f"{name} raised {type(error).__name__}: {error}", together=together) from error
+        raise _Failed(f"{name} raised {type(error).__name__}: {error}", together=False) from error

@@ -8,19 +8,17 @@ import torch
 from torch.nn.functional import normalize
 
 from computron.errors import BadRequest
-from computron.execution.batching import PaddedTexts, by_length, check_tokens, pad, padding_id
-from computron.execution.requests import EmbeddingOutput, EmbedJob, Job
-from computron.execution.single_pass import SinglePassExecutor
+from computron.execution.batching import PaddedTexts, by_length, check_tokens, join_texts, pad, padding_id
+from computron.execution.requests import EmbeddingOutput, EmbedJob, Job, Output
+from computron.execution.single_pass import SinglePassExecutor, SinglePassRunner
+from computron.execution.steps import RowsOutput, StepInput, StepOutput, TextBatch, TextStep
 from computron.models import LoadedModel
 
 
 class EmbedExecutor(SinglePassExecutor[EmbedJob]):
     def __init__(self, model: LoadedModel) -> None:
         super().__init__(model)
-        settings = model.plan.embedding
-        assert settings is not None, "a model that embeds knows how"
-        self._settings = settings
-        self._padding = padding_id(model) or 0
+        self._order: list[int] = []  # requests as they are in the step
 
     def _checked(self, job: Job) -> EmbedJob:
         if not isinstance(job, EmbedJob):
@@ -28,24 +26,45 @@ class EmbedExecutor(SinglePassExecutor[EmbedJob]):
         check_tokens(self._model, job.tokens, "input")
         return job
 
-    def _batches(self, items: Sequence[tuple[int, EmbedJob]]) -> list[list[tuple[int, EmbedJob]]]:
+    def _plan(self, items: Sequence[tuple[int, EmbedJob]]) -> TextStep:
         config = self._model.plan.config
-        return by_length(
+        batches = by_length(
             items,
             lambda item: len(item[1].tokens),
             most_items=config.max_batch_size,
             most_tokens=config.max_batch_tokens,
         )
+        self._order = [request for batch in batches for request, _ in batch]
+        return TextStep(tuple(join_texts([job.tokens for _, job in batch]) for batch in batches))
 
-    def _run(self, batch: Sequence[tuple[int, EmbedJob]]) -> list[EmbeddingOutput]:
-        texts = pad([job.tokens for _, job in batch], self._padding, self._model.device)
-        hidden = self._model.module(input_ids=texts.ids, attention_mask=texts.mask).last_hidden_state
-        pooled = pool(hidden.float(), texts, self._settings.pooling)
-        vectors = normalize(pooled, dim=-1) if self._settings.normalize else pooled
-        return [EmbeddingOutput(request, vector) for (request, _), vector in zip(batch, vectors.tolist(), strict=True)]
+    def _outputs(self, output: StepOutput) -> list[Output]:
+        assert isinstance(output, RowsOutput), "the output is another task's"
+        rows = zip(self._order, output.rows.tolist(), strict=True)
+        return [EmbeddingOutput(request, vector) for request, vector in rows]
 
     def _tokens(self, job: EmbedJob) -> int:
         return len(job.tokens)
+
+
+class EmbedRunner(SinglePassRunner):
+    def __init__(self, model: LoadedModel) -> None:
+        super().__init__(model)
+        settings = model.plan.embedding
+        assert settings is not None, "a model that embeds knows how"
+        self._settings = settings
+        self._padding = padding_id(model) or 0
+
+    def _run(self, step: StepInput) -> RowsOutput | None:
+        assert isinstance(step, TextStep), "what embeds runs no other steps"
+        return self._rows_output([self._vectors(batch) for batch in step.batches])
+
+    def _vectors(self, batch: TextBatch) -> torch.Tensor | None:
+        texts = pad(batch, self._padding, self._model.device)
+        output = self._model.forward(input_ids=texts.ids, attention_mask=texts.mask)
+        if output is None:
+            return None
+        pooled = pool(output.last_hidden_state.float(), texts, self._settings.pooling)
+        return normalize(pooled, dim=-1) if self._settings.normalize else pooled
 
 
 def pool(hidden: torch.Tensor, texts: PaddedTexts, pooling: str) -> torch.Tensor:

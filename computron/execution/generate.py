@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,56 +11,62 @@ import torch
 from transformers import PreTrainedModel
 
 from computron.errors import BadRequest, ContextTooLong, OutOfMemory
-from computron.execution.attention import IMPLEMENTATION
+from computron.execution import sequence as sequences
 from computron.execution.batching import check_vocabulary, execution_error
 from computron.execution.blocks import BLOCK_TOKENS, BlockAllocator, blocks_for
-from computron.execution.host_linear import speed_up_linears
-from computron.execution.kv_cache import KVCache
-from computron.execution.packed_batch import PackedBatch, Work
+from computron.execution.choosing import Choice, choose, wants_only_likeliest
+from computron.execution.packed_batch import Work, cut, pack, packed
 from computron.execution.positions import position_limit
 from computron.execution.requests import FailedOutput, GenerateJob, Job, Output, StepResult, TextOutput
-from computron.execution.sampling import UNUSABLE, Ranked, rank, sample
+from computron.execution.sampling import UNUSABLE
 from computron.execution.sequence import Running
+from computron.execution.steps import GenerateStep, LogitsOutput, StepInput, StepOutput, TokensOutput
 from computron.execution.token_text import TokenText
-from computron.models import Gate, LoadedModel
+from computron.models import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """What the logits of one work gave. `token`: None if none was wanted. `prompt`: of its prompt tokens, in order."""
+class _Planned:
+    """A step that is on its way. `works`: as they were packed, part after part. `taken`: blocks that it was given."""
 
-    token: int | None
-    ranked: Ranked | None
-    prompt: list[Ranked]
+    step: GenerateStep
+    works: list[Work]
+    taken: list[tuple[Running, list[int]]]
+    batch_size: int
 
 
 class GenerateExecutor:
-    """Serves `GenerateJob`s over a paged cache. `cache`: flat uint8, the whole virtual range of the KV cache."""
+    """Serves `GenerateJob`s over a paged cache, of which it knows which blocks are whose.
 
-    def __init__(self, model: LoadedModel, cache: torch.Tensor, frame_bytes: int) -> None:
+    `block_bytes`: of a block of the cache; `capacity`: blocks that can be addressed.
+    """
+
+    def __init__(self, model: LoadedModel, frame_bytes: int, block_bytes: int, capacity: int) -> None:
         plan = model.plan
-        assert plan.cache is not None, "a model that generates has a cache"
         self._model = model
-        module = model.module
-        assert isinstance(module, PreTrainedModel), "what generates is a transformers model"
-        module.set_attn_implementation(IMPLEMENTATION)
-        if model.device.type == "cpu":
-            speed_up_linears(module)
-        self._cache = KVCache(plan.cache, cache)
         self._allocator = BlockAllocator()
         self._frame_bytes = frame_bytes
         self._budget = max(plan.config.max_batch_tokens, plan.config.max_batch_size)
-        capacity = self._cache.capacity * BLOCK_TOKENS
-        limits = (capacity, plan.max_model_len, position_limit(module.config))
-        self._max_len = min(limit for limit in limits if limit)
-        self._windows: set[int | None] = set()  # what the layers have asked for
+        # Logits of whole prompts, a vocabulary for each token, are kept few where they have to travel.
+        self._scored = sequences.PROMPT_LOGPROBS_CHUNK if plan.shard.pipeline_parallel > 1 else self._budget
+        assert isinstance(model.module, PreTrainedModel), "what generates is a transformers model"
+        self._position_limit = position_limit(model.module.config)
+        self.limit_cache(block_bytes, capacity)
         self._sequences: dict[int, Running] = {}
         self._started: set[int] = set()  # those that hold, or may come to hold, blocks
         self._text = TokenText(model)
+        self._planned: _Planned | None = None
+
+    def limit_cache(self, block_bytes: int, capacity: int) -> None:
+        assert self._allocator.limit == 0, "the cache is in use"
+        self._block_bytes = block_bytes
+        self._capacity = capacity
+        limits = (capacity * BLOCK_TOKENS, self._model.plan.max_model_len, self._position_limit)
+        self._max_len = min(limit for limit in limits if limit)
 
     @property
     def blocks_per_frame(self) -> float:
-        return self._frame_bytes / self._cache.block_bytes
+        return self._frame_bytes / self._block_bytes
 
     @property
     def max_len(self) -> int:
@@ -108,42 +114,64 @@ class GenerateExecutor:
         sequence.restart()
         return sequence.next_blocks(self._budget)
 
-    def set_cache(self, frames: int) -> None:
-        limit = min(frames * self._frame_bytes // self._cache.block_bytes, self._cache.capacity)
-        moves = self._allocator.set_limit(limit)
-        if not moves:
-            return
-        self._cache.move(moves)
-        for request in self._started:
-            sequence = self._sequences[request]
-            sequence.blocks = np.array([moves.get(block, block) for block in sequence.blocks.tolist()], np.int64)
+    def set_cache(self, frames: int) -> Mapping[int, int]:
+        moves = self._allocator.set_limit(min(frames * self._frame_bytes // self._block_bytes, self._capacity))
+        if moves:
+            for request in self._started:
+                sequence = self._sequences[request]
+                sequence.blocks = np.array([moves.get(block, block) for block in sequence.blocks.tolist()], np.int64)
+        return moves
 
-    @torch.inference_mode()
-    def step(self, requests: Sequence[int], gate: Gate) -> StepResult:
+    def plan(self, requests: Sequence[int]) -> GenerateStep | None:
+        assert self._planned is None, "the last step is under way"
         named = [self._sequences[request] for request in requests if request in self._sequences]
         if not named:
-            return StepResult([], (), self._next_blocks())
+            return None
         placed, taken = self._place(named)
-        batch = PackedBatch(placed)
-        try:
-            self._model.gate = gate
-            logits = batch.forward(self._model.module, self._cache, self._windows)
-            choices = _choose(batch.works, logits)
-        except Exception as error:
-            self._take_back(taken)
-            raise execution_error(error) from error
-        return self._advance(batch, choices)
+        parts = [packed(part) for part in cut(placed, self._model.plan.shard.pipeline_parallel)]
+        works = [work for part in parts for work in part]
+        cleared = np.array([block for _, blocks in taken for block in blocks], np.int64)
+        step = GenerateStep(tuple(map(pack, parts)), cleared, wants_only_likeliest(works))
+        self._planned = _Planned(step, works, taken, len(placed))
+        return step
 
-    def _place(self, named: Sequence[Running]) -> tuple[list[tuple[Running, int]], list[tuple[Running, list[int]]]]:
+    @torch.inference_mode()
+    def finish(self, step: StepInput, output: StepOutput) -> StepResult:
+        planned = self._planned
+        assert planned is not None, "no step is under way"
+        assert planned.step is step, "another step is under way"
+        assert isinstance(output, TokensOutput | LogitsOutput), "the output is another task's"
+        try:
+            choices = choose(planned.works, output)
+        except Exception as error:
+            raise execution_error(error) from error
+        self._planned = None
+        return self._advance(planned, choices)
+
+    def abandon(self, step: StepInput) -> None:
+        planned = self._planned
+        if planned is None or planned.step is not step:
+            return
+        self._planned = None
+        for sequence, blocks in planned.taken:
+            if sequence.request not in self._sequences:
+                continue  # dropped meanwhile, with all its blocks
+            sequence.blocks = sequence.blocks[: -len(blocks)]
+            self._allocator.release(blocks)
+
+    def empty_result(self) -> StepResult:
+        return StepResult([], (), self._next_blocks())
+
+    def _place(self, named: Sequence[Running]) -> tuple[list[Work], list[tuple[Running, list[int]]]]:
         """Share out the token budget and the free blocks: decoding sequences first, then prompts as they are named.
 
-        Gives (sequence, tokens to compute) and (sequence, blocks it was given). Raises OutOfMemory if nobody can run.
+        Gives what is to be computed and (sequence, blocks it was given). Raises OutOfMemory if nobody can run.
         """
-        placed: list[tuple[Running, int]] = []
+        placed: list[Work] = []
         taken: list[tuple[Running, list[int]]] = []
-        budget = self._budget
+        budget, scored = self._budget, self._scored
         for sequence in sorted(named, key=lambda sequence: sequence.pending > 1):
-            length = sequence.next_length(budget)
+            length = sequence.next_length(min(budget, scored) if sequence.wants_prompt_logprobs else budget)
             needed = blocks_for(sequence.computed + length) - len(sequence.blocks)
             blocks = self._allocator.take(max(needed, 0))
             if length == 0 or blocks is None:
@@ -151,26 +179,21 @@ class GenerateExecutor:
             if blocks:
                 sequence.blocks = np.concatenate([sequence.blocks, np.array(blocks, np.int64)])
                 taken.append((sequence, blocks))
-            placed.append((sequence, length))
+            placed.append(Work(sequence, sequence.computed, length))
             budget -= length
+            scored -= length if sequence.wants_prompt_logprobs else 0
         if not placed:
             raise OutOfMemory(f"the KV cache has {self._allocator.limit} blocks, too few for any request of this step")
-        new = [block for _, blocks in taken for block in blocks]
-        if new:
-            self._cache.clear(new)
         return placed, taken
 
-    def _take_back(self, taken: Sequence[tuple[Running, list[int]]]) -> None:
-        for sequence, blocks in taken:
-            sequence.blocks = sequence.blocks[: -len(blocks)]
-            self._allocator.release(blocks)
-
-    def _advance(self, batch: PackedBatch, choices: Sequence[Choice]) -> StepResult:
-        """The forward has succeeded: move every sequence on and say what it gave."""
+    def _advance(self, planned: _Planned, choices: Sequence[Choice]) -> StepResult:
+        """The step has run: move every sequence on and say what it gave."""
         outputs: list[Output] = []
         finished: list[int] = []
-        for work, choice in zip(batch.works, choices, strict=True):
+        for work, choice in zip(planned.works, choices, strict=True):
             sequence = work.sequence
+            if sequence.request not in self._sequences:
+                continue  # it has failed with an earlier part of the step
             sequence.computed += work.length
             self._started.add(sequence.request)
             try:
@@ -183,7 +206,8 @@ class GenerateExecutor:
             if isinstance(output, FailedOutput) or output.finish_reason is not None:
                 finished.append(sequence.request)
                 self.drop(sequence.request)
-        return StepResult(outputs, tuple(finished), self._next_blocks(), len(batch.works), batch.tokens)
+        tokens = sum(work.length for work in planned.works)
+        return StepResult(outputs, tuple(finished), self._next_blocks(), planned.batch_size, tokens)
 
     def _output(self, sequence: Running, choice: Choice) -> TextOutput | FailedOutput | None:
         if sequence.prompt_logprobs is not None:
@@ -199,41 +223,3 @@ class GenerateExecutor:
 
     def _next_blocks(self) -> dict[int, int]:
         return {request: self._sequences[request].next_blocks(self._budget) for request in self._started}
-
-
-def _choose(works: Sequence[Work], logits: torch.Tensor) -> list[Choice]:
-    """The next token of each work that completes its sequence, with the log probabilities that were asked for."""
-    ends = np.cumsum([len(work.logit_rows) for work in works]).tolist()
-    chosen = [index for index, work in enumerate(works) if work.completes and work.sequence.wants_token]
-    tokens: dict[int, int] = {}
-    if chosen:
-        rows = [ends[index] - 1 for index in chosen]
-        selected = logits if len(rows) == len(logits) else logits[rows]
-        tokens = dict(zip(chosen, sample(selected, [works[index].sequence.sampling for index in chosen]), strict=True))
-    ranked: dict[int, Ranked] = {}
-    asked = [
-        (index, works[index].sequence.params.logprobs)
-        for index, token in tokens.items()
-        if token != UNUSABLE and works[index].sequence.params.logprobs is not None
-    ]
-    if asked:
-        rows = [ends[index] - 1 for index, _ in asked]
-        counts = [count or 0 for _, count in asked]
-        given = rank(logits[rows], [tokens[index] for index, _ in asked], counts)
-        ranked = {index: one for (index, _), one in zip(asked, given, strict=True)}
-    return [
-        Choice(tokens.get(index), ranked.get(index), _rank_prompt(work, logits[ends[index] - len(work.logit_rows) :]))
-        for index, work in enumerate(works)
-    ]
-
-
-def _rank_prompt(work: Work, logits: torch.Tensor) -> list[Ranked]:
-    """Of the prompt tokens that the work's own tokens predict. `logits`: from the work's first row on."""
-    sequence = work.sequence
-    if not sequence.wants_prompt_logprobs:
-        return []
-    first = sequence.computed + 1
-    targets = sequence.tokens[first : min(first + work.length, sequence.prompt_length)]
-    if not targets:
-        return []
-    return rank(logits[: len(targets)], targets, [sequence.params.prompt_logprobs or 0] * len(targets))

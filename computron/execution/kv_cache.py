@@ -76,9 +76,9 @@ class KVCache:
     def _heads_first(self, rows: torch.Tensor, batch: int, kind: int) -> torch.Tensor:
         return rows.view(batch, -1, self._heads, self._dims[kind]).transpose(1, 2)
 
-    def clear(self, blocks: Sequence[int]) -> None:
+    def clear(self, blocks: Indices) -> None:
         """Zero these blocks. What stood in them may be a NaN as a number, which no mask hides."""
-        (numbers,) = upload([np.array(blocks, np.int64)], self.device)
+        (numbers,) = upload([blocks], self.device)
         self._blocks.index_fill_(0, numbers, 0)
 
     def move(self, moves: Mapping[int, int]) -> None:

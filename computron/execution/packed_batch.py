@@ -1,75 +1,88 @@
-"""The tokens of one step, packed without padding into one row, and the forward pass over them."""
+"""The tokens of one step: whose they are, in which parts they are computed, and how a part is packed into one row."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import nn
 
-from computron.execution.attention_plan import AttentionPlan, packing_order
-from computron.execution.kv_cache import KVCache
+from computron.execution.attention_plan import packing_key
+from computron.execution.blocks import blocks_for
 from computron.execution.sequence import Running
+from computron.execution.steps import TokenBatch
+
+# Tokens that a part has at least. With fewer, a layer takes about as long as it does for this many, since it is the
+# reading of its weights that takes the time: two smaller parts would not pass through the stages any sooner than one.
+LEAST_PART_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """`length` tokens of a sequence that this step computes; `row`: the place of the first one in the packed row."""
+    """The tokens [start, start + length) of a sequence, which one part of a step computes."""
 
     sequence: Running
+    start: int
     length: int
-    row: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
 
     @property
     def completes(self) -> bool:
         """Whether the sequence's last token is among them, so that the next one can be chosen."""
-        return self.length == self.sequence.pending
+        return self.end == len(self.sequence.tokens)
 
     @property
-    def logit_rows(self) -> range:
-        """The rows whose logits are needed."""
-        end = self.row + self.length
-        if self.sequence.wants_prompt_logprobs:
-            return range(self.row, end)
-        return range(end - 1, end) if self.completes else range(0)
+    def rows(self) -> int:
+        """The tokens, counted from the last one, whose logits are wanted."""
+        return self.length if self.sequence.wants_prompt_logprobs else int(self.completes)
 
 
-class PackedBatch:
-    """`works` in the order in which they are packed; `tokens` in all."""
+def cut(works: Sequence[Work], most: int) -> list[list[Work]]:
+    """Up to `most` parts of about equal length, the first with all single tokens; long works are cut, in order."""
+    left = sum(work.length for work in works)
+    count = min(most, left // LEAST_PART_TOKENS)
+    if count < 2:
+        return [list(works)]
+    prompts = deque(work for work in works if work.length > 1)
+    part = [work for work in works if work.length == 1]
+    parts: list[list[Work]] = []
+    for parts_left in range(count, 0, -1):
+        room = -(-left // parts_left) - len(part)
+        left -= len(part)
+        while prompts and room > 0:
+            work = prompts.popleft()
+            length = min(room, work.length)
+            part.append(Work(work.sequence, work.start, length))
+            if length < work.length:
+                prompts.appendleft(Work(work.sequence, work.start + length, work.length - length))
+            room -= length
+            left -= length
+        if part:
+            parts.append(part)
+        part = []
+    return parts
 
-    def __init__(self, placed: Sequence[tuple[Running, int]]) -> None:
-        """`placed`: sequences with the number of tokens of each that this step computes; their blocks are there."""
-        self._chunks = [sequence.chunk(length) for sequence, length in placed]
-        order = packing_order(self._chunks)
-        self._chunks = [self._chunks[index] for index in order]
-        self.works: list[Work] = []
-        self.tokens = 0
-        for index in order:
-            sequence, length = placed[index]
-            self.works.append(Work(sequence, length, self.tokens))
-            self.tokens += length
 
-    def forward(self, module: nn.Module, cache: KVCache, windows: set[int | None]) -> torch.Tensor:
-        """Write the keys and values of all tokens. `windows`: as in `AttentionPlan`.
+def packed(works: Sequence[Work]) -> list[Work]:
+    """In the order in which `pack` takes them."""
+    return sorted(works, key=lambda work: packing_key(work.start, work.length))
 
-        Gives the logits, [rows, vocabulary], of the works' `logit_rows`, one work after the other.
-        """
-        ids: list[int] = []
-        for work in self.works:
-            computed = work.sequence.computed
-            ids += work.sequence.tokens[computed : computed + work.length]
-        rows = [row for work in self.works for row in work.logit_rows]
-        # Without a row that is needed the head would have no input: it gets one, whose logits nobody reads.
-        plan = AttentionPlan(cache, self._chunks, windows, [np.array([ids]), np.array(rows or [0])])
-        input_ids, kept = plan.extras
-        output = module(
-            input_ids=input_ids,
-            position_ids=plan.positions[None],
-            use_cache=False,
-            logits_to_keep=kept,
-            attention_plan=plan,
-        )
-        logits: torch.Tensor = output.logits[0]
-        return logits[: len(rows)]
+
+def pack(works: Sequence[Work]) -> TokenBatch:
+    """`works`: in the order of `packed`, their sequences' blocks are there."""
+    tokens: list[int] = []
+    rows: list[int] = []
+    for work in works:
+        tokens += work.sequence.tokens[work.start : work.end]
+        rows += range(len(tokens) - work.rows, len(tokens))
+    return TokenBatch(
+        tokens=np.array(tokens, np.int64),
+        starts=np.array([work.start for work in works], np.int64),
+        lengths=np.array([work.length for work in works], np.int64),
+        blocks=np.concatenate([work.sequence.blocks[: blocks_for(work.end)] for work in works]),
+        rows=np.array(rows, np.int64),
+    )

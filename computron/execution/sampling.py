@@ -58,6 +58,11 @@ class SamplingState:
         return self._penalised or bool(self.params.logit_bias) or self._forbids_ending
 
     @property
+    def takes_likeliest(self) -> bool:
+        """Whether the likeliest token of the logits as they are is the one."""
+        return self.is_greedy and not self.adjusts
+
+    @property
     def _forbids_ending(self) -> bool:
         return self.generated < self.params.min_tokens and bool(self._ending)
 
@@ -99,7 +104,7 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
         states[row].adjust(logits[row])
     greedy = [row for row, state in enumerate(states) if state.is_greedy]
     if len(greedy) == len(states):
-        return _likeliest(logits).tolist()
+        return likeliest(logits).tolist()
     drawn = [row for row, state in enumerate(states) if not state.is_greedy]
     tokens = torch.empty(len(states), dtype=torch.int64, device=logits.device)
     tokens[drawn] = draw(
@@ -108,11 +113,12 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
         [states[row].uniform() for row in drawn],
     )
     if greedy:
-        tokens[greedy] = _likeliest(logits[greedy])
+        tokens[greedy] = likeliest(logits[greedy])
     return tokens.tolist()
 
 
-def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """[rows, vocabulary] -> [rows]: UNUSABLE where no logit is finite."""
     values, tokens = logits.max(-1)
     return torch.where(values.isfinite(), tokens, UNUSABLE)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from computron.execution.attention_plan import Chunk
 from computron.execution.blocks import blocks_for
 from computron.execution.kv_cache import Indices
 from computron.execution.requests import FinishReason, GenerateJob, TextOutput, TokenLogprob
@@ -69,9 +68,6 @@ class Running:
     def next_blocks(self, budget: int) -> int:
         """Blocks that the sequence will hold after such a step."""
         return blocks_for(self.computed + self.next_length(budget))
-
-    def chunk(self, length: int) -> Chunk:
-        return Chunk(self.blocks[: blocks_for(self.computed + length)], self.computed, length)
 
     def restart(self) -> None:
         """Forget what is in the cache."""

@@ -1,18 +1,28 @@
-"""What the executors without a cache have in common: one forward answers a request."""
+"""What the executors and runners without a cache have in common: one forward answers a request."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 
 from computron.execution.batching import execution_error
 from computron.execution.requests import Job, Output, StepResult
+from computron.execution.steps import RowsOutput, StepInput, StepOutput
 from computron.models import Gate, LoadedModel
 
 JobType = TypeVar("JobType", bound=Job)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned(Generic[JobType]):
+    """A step that is on its way, and the (request, job) pairs that it answers."""
+
+    step: StepInput
+    items: list[tuple[int, JobType]]
 
 
 class SinglePassExecutor(ABC, Generic[JobType]):
@@ -24,6 +34,10 @@ class SinglePassExecutor(ABC, Generic[JobType]):
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
         self._jobs: dict[int, JobType] = {}
+        self._planned: _Planned[JobType] | None = None
+
+    def limit_cache(self, block_bytes: int, capacity: int) -> None:
+        assert capacity == 0, "this model has no cache"
 
     def prepare(self, job: Job) -> int:
         self._checked(job)
@@ -38,33 +52,92 @@ class SinglePassExecutor(ABC, Generic[JobType]):
     def preempt(self, request: int) -> int:
         return 0
 
-    def set_cache(self, frames: int) -> None:
+    def set_cache(self, frames: int) -> Mapping[int, int]:
         assert frames == 0, "this model has no cache"
+        return {}
 
     @torch.inference_mode()
-    def step(self, requests: Sequence[int], gate: Gate) -> StepResult:
+    def plan(self, requests: Sequence[int]) -> StepInput | None:
+        assert self._planned is None, "the last step is under way"
         items = [(request, self._jobs[request]) for request in requests if request in self._jobs]
+        if not items:
+            return None
         try:
-            self._model.gate = gate
-            outputs = [output for batch in self._batches(items) for output in self._run(batch)]
+            step = self._plan(items)
         except Exception as error:
             raise execution_error(error) from error
-        for request, _ in items:
+        self._planned = _Planned(step, items)
+        return step
+
+    @torch.inference_mode()
+    def finish(self, step: StepInput, output: StepOutput) -> StepResult:
+        planned = self._planned
+        assert planned is not None, "no step is under way"
+        assert planned.step is step, "another step is under way"
+        try:
+            outputs = self._outputs(output)
+        except Exception as error:
+            raise execution_error(error) from error
+        self._planned = None
+        for request, _ in planned.items:
             self.drop(request)
-        tokens = sum(self._tokens(job) for _, job in items)
-        return StepResult(outputs, tuple(request for request, _ in items), batch_size=len(items), tokens=tokens)
+        return StepResult(
+            outputs,
+            tuple(request for request, _ in planned.items),
+            batch_size=len(planned.items),
+            tokens=sum(self._tokens(job) for _, job in planned.items),
+        )
+
+    def abandon(self, step: StepInput) -> None:
+        if self._planned is not None and self._planned.step is step:
+            self._planned = None
+
+    def empty_result(self) -> StepResult:
+        return StepResult([], ())
 
     @abstractmethod
     def _checked(self, job: Job) -> JobType:
         """The job, if it is one for this model. Raises BadRequest or ContextTooLong otherwise."""
 
     @abstractmethod
-    def _batches(self, items: Sequence[tuple[int, JobType]]) -> list[list[tuple[int, JobType]]]:
-        """(request, job) pairs that share a forward."""
+    def _plan(self, items: Sequence[tuple[int, JobType]]) -> StepInput:
+        """The step that answers these (request, job) pairs."""
 
     @abstractmethod
-    def _run(self, batch: Sequence[tuple[int, JobType]]) -> Sequence[Output]:
-        """One forward; an output for each request of the batch."""
+    def _outputs(self, output: StepOutput) -> list[Output]:
+        """An output for each request of the step that `_plan` gave last."""
 
     def _tokens(self, job: JobType) -> int:
         return 0
+
+
+class SinglePassRunner(ABC):
+    """A node's part. It has no cache."""
+
+    block_bytes = 0
+    capacity = 0
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model = model
+
+    def move_cache(self, moves: Mapping[int, int]) -> None:
+        assert not moves, "this model has no cache"
+
+    @torch.inference_mode()
+    def run(self, step: StepInput, gate: Gate) -> StepOutput | None:
+        try:
+            self._model.gate = gate
+            return self._run(step)
+        except Exception as error:
+            raise execution_error(error) from error
+
+    @abstractmethod
+    def _run(self, step: StepInput) -> StepOutput | None:
+        """All forwards of the step; None where the result is not."""
+
+    def _rows_output(self, given: Sequence[torch.Tensor | None]) -> RowsOutput | None:
+        """`given`: of each batch what came out for its texts or images, [batch, width]."""
+        rows = [each for each in given if each is not None]
+        if not rows or not self._model.plan.shard.gives_result:
+            return None
+        return RowsOutput(torch.cat(rows).float().cpu().numpy())

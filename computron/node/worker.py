@@ -20,7 +20,8 @@ from computron.config import Config
 from computron.errors import ConfigError
 from computron.execution.attention import IMPLEMENTATION
 from computron.execution.blocks import BLOCK_TOKENS, blocks_for
-from computron.execution.executor import Executor, make_executor
+from computron.execution.executor import make_executor, make_runner, run_step
+from computron.execution.protocols import Executor, Runner
 from computron.execution.requests import StepResult
 from computron.memory.images import StoredImage
 from computron.memory.swapper import SwapOutcome, Swapper
@@ -56,6 +57,7 @@ class ServedModel:
     image: StoredImage
     loaded: LoadedModel
     executor: Executor
+    runner: Runner
 
 
 class Worker:
@@ -108,7 +110,9 @@ class Worker:
         cache = from_dlpack(registered.cache.dlpack()) if registered.cache is not None else None
         attention = IMPLEMENTATION if plan.cache is not None else None
         loaded = load_model(plan, parameters, attention=attention)
-        served = ServedModel(plan, image, loaded, make_executor(loaded, cache, self.page_bytes))
+        runner = make_runner(loaded, cache)
+        executor = make_executor(loaded, self.page_bytes, runner.block_bytes, runner.capacity)
+        served = ServedModel(plan, image, loaded, executor, runner)
         self.models[model_id] = served
         return served
 
@@ -152,7 +156,8 @@ class Worker:
         """Less is done at once. More is mapped by the step that needs it, which can fail where this cannot."""
         self._cache_wanted[model] = frames
         if frames < self.swapper.cache_frames(model):
-            self.models[model].executor.set_cache(frames)  # it leaves the frames before they are unmapped
+            served = self.models[model]
+            served.runner.move_cache(served.executor.set_cache(frames))  # blocks leave before frames are unmapped
             self.swapper.set_cache(model, frames)
 
     def begin_step(self, model: str) -> MeasuredGate:
@@ -169,14 +174,15 @@ class Worker:
 
     async def run(self, action: Run, gate: MeasuredGate) -> StepResult:
         """Run one step on the compute thread. Raises SwapFailed, or whatever the model's code raised."""
-        executor = self.models[action.model].executor
+        served = self.models[action.model]
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._compute, self._run, executor, action.requests, gate)
+        return await loop.run_in_executor(self._compute, self._run, served, action.requests, gate)
 
-    def _run(self, executor: Executor, requests: Sequence[int], gate: MeasuredGate) -> StepResult:
+    def _run(self, served: ServedModel, requests: Sequence[int], gate: MeasuredGate) -> StepResult:
         gate.begin()
         try:
-            return executor.step(requests, gate)
+            served.loaded.gate = gate  # a custom model's batch manager may use the module before the forward
+            return run_step(served.executor, served.runner, requests, gate)
         finally:
             if self.backend.kind == "cuda":
                 # Nothing may read pages or cache after the step, also if it raised half way or gave no token.

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from computron.config import ModelConfig
-from computron.execution.executor import Executor, make_executor
+from computron.execution.executor import make_executor, make_runner, run_step
 from computron.execution.requests import GenerateJob, Job, Output, SamplingParams, StepResult, TextOutput, TokenLogprob
 from computron.models import Gate, LoadedModel, OpenGate, load_model, plan_model
 from computron.models.byte_tokenizer import byte_tokenizer
@@ -116,11 +116,14 @@ class Rig:
         self.cache: torch.Tensor | None = None
         if model.plan.cache is not None:
             self.cache = torch.full((cache_bytes,), 0xFF, dtype=torch.uint8, device=model.device)
-        self.executor: Executor = make_executor(model, self.cache, FRAME_BYTES)
-        self.gate: Gate = OpenGate()
+        self.runner = make_runner(model, self.cache)
+        self.executor = make_executor(model, FRAME_BYTES, self.runner.block_bytes, self.runner.capacity)
         self._ids = itertools.count()
         if self.cache is not None:
-            self.executor.set_cache(cache_bytes // FRAME_BYTES)
+            self.set_cache(cache_bytes // FRAME_BYTES)
+
+    def set_cache(self, frames: int) -> None:
+        self.runner.move_cache(self.executor.set_cache(frames))
 
     def add(self, job: Job) -> int:
         request = next(self._ids)
@@ -128,8 +131,8 @@ class Rig:
         self.executor.add(request, job)
         return request
 
-    def step(self, requests: Sequence[int]) -> StepResult:
-        return self.executor.step(requests, self.gate)
+    def step(self, requests: Sequence[int], gate: Gate | None = None) -> StepResult:
+        return run_step(self.executor, self.runner, requests, gate or OpenGate())
 
     def run(self, jobs: Sequence[Job], on_step: Callable[[int, list[int]], None] | None = None) -> list[Answer]:
         """Run all jobs together to their end. `on_step(step, running)` is called before each step."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from computron.execution.kv_cache import KVCache
-from computron.execution.packed_batch import PackedBatch
+from computron.execution.generate_runner import GenerateRunner
+from computron.execution.steps import TokenBatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -29,15 +29,15 @@ def test_half_precision_runs(dtype, rig, greedy, prompts) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
 def test_a_forward_never_waits_for_the_gpu(name, rig, greedy, prompts, monkeypatch) -> None:
     one = rig(name, device="cuda")
-    forward = PackedBatch.forward
+    forward = GenerateRunner._forward
 
-    def watched(batch: PackedBatch, module: torch.nn.Module, cache: KVCache, windows: set[int | None]) -> torch.Tensor:
+    def watched(runner: GenerateRunner, part: TokenBatch) -> torch.Tensor | None:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return forward(batch, module, cache, windows)
+            return forward(runner, part)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
     one.run([greedy(prompts[-1])])
-    monkeypatch.setattr(PackedBatch, "forward", watched)
+    monkeypatch.setattr(GenerateRunner, "_forward", watched)
     assert all(len(answer.tokens) == 8 for answer in one.run([greedy(prompt) for prompt in prompts]))

@@ -134,7 +134,7 @@ def test_a_step_whose_swap_fails_can_be_tried_again(custom) -> None:
     one = custom()
     request = one.add(CustomJob(torch.tensor([4.0])))
     with pytest.raises(SwapFailed, match="the link is down"):
-        one.executor.step([request], FailingGate())
+        one.step([request], FailingGate())
     assert one.step([request]).outputs == [CustomOutput(request, [8.0])]
 
 

@@ -81,7 +81,7 @@ def test_a_step_whose_swap_fails_can_be_tried_again(embedder) -> None:
     _, one = embedder()
     request = one.add(EmbedJob((1, 2, 3)))
     with pytest.raises(SwapFailed, match="the link is down"):
-        one.executor.step([request], FailingGate())
+        one.step([request], FailingGate())
     assert one.step([request]).finished == (request,)
 
 

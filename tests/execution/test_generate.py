@@ -252,9 +252,9 @@ def test_a_step_whose_swap_fails_can_be_tried_again(segment, rig, greedy, prompt
         gate = ClosedGate(segment)
         used = one.executor._allocator.used
         with pytest.raises(SwapFailed, match="the link is down"):
-            one.executor.step(requests, gate)
+            one.step(requests, gate)
         assert one.executor._allocator.used == used
-        for output in one.executor.step(requests, gate).outputs:
+        for output in one.step(requests, gate).outputs:
             tokens[output.request] += output.tokens
         assert set(gate.waited) == {0, 1, 2, 3, 4}
     assert list(tokens.values()) == [reference("llama", prompt) for prompt in chosen]
@@ -288,10 +288,10 @@ def test_logits_that_are_no_numbers_fail_that_request_alone(rig, greedy, referen
 def test_a_cache_that_is_too_small_for_any_request_says_so(rig, greedy) -> None:
     one = rig("llama")
     request = one.add(greedy(PROMPT))
-    one.executor.set_cache(0)
+    one.set_cache(0)
     with pytest.raises(OutOfMemory, match="0 blocks"):
         one.step([request])
-    one.executor.set_cache(1)
+    one.set_cache(1)
     assert one.step([request]).batch_size == 1
 
 

@@ -64,9 +64,9 @@ def test_sequences_whose_blocks_move(rig, greedy, prompts, reference) -> None:
         if step % 3 == 2:
             blocks = len(one.executor._allocator.used)
             fewest = next(n for n in range(frames) if int(n * one.executor.blocks_per_frame) >= blocks)
-            one.executor.set_cache(fewest)
+            one.set_cache(fewest)
             one.cache[fewest * FRAME_BYTES :] = 0xFF
-            one.executor.set_cache(frames)
+            one.set_cache(frames)
 
     answers = one.run([greedy(prompt, 8 + index) for index, prompt in enumerate(prompts)], shrink_and_grow)
     assert [a.tokens for a in answers] == [reference("llama", p, 8 + i) for i, p in enumerate(prompts)]
