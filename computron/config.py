@@ -138,17 +138,23 @@ def load_config(path: str | Path) -> Config:
 
 def with_place(path: str | Path, error: ComputronError) -> str:
     """The message of an error that came up after loading, with the file and line that it is about, where it is known:
-    from its `param` ("device.memory"), or from the model that the message begins with.
+    from its `param` ("device.memory"), or from the model that the message begins with. What is wrong with a `source`
+    that is no path is said with the folder that it would be.
     """
     document = Document(Path(path))
     where: KeyPath = ()
+    message = error.message
     if error.param is not None:
         where = tuple(error.param.split("."))
     elif named := re.match(r"""model ["']([^"']+)["'](?:: (?:its )?(\w+))?""", error.message):
         ids = [model.get("id") for model in document.data.get("models", [])]
         if named[1] in ids:
             where = ("models", ids.index(named[1]), named[2] or "")
-    return document.error(where, error.message).message if where else error.message
+            source = document.data["models"][where[1]].get("source", "")
+            folder = _resolve(document, source.removeprefix("random:"))
+            if named[2] == "source" and not folder.exists():
+                message += f" (as a folder it would be {folder})"
+    return document.error(where, message).message if where else message
 
 
 def _read_models(document: Document) -> tuple[ModelConfig, ...]:
@@ -206,7 +212,7 @@ def _resolve_source(document: Document, where: KeyPath, source: str) -> str:
     path = _resolve(document, name)
     if path.exists():
         return f"{prefix}{path}"
-    if name.startswith(("/", "./", "../", "~")):
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise document.error((*where, "source"), f"source: {path} does not exist")
     return source
 

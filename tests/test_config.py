@@ -7,7 +7,7 @@ import pytest
 
 from computron._toml import key_lines
 from computron.config import POLICIES, Config, ModelConfig, load_config, with_place
-from computron.errors import ConfigError
+from computron.errors import CheckpointError, ConfigError
 from computron.scheduling import scheduler
 
 MODEL = '[[models]]\nid = "m"\nsource = "org/m"\n'
@@ -181,10 +181,20 @@ def test_relative_paths_start_at_the_config_file(write, tmp_path):
     assert (c.source, d.source) == ("org/name", "random:tiny")
 
 
-def test_a_path_that_does_not_exist_is_named(write, tmp_path):
-    assert (
-        complaint(write('[[models]]\nid = "a"\nsource = "./gone"\n')) == f":3: source: {tmp_path}/gone does not exist"
-    )
+@pytest.mark.parametrize("source", ["./gone", "gone/for/good", "random:../gone"])
+def test_a_path_that_does_not_exist_is_named(write, tmp_path, source):
+    path = (tmp_path / source.removeprefix("random:")).resolve()
+    text = f'[[models]]\nid = "a"\nsource = "{source}"\n'
+    assert complaint(write(text)) == f":3: source: {path} does not exist"
+
+
+@pytest.mark.parametrize("source", ["models/smolm2", "random:opt-1t"])
+def test_a_source_that_is_neither_folder_nor_model_is_told_with_the_folder_it_would_be(write, tmp_path, source):
+    path = write(f'[[models]]\nid = "a"\nsource = "{source}"\n')
+    (model,) = load_config(path).models
+    error = CheckpointError(f'model "a": source "{model.source}" is not there')
+    folder = tmp_path / source.removeprefix("random:")
+    assert with_place(path, error) == f"{path}:3: {error.message} (as a folder it would be {folder})"
 
 
 @pytest.mark.parametrize(
@@ -194,6 +204,10 @@ def test_a_path_that_does_not_exist_is_named(write, tmp_path):
         (ConfigError("too small", param="device.page_size"), ":1: too small"),
         (ConfigError("too small", param="host.memory"), ": too small"),
         (ConfigError('model "b": its factory x raised'), ':10: model "b": its factory x raised'),
+        (
+            CheckpointError('model "b": /x/model.safetensors: truncated'),
+            ':7: model "b": /x/model.safetensors: truncated',
+        ),
         (ConfigError("model 'a' needs 3 MiB"), ":4: model 'a' needs 3 MiB"),
     ],
 )

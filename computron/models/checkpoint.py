@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,17 @@ class Source:
     random: bool
 
 
+@contextmanager
+def naming(model_id: str) -> Iterator[None]:
+    """A CheckpointError that is raised inside begins with the model's id, by which its line is found."""
+    try:
+        yield
+    except CheckpointError as error:
+        if error.message.startswith('model "'):
+            raise
+        raise CheckpointError(f'model "{model_id}": {error.message}') from error
+
+
 def open_source(model: ModelConfig) -> Source:
     """Find the checkpoint of `model.source`; fetch it if it is a hub id that is not cached.
 
@@ -52,13 +65,13 @@ def open_source(model: ModelConfig) -> Source:
         folder = path
     elif random:
         raise ConfigError(
-            f'model "{model.id}": "{name}" is neither a folder, nor a config.json, nor one of the presets '
-            + ", ".join(presets.PRESETS)
+            f'model "{model.id}": source "{model.source}" is neither a folder, nor a config.json, nor one of the '
+            f"presets {', '.join(presets.PRESETS)}"
         )
     elif name.count("/") <= 1 and not name.startswith((".", "/", "~")):
         folder = _fetch(model)
     else:
-        raise CheckpointError(f'model "{model.id}": there is no folder {path}')
+        raise CheckpointError(f'model "{model.id}": source: there is no folder {path.absolute()}')
     return Source(_read_config(folder, model), folder, random)
 
 
@@ -133,7 +146,7 @@ def _fetch(model: ModelConfig) -> Path:
         RevisionNotFoundError,
     )
 
-    where = f'model "{model.id}": {model.source}'
+    where = f'model "{model.id}": source "{model.source}"'
     try:
         return Path(
             snapshot_download(
@@ -146,10 +159,15 @@ def _fetch(model: ModelConfig) -> Path:
         raise CheckpointError(
             f"{where} is gated; accept its terms on the hub and log in with `hf auth login`"
         ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise CheckpointError(f"{where} is neither a folder here nor a model on the hub") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{where} has no revision {model.revision or 'main'} on the hub") from error
+    except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{where} is not a folder here, and the hub cannot be reached to fetch it ({type(error).__name__}); "
+            f"{where} is neither a folder nor a model on the hub; if it is a private one, log in with `hf auth login`"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = re.sub(r"^\[Errno -?\d+\] ", "", in_words(error.__cause__ or error))
+        raise CheckpointError(
+            f"{where} is no folder, and taken as a hub id it could not be fetched: {reason.rstrip('.')}; "
             "give the path of a checkpoint folder, or fetch it where there is a network"
         ) from error

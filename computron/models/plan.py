@@ -15,7 +15,7 @@ from computron.config import ModelConfig, Task
 from computron.errors import CheckpointError, ConfigError
 from computron.memory.images import ImageSource
 from computron.models import skeleton
-from computron.models.checkpoint import Source, checkpoint_tensors, choose_dtype, open_source
+from computron.models.checkpoint import Source, checkpoint_tensors, choose_dtype, naming, open_source
 from computron.models.custom import make_module
 from computron.models.embedding import EmbeddingSettings, embedding_settings
 from computron.models.geometry import CacheGeometry, cache_geometry
@@ -90,11 +90,12 @@ class ModelPlan:
 
 def plan_model(config: ModelConfig, shard: Shard = WHOLE) -> ModelPlan:
     """Read configs and headers, no weights; a custom model's factory is called, and its weights held until they have
-    been read and the module is loaded. Raises CheckpointError or ConfigError with the remedy.
+    been read and the module is loaded. Raises CheckpointError or ConfigError, naming the model, with the remedy.
 
     `shard`: image, layout and cache geometry are those of this part of the model; the rest is the whole model's.
     """
-    return _plan_custom(config, shard) if config.task == "custom" else _plan_pretrained(config, shard)
+    with naming(config.id):
+        return _plan_custom(config, shard) if config.task == "custom" else _plan_pretrained(config, shard)
 
 
 def _plan_pretrained(config: ModelConfig, shard: Shard) -> ModelPlan:

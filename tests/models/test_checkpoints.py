@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import huggingface_hub.errors
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -135,8 +137,9 @@ def test_weights_without_safetensors_are_named(new_checkpoint, config):
 
 
 def test_a_folder_without_config_is_refused(tmp_path, config):
-    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+    with pytest.raises(CheckpointError) as caught:
         plan_model(config(tmp_path))
+    assert caught.value.message.startswith(f'model "m": {tmp_path}/config.json is missing; ')
 
 
 @pytest.mark.parametrize("text", ["{", '{"model_type": "nothing-known"}', "[]"])
@@ -172,8 +175,35 @@ def test_a_folder_that_is_not_there_is_named(source, config):
 def test_a_hub_id_without_network_says_what_to_do(config, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"not a folder here, and the hub cannot be reached.*give the path"):
+    with pytest.raises(CheckpointError) as caught:
         plan_model(config("some-org/some-model"))
+    assert caught.value.message == (
+        'model "m": source "some-org/some-model" is no folder, and taken as a hub id it could not be fetched: '
+        "Cannot reach https://huggingface.co/api/models/some-org/some-model/revision/main: offline mode is enabled. "
+        "To disable it, please unset the `HF_HUB_OFFLINE` environment variable; "
+        "give the path of a checkpoint folder, or fetch it where there is a network"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            "RepositoryNotFoundError",
+            "is neither a folder nor a model on the hub; if it is a private one, log in with `hf auth login`",
+        ),
+        ("RevisionNotFoundError", "has no revision main on the hub"),
+        ("GatedRepoError", "is gated; accept its terms on the hub and log in with `hf auth login`"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_told_in_words(error, words, config, monkeypatch):
+    def refuse(*_, **__):
+        raise getattr(huggingface_hub.errors, error)("no", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(CheckpointError) as caught:
+        plan_model(config("some-org/some-model"))
+    assert caught.value.message == f'model "m": source "some-org/some-model" {words}'
 
 
 @pytest.mark.parametrize(("source", "words"), [("", "source is missing"), ("what is this", "neither a folder nor")])
