@@ -59,8 +59,17 @@ def load_tokenizer(model: ModelConfig, folder: Path | None, config: PretrainedCo
 
     Raises CheckpointError if a checkpoint has none that transformers can read.
     """
+    tokenizer: PreTrainedTokenizerBase
     if folder is None or (model.source.startswith(RANDOM) and not (folder / "tokenizer_config.json").is_file()):
-        return byte_tokenizer(config.get_text_config().vocab_size)
+        tokenizer = byte_tokenizer(config.get_text_config().vocab_size)
+    else:
+        tokenizer = _read_tokenizer(model, folder)
+    if model.chat_template is not None:
+        tokenizer.chat_template = _template(model)
+    return tokenizer
+
+
+def _read_tokenizer(model: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=model.trust_remote_code
@@ -70,8 +79,6 @@ def load_tokenizer(model: ModelConfig, folder: Path | None, config: PretrainedCo
             f"{folder}: transformers cannot load a tokenizer from it ({in_words(error)}); "
             "put tokenizer.json and tokenizer_config.json beside the weights"
         ) from error
-    if model.chat_template is not None:
-        tokenizer.chat_template = _template(model)
     return tokenizer
 
 

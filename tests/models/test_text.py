@@ -55,6 +55,16 @@ def test_the_configured_template_wins(checkpoint, loaded, tmp_path):
     assert model.render_chat(MESSAGES, mark="?") == "[Hi?]"
 
 
+def test_a_random_model_renders_chats_by_a_template_of_its_own_or_the_configured_one(checkpoint, loaded, tmp_path):
+    (tmp_path / "config.json").write_text((checkpoint("generate", "llama") / "config.json").read_text())
+    source = f"random:{tmp_path}"
+    rendered = [
+        loaded(source, chat_template=template).render_chat(MESSAGES)
+        for template in (None, "{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    ]
+    assert rendered == ["user: Hi\nassistant:", "[Hi]"]
+
+
 def test_a_template_file_that_is_missing_is_named(checkpoint, loaded):
     with pytest.raises(CheckpointError, match="neither a template nor a file: no/such"):
         loaded(checkpoint("generate", "llama"), chat_template="no/such")
