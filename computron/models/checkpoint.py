@@ -166,8 +166,9 @@ def _fetch(model: ModelConfig) -> Path:
             f"{where} is neither a folder nor a model on the hub; if it is a private one, log in with `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = re.sub(r"^\[Errno -?\d+\] ", "", in_words(error.__cause__ or error))
+        said = re.sub(r"^\[Errno -?\d+\] ", "", in_words(error.__cause__ or error)).rstrip(".")
+        why = f"the hub cannot be reached ({said})" if isinstance(error, LocalEntryNotFoundError) else said
         raise CheckpointError(
-            f"{where} is no folder, and taken as a hub id it could not be fetched: {reason.rstrip('.')}; "
+            f"{where} is no folder, and taken as a hub id it could not be fetched: {why}; "
             "give the path of a checkpoint folder, or fetch it where there is a network"
         ) from error

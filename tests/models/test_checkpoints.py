@@ -179,8 +179,8 @@ def test_a_hub_id_without_network_says_what_to_do(config, monkeypatch, tmp_path)
         plan_model(config("some-org/some-model"))
     assert caught.value.message == (
         'model "m": source "some-org/some-model" is no folder, and taken as a hub id it could not be fetched: '
-        "Cannot reach https://huggingface.co/api/models/some-org/some-model/revision/main: offline mode is enabled. "
-        "To disable it, please unset the `HF_HUB_OFFLINE` environment variable; "
+        "the hub cannot be reached (Cannot reach https://huggingface.co/api/models/some-org/some-model/revision/main: offline mode is enabled. "
+        "To disable it, please unset the `HF_HUB_OFFLINE` environment variable); "
         "give the path of a checkpoint folder, or fetch it where there is a network"
     )
 
