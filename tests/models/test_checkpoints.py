@@ -177,12 +177,13 @@ def test_a_hub_id_without_network_says_what_to_do(config, monkeypatch, tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError) as caught:
         plan_model(config("some-org/some-model"))
-    assert caught.value.message == (
-        'model "m": source "some-org/some-model" is no folder, and taken as a hub id it could not be fetched: '
-        "the hub cannot be reached (Cannot reach https://huggingface.co/api/models/some-org/some-model/revision/main: offline mode is enabled. "
-        "To disable it, please unset the `HF_HUB_OFFLINE` environment variable); "
-        "give the path of a checkpoint folder, or fetch it where there is a network"
+    message = caught.value.message
+    assert message.startswith(
+        'model "m": source "some-org/some-model" is no folder, and taken as a hub id it could not'
     )
+    assert "the hub cannot be reached (Cannot reach https://huggingface.co/" in message
+    assert message.endswith("give the path of a checkpoint folder, or fetch it where there is a network")
+    assert "Error" not in message
 
 
 @pytest.mark.parametrize(
