@@ -64,10 +64,10 @@ def options(
     pass
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, code: int = 1) -> NoReturn:
     errors.print("[bold red]error:[/] ", end="")
     errors.print(message, markup=False)
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -128,6 +128,56 @@ def _run_server(config: Config) -> int:
             return runner.run(run())
     finally:
         flush_logs()  # before the last words of this command
+
+
+@app.command()
+def launch(
+    config: Annotated[
+        Path, typer.Argument(help="The configuration; `[group]` says how many nodes.", show_default=False)
+    ],
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Nodes of the whole group, to be checked against the file's.")
+    ] = None,
+    hosts: Annotated[str | None, typer.Option(help="All hosts, the leader's first: `a,b`. Without: this one.")] = None,
+    host_rank: Annotated[int | None, typer.Option(min=0, help="Which of them this is, from 0.")] = None,
+    rendezvous: Annotated[
+        str | None, typer.Option(help="`HOST:PORT` of the leader for the other nodes.", show_default="first host:29500")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on for HTTP, instead of the file's.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port for HTTP, instead of the file's.")] = None,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"] | None, typer.Option(help="Instead of the file's.")
+    ] = None,
+) -> None:
+    """Serve models from a whole group of nodes: run those of this host, and start them again when they die or hang.
+
+    The sizes in the file, `device.memory` and `host.memory`, are those of **each node**. The first SIGINT or SIGTERM
+    lets open requests end (`server.drain_timeout`); the second kills the nodes. Exit codes: 0 stopped in order, 1 it
+    failed, 3 the configuration or a checkpoint is wrong.
+
+    Examples:
+
+        computron launch serve.toml
+
+        computron launch serve.toml --hosts gpu-a,gpu-b --host-rank 0    # on gpu-a
+
+        computron launch serve.toml --hosts gpu-a,gpu-b --host-rank 1    # on gpu-b
+    """
+    from computron.api.logs import set_up_logging
+    from computron.group.launch import launch as launch_nodes
+    from computron.group.launch import serve_command, share_of
+    from computron.group.supervision import CANNOT_START
+
+    try:
+        settings = load_config(config)
+        names = [name.strip() for name in hosts.split(",")] if hosts is not None else []
+        share = share_of(settings.group.nodes, asked=nodes, hosts=names, host_rank=host_rank, rendezvous=rendezvous)
+        set_up_logging(log_level or settings.server.log_level, settings.server.log_format)
+        command = serve_command(config, {"host": host, "port": port, "log-level": log_level})
+        code = launch_nodes(settings, share, command)
+    except ComputronError as error:
+        fail(with_place(config, error) if error.param is not None else error.message, CANNOT_START)
+    raise typer.Exit(code)
 
 
 class LoadingDisplay:

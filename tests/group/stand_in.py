@@ -2,8 +2,8 @@
 
 Writes FOLDER/RANK.RESTARTS with its pid and environment. SIGTERM ends it with code 0; a leader tells the others to end
 by the file FOLDER/stop. Keys of a behaviour: `ignore`: signals; `exit`: code to end with at its first start; `alone`:
-tells nobody; `child`: starts a process that would outlive it; `mute`: no heartbeat; `closed`: ends its heartbeat and
-stays; `deaf`: does not look at FOLDER/stop.
+tells nobody; `child`: at its first start, starts a process that would outlive it; `mute`: no heartbeat; `closed`: ends
+its heartbeat and stays; `deaf`: does not look at FOLDER/stop.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ async def main(folder: Path, behaviour: dict[str, Any]) -> int:
         loop.remove_signal_handler(signal.Signals[name])
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     beat = None if "mute" in behaviour else heartbeat.Heartbeat.from_environment()
-    child = subprocess.Popen(["sleep", "1000"]).pid if "child" in behaviour else None
+    child = subprocess.Popen(["sleep", "1000"]).pid if "child" in behaviour and restarts == "0" else None
     facts = {
         "pid": os.getpid(),
         "child": child,
