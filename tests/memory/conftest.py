@@ -92,6 +92,11 @@ class Sources:
     def data(pages: float, seed: int) -> bytes:
         return random_bytes(int(pages * PAGE), seed)
 
+    @staticmethod
+    def pages_of(data: bytes) -> dict[int, bytes]:
+        """What lies on each page of an image of these bytes."""
+        return {start // PAGE: data[start : start + PAGE] for start in range(0, len(data), PAGE)}
+
     def random(self, pages: float, seed: int, segment_ends=None) -> BytesSource:
         return BytesSource(self.data(pages, seed), segment_ends)
 
