@@ -1,4 +1,4 @@
-"""Puts this folder on the path, so that its tests share `driver`."""
+"""Puts this folder on the path, so that its tests share `driver` and `virtual_device`."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+
+from virtual_device import Device, Live, RunningStep, Transfer
 
 from computron.scheduling.actions import (
     Action,
@@ -44,65 +45,6 @@ PAGE_SECONDS = 0.1
 CHUNK_SECONDS = 0.01  # a cancelled transfer ends with the chunk that is in flight
 FRAME_BYTES = 1_000_000
 BANDWIDTH = FRAME_BYTES / PAGE_SECONDS
-
-
-@dataclass
-class Transfer:
-    pages: tuple[int, ...]
-    new_contents: tuple[int, ...]  # in the order of arrival
-    urgency: int
-    number: int
-    ordered: float
-    left: float  # seconds of link time
-    fails: bool = False
-    cancelled: bool = False
-    left_at_cancel: float = 0.0
-
-
-@dataclass
-class RunningStep:
-    requests: tuple[int, ...]
-    started: float
-    seconds: float
-    opened: tuple[int, ...]
-    compute_begins: float | None  # None: it waits for pages
-
-
-@dataclass
-class Live:
-    """A request that has arrived and not ended. `steps_left`: steps until it is answered."""
-
-    request: Request
-    steps_left: int
-    growth: int
-    blocks: int
-    holds_cache: bool = False
-    waiting_since: float = 0.0
-    started: float | None = None
-    overtaken: int = 0
-
-
-@dataclass
-class Device:
-    frames: int
-    specs: dict[str, ModelSpec] = field(default_factory=dict)
-    mapped: dict[str, set[int]] = field(default_factory=dict)
-    cache: dict[str, int] = field(default_factory=dict)
-    transfers: dict[str, Transfer] = field(default_factory=dict)
-
-    def contents(self) -> set[int]:
-        """Contents that hold a frame: mapped by someone, or on their way."""
-        held = {self.specs[model].pages[page] for model, pages in self.mapped.items() for page in pages}
-        for model, transfer in self.transfers.items():
-            held |= {self.specs[model].pages[page] for page in transfer.pages}
-        return held
-
-    def in_flight(self) -> set[int]:
-        return {content for transfer in self.transfers.values() for content in transfer.new_contents}
-
-    @property
-    def free(self) -> int:
-        return self.frames - len(self.contents()) - sum(self.cache.values())
 
 
 class Driver:
