@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol, cast
@@ -13,6 +14,7 @@ from torch import nn
 from computron.config import ModelConfig
 from computron.errors import BadRequest, ConfigError
 from computron.models.checkpoint import DTYPES
+from computron.models.shard import WHOLE, Communicator, Shard
 
 
 class BatchManager(Protocol):
@@ -61,19 +63,30 @@ class StackTensors:
         return [_row(output, index) for index in range(count)]
 
 
-def make_module(model: ModelConfig) -> nn.Module:
-    """What the model's factory gives, in evaluation mode and in the configured dtype.
+def make_module(model: ModelConfig, shard: Shard = WHOLE) -> nn.Module:
+    """What the model's factory gives, in evaluation mode and in the configured dtype; a factory that takes `shard`
+    gives that part.
 
     The random generator is seeded before the call, so that a factory that draws weights gives the same each time.
-    Raises ConfigError if there is no such factory, it raises, or it gives something else than a module.
+    Raises ConfigError if there is no such factory, it raises, it gives something else than a module, or the model is
+    to be split and it takes no `shard`.
     """
     if model.factory is None:
         raise ConfigError(f'model "{model.id}": a custom model needs factory = "package.module:function"')
     factory = import_object(model.factory, f'model "{model.id}": factory')
+    arguments = dict(model.arguments)
+    if _takes_shard(factory):
+        arguments["shard"] = shard
+    elif not shard.whole:
+        raise ConfigError(
+            f'model "{model.id}": its factory {model.factory} takes no keyword argument "shard", so the model cannot '
+            f"be split over {shard.world} nodes; let it take shard and give that part, or set tensor_parallel and "
+            "pipeline_parallel to 1"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model.seed)
         try:
-            module = factory(**model.arguments)
+            module = factory(**arguments)
         except Exception as error:
             raise ConfigError(f'model "{model.id}": its factory {model.factory} raised {error!r}') from error
     if not isinstance(module, nn.Module):
@@ -84,6 +97,13 @@ def make_module(model: ModelConfig) -> nn.Module:
         module.to(DTYPES[model.dtype])
     nn.Module.eval(module)
     return module.requires_grad_(False)
+
+
+def give_communicator(module: nn.Module, communicator: Communicator) -> None:
+    """To a module that asks for one: it has a method `set_communicator`."""
+    setter: Any = getattr(module, "set_communicator", None)
+    if callable(setter):
+        setter(communicator)
 
 
 def make_batch_manager(model: ModelConfig, module: nn.Module) -> BatchManager:
@@ -120,6 +140,14 @@ def import_object(path: str, where: str) -> Any:
         raise ConfigError(f'{where} "{path}": module {module_name} has no {name}') from error
     except Exception as error:
         raise ConfigError(f'{where} "{path}": importing {module_name} raised {error!r}') from error
+
+
+def _takes_shard(factory: Any) -> bool:
+    try:
+        parameter = inspect.signature(factory).parameters.get("shard")
+    except (TypeError, ValueError):  # callables that are not written in Python
+        return False
+    return parameter is not None and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
 
 
 def _row(output: Any, index: int) -> Any:

@@ -2,6 +2,9 @@
 
     python -m computron.models.demo
 
+About 206 MB are downloaded: the models, and two packages of which one file or two are kept, timm for the names of
+ImageNet's classes and scikit-learn for its sample photographs.
+
 The cache is $COMPUTRON_CACHE, or ~/.cache/computron. Nothing that is fetched is installed or imported here. A folder
 appears under its name only when it is complete, so an interrupted run leaves nothing half done. Converting SmolLM2
 takes 0.6 GB of memory beside Python and torch.
@@ -124,7 +127,7 @@ def _make_efficientnet(folder: Path, report: Report) -> None:
     with _fetched("efficientnet-lite-pytorch==0.1.0", report) as wheel:
         code = [n for n in wheel.namelist() if n.startswith("efficientnet_lite_pytorch/") and n.endswith(".py")]
         _extract(wheel, folder, {name: name for name in code})
-    with _fetched("timm>=1.0.9", report) as wheel:
+    with _fetched("timm>=1.0.9", report, "class names") as wheel:
         synsets = wheel.read("timm/data/_info/imagenet_synsets.txt").decode().split()
         lemmas = wheel.read("timm/data/_info/imagenet_synset_to_lemma.txt").decode().splitlines()
         words = dict(line.split("\t", 1) for line in lemmas)
@@ -132,15 +135,16 @@ def _make_efficientnet(folder: Path, report: Report) -> None:
 
 
 def _make_images(folder: Path, report: Report) -> None:
-    with _fetched("scikit-learn>=1.3", report) as wheel:
+    with _fetched("scikit-learn>=1.3", report, "sample photographs") as wheel:
         names = ("china.jpg", "flower.jpg", "README.txt")
         _extract(wheel, folder, {f"sklearn/datasets/images/{name}": name for name in names})
 
 
 @contextmanager
-def _fetched(requirement: str, report: Report) -> Iterator[zipfile.ZipFile]:
-    """The wheel that pip chooses, by the user's own index settings."""
+def _fetched(requirement: str, report: Report, wanted: str | None = None) -> Iterator[zipfile.ZipFile]:
+    """The wheel that pip chooses, by the user's own index settings. `wanted`: what of it is, if not a model."""
     name = re.split("[=>]", requirement)[0]
+    what = f"fetch {name}" if wanted is None else f"fetch {name} ({wanted})"
     with tempfile.TemporaryDirectory(prefix="computron-") as folder:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--progress-bar", _bar()]
         command += ["--no-deps", "--only-binary", ":all:", "--dest", folder, requirement]
@@ -150,7 +154,7 @@ def _fetched(requirement: str, report: Report) -> Iterator[zipfile.ZipFile]:
         ) as process:
             for line in process.stdout or ():
                 if match := re.match(r"Progress (\d+) of (\d+)", line):
-                    report(f"fetch {name}", int(match[1]), int(match[2]) or None)
+                    report(what, int(match[1]), int(match[2]) or None)
                 else:
                     said.append(line.strip())
         wheels = list(Path(folder).glob("*.whl"))
@@ -161,7 +165,7 @@ def _fetched(requirement: str, report: Report) -> Iterator[zipfile.ZipFile]:
                 "check the network and pip's index settings (pip config list)"
             )
         size = wheels[0].stat().st_size
-        report(f"fetch {name}", size, size)
+        report(what, size, size)
         with zipfile.ZipFile(wheels[0]) as wheel:
             yield wheel
 

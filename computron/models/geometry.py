@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from computron.config import ModelConfig
 from computron.errors import CheckpointError
@@ -39,14 +39,18 @@ class CacheGeometry:
         return self.layers * self.key_value_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
-def cache_geometry(model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype) -> CacheGeometry:
-    """Geometry of the module that a checkpoint's config describes, when it runs in `dtype`.
+def cache_geometry(
+    model: ModelConfig,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    prepare: Callable[[PreTrainedModel], None] = lambda module: None,
+) -> CacheGeometry:
+    """Geometry of the module that a checkpoint's config describes, when it runs in `dtype`. `prepare` may change it.
 
     Raises CheckpointError if the model keeps anything else than keys and values of its attention layers, or if its
     attention does not go through transformers' attention interface.
     """
-    # Not in `dtype`: some kernels (grouped matrices of experts) know only this one on the meta device.
-    module = skeleton.build(model, config, torch.bfloat16, PROBE)
+    module = build_probed(model, config)
     refusal = f'model "{model.id}": {type(module).__name__} cannot be served for generate: '
     if getattr(module.config, "is_encoder_decoder", False):
         raise CheckpointError(refusal + "it is an encoder-decoder; decoder-only models are served")
@@ -55,12 +59,9 @@ def cache_geometry(model: ModelConfig, config: PretrainedConfig, dtype: torch.dt
     layers = getattr(module.config.get_text_config(), "num_hidden_layers", None)
     if layers is None:
         raise CheckpointError(refusal + "its config does not say how many layers it has")
-    ids = torch.zeros((1, 4), dtype=torch.int64, device="meta")
-    _calls.seen = []
+    prepare(module)
     try:
-        with torch.inference_mode():
-            # The mask is dropped before the layers; without one, some models look for padding in the values of `ids`.
-            module(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids, use_cache=False)
+        meta_forward(module, model)
     except Exception as error:
         raise CheckpointError(refusal + f"its forward does not take packed sequences ({error!r})") from error
     calls = _calls.seen
@@ -76,6 +77,33 @@ def cache_geometry(model: ModelConfig, config: PretrainedConfig, dtype: torch.dt
     _, key, value, _ = calls[0]
     longest = _longest(module.config.get_text_config(), {call[0]: call[3] for call in calls})
     return CacheGeometry(layers, key[1], key[3], value[3], dtype, longest)
+
+
+def build_probed(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+    """A module for `meta_forward`. Some kernels (grouped matrices of experts) know only one dtype without values."""
+    return skeleton.build(model, config, torch.bfloat16, PROBE)
+
+
+def meta_forward(module: PreTrainedModel, model: ModelConfig) -> torch.Tensor:
+    """The logits or last hidden states, all without values. `module`: on the meta device, with `PROBE` attention."""
+    _calls.seen = []
+    config: Any = module.config
+    given: dict[str, Any]
+    if model.task == "classify" and skeleton.is_image_model(config):
+        size = getattr(config, "image_size", None) or 224
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (1, getattr(config, "num_channels", 3), height, width)
+        given = {"pixel_values": torch.zeros(shape, dtype=module.dtype, device="meta")}
+    else:
+        ids = torch.zeros((1, 4), dtype=torch.int64, device="meta")
+        # The mask is dropped before the layers; without one, some models look for padding in the values of `ids`.
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if model.task == "generate":
+            given |= {"position_ids": ids, "use_cache": False}
+    with torch.inference_mode():
+        output = module(**given)
+    result: torch.Tensor = output["logits"] if "logits" in output else output["last_hidden_state"]
+    return result
 
 
 def _longest(config: Any, windows: Mapping[int, int | None]) -> int | None:

@@ -17,6 +17,8 @@ from computron.models.layout import Layout, TensorSlot
 from computron.models.safetensors_file import FETCH_AGAIN, FileTensor
 
 CONVERSION_CHUNK = 1 << 20  # elements that are converted at once
+SHORT_RUN = 128 << 10  # runs shorter than what the kernel reads ahead by itself are announced to it
+Run = tuple[int, int]  # first byte in a tensor, and bytes
 
 
 class LaidOutImage(ABC):
@@ -63,6 +65,13 @@ class LaidOutImage(ABC):
     def read_tensor(self, slot: TensorSlot, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from its byte `start` on."""
 
+    def read_runs(self, slot: TensorSlot, runs: Sequence[Run], buffer: memoryview) -> None:
+        """Fill `buffer` with these pieces of the tensor, which ascend, one after the other."""
+        done = 0
+        for start, nbytes in runs:
+            self.read_tensor(slot, start, buffer[done : done + nbytes])
+            done += nbytes
+
     def place(self, slot: TensorSlot) -> tuple[Path, int] | None:
         """File and offset where the tensor stands byte for byte; None if nowhere."""
         return None
@@ -97,6 +106,9 @@ class CheckpointImage(LaidOutImage):
         return (tensor.path, tensor.offset) if tensor.dtype == slot.dtype else None
 
     def read_tensor(self, slot: TensorSlot, start: int, buffer: memoryview) -> None:
+        self.read_runs(slot, [(start, len(buffer))], buffer)
+
+    def read_runs(self, slot: TensorSlot, runs: Sequence[Run], buffer: memoryview) -> None:
         tensor = self._tensors[slot.name]
         try:
             file = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -105,10 +117,16 @@ class CheckpointImage(LaidOutImage):
         try:
             if _stamp(file) != self._stamps[tensor.path]:
                 raise CheckpointError(f"{tensor.path}: changed while it was served (tensor {slot.name}); load it again")
-            if tensor.dtype == slot.dtype:
-                _read_exactly(file, tensor, tensor.offset + start, buffer)
-            else:
-                _convert(file, tensor, slot, start, buffer)
+            if len(runs) > 1 and runs[0][1] < SHORT_RUN:
+                _announce(file, tensor, slot, runs)
+            done = 0
+            for start, nbytes in runs:
+                piece = buffer[done : done + nbytes]
+                if tensor.dtype == slot.dtype:
+                    _read_exactly(file, tensor, tensor.offset + start, piece)
+                else:
+                    _convert(file, tensor, slot, start, piece)
+                done += nbytes
         finally:
             os.close(file)
 
@@ -124,7 +142,7 @@ class StateImage(LaidOutImage):
     ) -> None:
         """`make`: the tensors by name, the same ones each time. `first`: those of its first call, if it was made."""
         super().__init__(layout)
-        self._make = make
+        self.make = make
         self._lock = threading.Lock()
         self._state = None if first is None else {slot.name: _flat(slot, first) for slot in layout.slots}
         self._unread = self._total = sum(slot.nbytes for slot in layout.slots)
@@ -132,7 +150,7 @@ class StateImage(LaidOutImage):
     def read_tensor(self, slot: TensorSlot, start: int, buffer: memoryview) -> None:
         with self._lock:
             if self._state is None:
-                made = self._make()
+                made = self.make()
                 self._state = {slot.name: _flat(slot, made) for slot in self.layout.slots}
                 self._unread = self._total
             flat = self._state[slot.name]
@@ -169,6 +187,13 @@ def _flat(slot: TensorSlot, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def _stamp(file: Path | int) -> tuple[int, int]:
     status = os.stat(file)
     return status.st_size, status.st_mtime_ns
+
+
+def _announce(file: int, tensor: FileTensor, slot: TensorSlot, runs: Sequence[Run]) -> None:
+    """Let the disk read from the first run to the last in one go, instead of waiting for it at each of them."""
+    begin = runs[0][0] // slot.dtype.itemsize * tensor.dtype.itemsize
+    end = -(-sum(runs[-1]) // slot.dtype.itemsize) * tensor.dtype.itemsize
+    os.posix_fadvise(file, tensor.offset + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 def _read_exactly(file: int, tensor: FileTensor, offset: int, buffer: memoryview) -> None:

@@ -11,9 +11,10 @@ from torch import nn
 
 from computron.errors import BadRequest
 from computron.memory.gate import Gate
-from computron.models.custom import BatchManager, make_batch_manager
+from computron.models.custom import BatchManager, give_communicator, make_batch_manager
 from computron.models.gates import StageWaits
 from computron.models.layout import persistent_tensors
+from computron.models.pipeline import HandedOn
 from computron.models.plan import ModelPlan
 from computron.models.shard import Communicator
 from computron.models.text import render_chat
@@ -36,7 +37,11 @@ class LoadedModel:
 
         Raises GroupBroken if the model is split and its nodes lose each other.
         """
-        return self.module(*arguments, **named)
+        try:
+            output = self.module(*arguments, **named)
+        except HandedOn:
+            return None
+        return output if self.plan.shard.last else None
 
     @functools.cached_property
     def batch_manager(self) -> BatchManager:
@@ -100,6 +105,13 @@ def load_model(
     """
     module = plan.build(parameters.device, attention)
     bind(module, plan, parameters)
+    if not plan.shard.whole:
+        if communicator is None:
+            raise ValueError("a part of a model needs a communicator")
+        if plan.split is not None:
+            plan.split.connect(module, frozenset(plan.layout.stage_of()), communicator, parameters.device)
+        else:
+            give_communicator(module, communicator)
     model = LoadedModel(plan, module, parameters.device)
     if plan.task == "custom":
         _ = model.batch_manager  # what is wrong with it is better said now

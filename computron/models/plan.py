@@ -23,6 +23,7 @@ from computron.models.images import StateImage
 from computron.models.layout import Layout, TensorSlot, lay_out, module_stages, persistent_tensors
 from computron.models.pretrained import plan_image
 from computron.models.shard import WHOLE, Shard
+from computron.models.split import Split, plan_split, split_cache, split_image
 from computron.models.text import GenerationDefaults, generation_defaults, load_tokenizer
 from computron.models.vision import ImageProcessor, load_image_processor
 
@@ -36,7 +37,7 @@ class ModelPlan:
     """What a model is, and how its image is laid out: one segment for each stage.
 
     `max_model_len`: tokens that fit, 0 if it is not a text model. `labels`: of classes, in the order of the logits;
-    `activation` makes probabilities of these.
+    `activation` makes probabilities of these. `split`: how a part of a transformers model runs.
     """
 
     config: ModelConfig
@@ -46,6 +47,7 @@ class ModelPlan:
     layout: Layout
     build: Builder
     shard: Shard = WHOLE
+    split: Split | None = None
     source: Source | None = None
     cache: CacheGeometry | None = None
     max_model_len: int = 0
@@ -109,10 +111,13 @@ def _plan_pretrained(config: ModelConfig, shard: Shard) -> ModelPlan:
             f'model "{config.id}": {type(module).__name__} is an encoder-decoder, which is not served for embed'
         )
     layout, image, outside = plan_image(config, source, module, dtype, tensors)
+    split = None if shard.whole else plan_split(config, source.config, layout, shard)
 
     def build(device: torch.device, attention: str | None) -> nn.Module:
         built = skeleton.build(config, source.config, dtype, attention)
         skeleton.fill_outside(built, outside, device)
+        if split is not None:
+            split.resize(built)
         return built
 
     classify = config.task == "classify"
@@ -125,6 +130,9 @@ def _plan_pretrained(config: ModelConfig, shard: Shard) -> ModelPlan:
             f"tokens of its attention by a mask, which is not served; set max_model_len to {cache.longest} or less, "
             "where they make no difference"
         )
+    if split is not None:
+        layout, image = split_image(split, module, layout, image)
+        cache = cache and split_cache(split, cache_geometry(config, source.config, dtype, split.prepare))
     plan = ModelPlan(
         config=config,
         architecture=type(module).__name__,
@@ -133,6 +141,7 @@ def _plan_pretrained(config: ModelConfig, shard: Shard) -> ModelPlan:
         layout=layout,
         build=build,
         shard=shard,
+        split=split,
         source=source,
         cache=cache,
         max_model_len=max_model_len,
@@ -148,11 +157,11 @@ def _plan_pretrained(config: ModelConfig, shard: Shard) -> ModelPlan:
 
 
 def _plan_custom(config: ModelConfig, shard: Shard) -> ModelPlan:
-    first = make_module(config)
+    first = make_module(config, shard)
     spare = [first]  # the module just made serves the first load; a later one makes another
 
     def build(device: torch.device, attention: str | None) -> nn.Module:
-        module = spare.pop() if spare else make_module(config)
+        module = spare.pop() if spare else make_module(config, shard)
         for owner in module.modules():
             for name in owner._non_persistent_buffers_set:
                 if (buffer := owner._buffers[name]) is not None:
@@ -169,7 +178,7 @@ def _plan_custom(config: ModelConfig, shard: Shard) -> ModelPlan:
         config=config,
         architecture=type(first).__name__,
         dtype=next(floats, torch.float32),
-        image=StateImage(layout, lambda: dict(persistent_tensors(make_module(config))), held),
+        image=StateImage(layout, lambda: dict(persistent_tensors(make_module(config, shard))), held),
         layout=layout,
         build=build,
         shard=shard,

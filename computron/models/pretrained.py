@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 
 from computron.config import ModelConfig
 from computron.errors import CheckpointError
-from computron.memory.images import ImageSource
 from computron.models import skeleton
 from computron.models.checkpoint import Source
-from computron.models.images import CheckpointImage, StateImage, tensors_equal
+from computron.models.images import CheckpointImage, LaidOutImage, StateImage, tensors_equal
 from computron.models.layout import Layout, lay_out, model_stages, persistent_tensors
 from computron.models.random_image import RandomImage
 from computron.models.safetensors_file import FileTensor
@@ -33,7 +32,7 @@ def plan_image(
     module: PreTrainedModel,
     dtype: torch.dtype,
     tensors: Mapping[str, FileTensor],
-) -> tuple[Layout, ImageSource, frozenset[str]]:
+) -> tuple[Layout, LaidOutImage, frozenset[str]]:
     """Layout, bytes, and the names that no checkpoint holds. `module`: on the meta device; `tensors`: the files'.
 
     Raises CheckpointError, naming file, tensor and remedy, if they do not fit together.
@@ -62,11 +61,11 @@ def _layout(
     module: PreTrainedModel, described: Described, aliases: Mapping[str, str], outside: frozenset[str]
 ) -> Layout:
     names = [name for name in described if name not in aliases and name not in outside]
-    first = {aliases.get(name, name) for name in _embedding_names(module)}
+    first = {aliases.get(name, name) for name in embedding_names(module)}
     return lay_out(model_stages(module, names, first), described, aliases)
 
 
-def _embedding_names(module: PreTrainedModel) -> list[str]:
+def embedding_names(module: PreTrainedModel) -> list[str]:
     """Tensors of the input embedding, which is used first wherever it is registered."""
     try:
         embedding = module.get_input_embeddings()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
-from computron.models.images import LaidOutImage
+from computron.models.images import LaidOutImage, Run
 from computron.models.layout import Layout, TensorSlot
 
 CHUNK = 1 << 16  # elements with a generator of their own
@@ -21,13 +22,22 @@ class RandomImage(LaidOutImage):
         self._deviation = deviation
 
     def read_tensor(self, slot: TensorSlot, start: int, buffer: memoryview) -> None:
+        self.read_runs(slot, [(start, len(buffer))], buffer)
+
+    def read_runs(self, slot: TensorSlot, runs: Sequence[Run], buffer: memoryview) -> None:
         size = slot.dtype.itemsize
-        done = 0
-        while done < len(buffer):
-            chunk, skip = divmod(start + done, CHUNK * size)
-            values = self._chunk(slot, chunk).view(torch.uint8)[skip : skip + len(buffer) - done]
-            torch.frombuffer(buffer[done : done + len(values)], dtype=torch.uint8).copy_(values)
-            done += len(values)
+        target = torch.frombuffer(buffer, dtype=torch.uint8)
+        done, made, bytes_of_made = 0, -1, torch.empty(0, dtype=torch.uint8)
+        for start, nbytes in runs:
+            end = start + nbytes
+            while start < end:
+                chunk, skip = divmod(start, CHUNK * size)
+                if chunk != made:
+                    made, bytes_of_made = chunk, self._chunk(slot, chunk).view(torch.uint8)
+                values = bytes_of_made[skip : skip + end - start]
+                target[done : done + len(values)] = values
+                done += len(values)
+                start += len(values)
 
     def _chunk(self, slot: TensorSlot, index: int) -> torch.Tensor:
         elements = slot.nbytes // slot.dtype.itemsize
