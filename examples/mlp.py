@@ -1,5 +1,6 @@
-"""A multi-layer perceptron with random weights, served without a batch manager of its own:
+"""A multi-layer perceptron with random weights, served without a batch manager of its own. From the repository's root:
 
+    source .venv/bin/activate
     computron serve examples/mlp.toml
     curl -s localhost:8000/v1/models/mlp-a/infer -H 'Content-Type: application/json' -d '{"input": [1, 0, 0, 0]}'
 
