@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import http.server
 import json
-import logging
+import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -186,18 +187,23 @@ def test_what_is_loaded_is_counted(models, said, capsys):
     assert capsys.readouterr().err.startswith(said)
 
 
-def test_the_servers_last_log_lines_come_before_the_commands_last_words(monkeypatch, capsys):
-    async def serve(*_):
-        logging.getLogger("computron.test").info("last_line")
-        return 15
-
-    monkeypatch.setattr("computron.api.server.serve", serve)
-    monkeypatch.setattr("computron.node.node.Node", lambda *_: None)
-    root, ours = logging.getLogger(), logging.getLogger("computron")
-    for logger, name in ((root, "handlers"), (root, "level"), (ours, "level")):
-        monkeypatch.setattr(logger, name, list(logger.handlers) if name == "handlers" else logger.level)
-    assert cli._run_server(Config()) == 15
-    assert "last_line" in capsys.readouterr().err
+def test_a_server_says_what_it_serves_and_last_of_all_that_it_has_stopped(tmp_path: Path):
+    path = tmp_path / "serve.toml"
+    path.write_text(
+        '[server]\nport = 0\n[device]\nkind = "host"\nmemory = "1MiB"\n[host]\nmemory = "1MiB"\n'
+        '[[models]]\nid = "echo"\ntask = "custom"\n'
+        'factory = "examples.echo:make"\nbatch_manager = "examples.echo:EchoBatches"\n'
+    )
+    command = [sys.executable, "-m", "computron", "serve", str(path)]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("1 model (0 MiB) loaded in ")
+        process.send_signal(signal.SIGTERM)
+        *log, last = process.stdout.read().splitlines()
+    assert (process.returncode, last) == (0, "stopped")
+    assert "shutdown signal=SIGTERM" in log[-1]
 
 
 def test_a_wrong_option_is_a_usage_error(tmp_path: Path):
