@@ -85,9 +85,12 @@ class AttentionPlan:
         self._windows = windows
         self._counts = -(-(self._starts + self._lengths) // BLOCK_TOKENS)  # blocks of each sequence
         self._offsets = self._counts.cumsum() - self._counts  # of its first one in `batch.blocks`
-        places = self._lengths.cumsum() - self._lengths  # of its first token in the packed row
-        positions = np.arange(len(batch.tokens)) + np.repeat(self._starts - places, self._lengths)
-        blocks = self._blocks[np.repeat(self._offsets, self._lengths) + positions // BLOCK_TOKENS]
+        positions, offsets = self._starts, self._offsets
+        if len(positions) != len(batch.tokens):
+            places = self._lengths.cumsum() - self._lengths  # of each sequence's first token in the packed row
+            positions = np.arange(len(batch.tokens)) + np.repeat(positions - places, self._lengths)
+            offsets = np.repeat(offsets, self._lengths)
+        blocks = self._blocks[offsets + positions // BLOCK_TOKENS]
         slots = cache.slots(blocks, positions % BLOCK_TOKENS)
         drafts = {window: self._drafts(window) for window in windows}
         arrays = [array for each in drafts.values() for array in _arrays(each)]
@@ -132,10 +135,11 @@ class AttentionPlan:
     def _decode_draft(self, begin: int, end: int, window: int | None) -> _Draft:
         starts = self._starts[begin:end]
         firsts = _first_blocks(starts, window)
-        seen = (self._counts[begin:end] - firsts)[:, None]
+        seen = self._counts[begin:end] - firsts
         places = np.arange(seen.max())
         # Padding: any block that is mapped and written, such as the first one that the sequence sees.
-        table = self._blocks[(self._offsets[begin:end] + firsts)[:, None] + np.where(places < seen, places, 0)]
+        shown = np.where(places < seen[:, None], places, 0)
+        table = self._blocks[(self._offsets[begin:end] + firsts)[:, None] + shown]
         return _Draft(begin, end, starts - firsts * BLOCK_TOKENS, table.shape[1] * BLOCK_TOKENS, self.cache.rows(table))
 
     def _prompt_draft(self, sequence: int, begin: int, end: int, window: int | None) -> _Draft:

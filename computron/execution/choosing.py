@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from computron.execution.packed_batch import Work
@@ -35,7 +35,7 @@ def wants_only_likeliest(works: Sequence[Work]) -> bool:
 
 def choose(works: Sequence[Work], output: TokensOutput | LogitsOutput) -> list[Choice]:
     """`works`: of all parts, in the order in which they were packed."""
-    ends = np.cumsum([work.rows for work in works]).tolist()
+    ends = list(itertools.accumulate(work.rows for work in works))
     if isinstance(output, TokensOutput):
         given = output.tokens.tolist()
         return [

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from computron.errors import BadRequest, ContextTooLong, OutOfMemory
@@ -135,7 +134,6 @@ class GenerateExecutor:
         self._planned = _Planned(step, works, taken, len(placed))
         return step
 
-    @torch.inference_mode()
     def finish(self, step: StepInput, output: StepOutput) -> StepResult:
         planned = self._planned
         assert planned is not None, "no step is under way"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,9 +29,12 @@ from transformers import (
 from computron.config import ModelConfig
 from computron.execution.executor import make_executor, make_runner, run_step
 from computron.execution.requests import GenerateJob, Job, Output, SamplingParams, StepResult, TextOutput, TokenLogprob
+from computron.execution.steps import StepInput, StepOutput
+from computron.group.codec import decode, encode
 from computron.models import Gate, LoadedModel, OpenGate, load_model, plan_model
 from computron.models.byte_tokenizer import byte_tokenizer
 from computron.models.demo import DemoModels
+from computron.models.shard import Shard
 
 VOCABULARY = 300
 FRAME_BYTES = 1 << 16
@@ -108,14 +112,18 @@ class Answer:
         return self.texts[-1].finish_reason, self.texts[-1].stop_reason
 
 
+def new_cache(model: LoadedModel, cache_bytes: int) -> torch.Tensor | None:
+    if model.plan.cache is None:
+        return None
+    return torch.full((cache_bytes,), 0xFF, dtype=torch.uint8, device=model.device)
+
+
 class Rig:
     """One model and its executor. Frames of the cache are "mapped" up to `frames`; what lies beyond holds NaNs."""
 
     def __init__(self, model: LoadedModel, cache_bytes: int = 4 << 20) -> None:
         self.model = model
-        self.cache: torch.Tensor | None = None
-        if model.plan.cache is not None:
-            self.cache = torch.full((cache_bytes,), 0xFF, dtype=torch.uint8, device=model.device)
+        self.cache = new_cache(model, cache_bytes)
         self.runner = make_runner(model, self.cache)
         self.executor = make_executor(model, FRAME_BYTES, self.runner.block_bytes, self.runner.capacity)
         self._ids = itertools.count()
@@ -149,6 +157,47 @@ class Rig:
                 outputs[output.request].append(output)
             running = [request for request in running if request not in result.finished]
         return [Answer(outputs[request]) for request in requests]
+
+
+class GroupRig(Rig):
+    """An executor and the runners of several nodes, to which steps travel, and from the last one the output back.
+
+    Each node has the whole model, whatever part of a group its plan says it is.
+    """
+
+    def __init__(self, models: Sequence[LoadedModel], shards: Sequence[Shard], cache_bytes: int = 4 << 20) -> None:
+        for model, shard in zip(models, shards, strict=True):
+            model.plan = dataclasses.replace(model.plan, shard=shard)
+        self.caches = [new_cache(model, cache_bytes) for model in models]
+        self.runners = [make_runner(model, cache) for model, cache in zip(models, self.caches, strict=True)]
+        self.steps: list[StepInput] = []
+        self.outputs: list[StepOutput] = []
+        super().__init__(models[0], cache_bytes)
+
+    def set_cache(self, frames: int) -> None:
+        moves = self.executor.set_cache(frames)
+        for runner in self.runners:
+            runner.move_cache(moves)
+
+    def step(self, requests: Sequence[int], gate: Gate | None = None) -> StepResult:
+        step = self.executor.plan(requests)
+        if step is None:
+            return self.executor.empty_result()
+        self.steps.append(step)
+        sent = travelled(step, StepInput)
+        try:
+            *others, output = [runner.run(sent, gate or OpenGate()) for runner in self.runners]
+            assert others == [None] * len(others)
+            assert output is not None
+            self.outputs.append(output)
+            return self.executor.finish(step, travelled(output, StepOutput))
+        except Exception:
+            self.executor.abandon(step)
+            raise
+
+
+def travelled(message: Any, kind: Any) -> Any:
+    return decode(b"".join(encode(message)), kind)
 
 
 @pytest.fixture(scope="session")
@@ -218,6 +267,25 @@ def rig(family: Callable[[str], tuple[PreTrainedModel, Path]], load: Callable[..
         return Rig(load(family(name)[1], **settings), cache_bytes)
 
     return make
+
+
+@pytest.fixture
+def group(
+    family: Callable[[str], tuple[PreTrainedModel, Path]], load: Callable[..., LoadedModel]
+) -> Callable[..., GroupRig]:
+    """As many stages as asked for."""
+
+    def make(name: str = "llama", stages: int = 2, *, cache_bytes: int = 4 << 20, **settings: Any) -> GroupRig:
+        folder = family(name)[1]
+        models = [load(folder, **settings) for _ in range(stages)]
+        return GroupRig(models, [Shard.of_rank(rank, 1, stages) for rank in range(stages)], cache_bytes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def new_group() -> Callable[..., GroupRig]:
+    return GroupRig
 
 
 @pytest.fixture

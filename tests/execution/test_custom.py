@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from computron.config import ModelConfig
-from computron.errors import BadRequest, SwapFailed
+from computron.errors import BadRequest, ExecutionFailed, SwapFailed
 from computron.execution.requests import CustomJob, CustomOutput, EmbedJob, FailedOutput
 from computron.models import load_model, plan_model
 from computron.models.custom import StackTensors
+from computron.models.shard import Shard
 
 
 class Double(nn.Module):
@@ -73,20 +74,27 @@ class FailingGate:
 
 
 @pytest.fixture
-def custom(monkeypatch, new_rig):
+def custom(monkeypatch, new_rig, new_group):
     module = types.ModuleType("user_models")
     for each in (Double, Manager, Careless, Raw):
         setattr(module, each.__name__, each)
     monkeypatch.setitem(sys.modules, "user_models", module)
 
-    def make(manager: str = "Manager"):
+    def load(manager: str):
         config = ModelConfig(
             "m", task="custom", factory="user_models:Double", batch_manager=f"user_models:{manager}", max_batch_size=3
         )
         plan = plan_model(config)
         parameters = torch.empty(plan.image.nbytes, dtype=torch.uint8)
         plan.image.read_into(0, memoryview(parameters.numpy()))
-        return new_rig(load_model(plan, parameters))
+        return load_model(plan, parameters)
+
+    def make(manager: str = "Manager", nodes: int = 1):
+        if nodes == 1:
+            return new_rig(load(manager))
+        return new_group(
+            [load(manager) for _ in range(nodes)], [Shard.of_rank(rank, 1, nodes) for rank in range(nodes)]
+        )
 
     return make
 
@@ -128,6 +136,42 @@ def test_a_manager_that_loses_a_result_is_told_so(custom) -> None:
     result = one.step(request)
     assert result.outputs == [FailedOutput(each, "split_batch gave 1 values for 2 requests") for each in request]
     assert sorted(result.finished) == request
+
+
+def test_in_a_group_batches_travel_and_what_cannot_be_batched_fails_alone(custom) -> None:
+    given = outputs(custom(nodes=2), [1.0], [7.0], [3.0], [4.0, 5.0])
+    assert given == [[2], "make_batch raised ValueError: no sevens", [6], [8, 10]]
+    given = outputs(custom("Raw", nodes=2), [1.0, 2.0])
+    assert given == [{"tensor": [2.0, 4.0], "more": [6.0, [[2.0, 4.0]], "text", None]}]
+
+
+def test_in_a_group_a_batch_that_cannot_be_split_fails_as_a_whole(custom) -> None:
+    given = outputs(custom(nodes=2), [1.0], [11.0], [3.0, 4.0])
+    assert given == ["split_batch raised KeyError: 'twenty-two'"] * 2 + [[6, 8]]
+
+
+def test_in_a_group_a_module_that_raises_fails_the_step(custom) -> None:
+    nodes = custom(nodes=2)
+    requests = [nodes.add(CustomJob(torch.tensor(each))) for each in ([1.0], [13.0], [1.0, 2.0])]
+    with pytest.raises(ExecutionFailed, match="ArithmeticError: thirteen in the batch"):
+        nodes.step(requests)
+    assert nodes.step([requests[0], requests[2]]).batch_size == 2
+
+
+def test_each_mistake_fails_its_own_request(custom) -> None:
+    one = custom()
+    given = outputs(one, [11.0], [7.0], [1.0])
+    assert given == ["split_batch raised KeyError: 'twenty-two'", "make_batch raised ValueError: no sevens", [2]]
+
+
+def test_a_batch_manager_that_groups_wrongly_fails_the_step(custom, monkeypatch) -> None:
+    one = custom()
+    request = one.add(CustomJob(torch.tensor([1.0])))
+    with monkeypatch.context() as patch:
+        patch.setattr(one.model.batch_manager, "group", lambda payload: [payload])
+        with pytest.raises(ExecutionFailed, match="unhashable"):
+            one.step([request])
+    assert one.step([request]).finished == (request,)
 
 
 def test_a_step_whose_swap_fails_can_be_tried_again(custom) -> None:
