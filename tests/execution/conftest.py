@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import (
 
 from computron.config import ModelConfig
 from computron.execution.executor import make_executor, make_runner, run_step
+from computron.execution.protocols import Runner
 from computron.execution.requests import GenerateJob, Job, Output, SamplingParams, StepResult, TextOutput, TokenLogprob
 from computron.execution.steps import StepInput, StepOutput
 from computron.group.codec import decode, encode
@@ -122,13 +124,17 @@ class Rig:
     """One model and its executor. Frames of the cache are "mapped" up to `frames`; what lies beyond holds NaNs."""
 
     def __init__(self, model: LoadedModel, cache_bytes: int = 4 << 20) -> None:
-        self.model = model
         self.cache = new_cache(model, cache_bytes)
         self.runner = make_runner(model, self.cache)
-        self.executor = make_executor(model, FRAME_BYTES, self.runner.block_bytes, self.runner.capacity)
-        self._ids = itertools.count()
+        self._lead(model, [self.runner])
         if self.cache is not None:
             self.set_cache(cache_bytes // FRAME_BYTES)
+
+    def _lead(self, model: LoadedModel, runners: Sequence[Runner]) -> None:
+        self.model = model
+        self.executor = make_executor(model, FRAME_BYTES, runners[0].block_bytes, runners[0].capacity)
+        self.executor.limit_cache(max(r.block_bytes for r in runners), min(r.capacity for r in runners))
+        self._ids = itertools.count()
 
     def set_cache(self, frames: int) -> None:
         self.runner.move_cache(self.executor.set_cache(frames))
@@ -160,19 +166,17 @@ class Rig:
 
 
 class GroupRig(Rig):
-    """An executor and the runners of several nodes, to which steps travel, and from the last one the output back.
+    """An executor and the runners of several nodes, to which steps travel, and from one of them the output back."""
 
-    Each node has the whole model, whatever part of a group its plan says it is.
-    """
-
-    def __init__(self, models: Sequence[LoadedModel], shards: Sequence[Shard], cache_bytes: int = 4 << 20) -> None:
-        for model, shard in zip(models, shards, strict=True):
-            model.plan = dataclasses.replace(model.plan, shard=shard)
+    def __init__(self, models: Sequence[LoadedModel], cache_bytes: int = 4 << 20) -> None:
         self.caches = [new_cache(model, cache_bytes) for model in models]
         self.runners = [make_runner(model, cache) for model, cache in zip(models, self.caches, strict=True)]
         self.steps: list[StepInput] = []
         self.outputs: list[StepOutput] = []
-        super().__init__(models[0], cache_bytes)
+        self._threads = [ThreadPoolExecutor(1) for _ in models]
+        self._lead(models[0], self.runners)
+        if self.caches[0] is not None:
+            self.set_cache(cache_bytes // FRAME_BYTES)
 
     def set_cache(self, frames: int) -> None:
         moves = self.executor.set_cache(frames)
@@ -186,14 +190,23 @@ class GroupRig(Rig):
         self.steps.append(step)
         sent = travelled(step, StepInput)
         try:
-            *others, output = [runner.run(sent, gate or OpenGate()) for runner in self.runners]
-            assert others == [None] * len(others)
-            assert output is not None
+            runs = [
+                thread.submit(runner.run, sent, gate or OpenGate())
+                for thread, runner in zip(self._threads, self.runners, strict=True)
+            ]
+            (output,) = [output for run in runs if (output := run.result()) is not None]
             self.outputs.append(output)
             return self.executor.finish(step, travelled(output, StepOutput))
         except Exception:
             self.executor.abandon(step)
             raise
+
+
+def acting(models: Sequence[LoadedModel], tensor_parallel: int, pipeline_parallel: int) -> Sequence[LoadedModel]:
+    """Whole models as the nodes of a group: each computes everything, and gives what its part would give."""
+    for rank, model in enumerate(models):
+        model.plan = dataclasses.replace(model.plan, shard=Shard.of_rank(rank, tensor_parallel, pipeline_parallel))
+    return models
 
 
 def travelled(message: Any, kind: Any) -> Any:
@@ -273,18 +286,24 @@ def rig(family: Callable[[str], tuple[PreTrainedModel, Path]], load: Callable[..
 def group(
     family: Callable[[str], tuple[PreTrainedModel, Path]], load: Callable[..., LoadedModel]
 ) -> Callable[..., GroupRig]:
-    """As many stages as asked for."""
+    """A group of as many stages as asked for, each of which has the whole model."""
 
     def make(name: str = "llama", stages: int = 2, *, cache_bytes: int = 4 << 20, **settings: Any) -> GroupRig:
         folder = family(name)[1]
-        models = [load(folder, **settings) for _ in range(stages)]
-        return GroupRig(models, [Shard.of_rank(rank, 1, stages) for rank in range(stages)], cache_bytes)
+        return GroupRig(acting([load(folder, **settings) for _ in range(stages)], 1, stages), cache_bytes)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def new_group() -> Callable[..., GroupRig]:
+    """new_group(models, tensor_parallel, pipeline_parallel): the same, of these models."""
+    return lambda models, *parallel: GroupRig(acting(models, *parallel))
+
+
+@pytest.fixture(scope="session")
+def new_split_group() -> Callable[[Sequence[LoadedModel]], GroupRig]:
+    """Of models that are parts of one."""
     return GroupRig
 
 

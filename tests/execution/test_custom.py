@@ -16,7 +16,6 @@ from computron.errors import BadRequest, ExecutionFailed, SwapFailed
 from computron.execution.requests import CustomJob, CustomOutput, EmbedJob, FailedOutput
 from computron.models import load_model, plan_model
 from computron.models.custom import StackTensors
-from computron.models.shard import Shard
 
 
 class Double(nn.Module):
@@ -92,9 +91,7 @@ def custom(monkeypatch, new_rig, new_group):
     def make(manager: str = "Manager", nodes: int = 1):
         if nodes == 1:
             return new_rig(load(manager))
-        return new_group(
-            [load(manager) for _ in range(nodes)], [Shard.of_rank(rank, 1, nodes) for rank in range(nodes)]
-        )
+        return new_group([load(manager) for _ in range(nodes)], 1, nodes)
 
     return make
 

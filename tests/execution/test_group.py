@@ -12,7 +12,6 @@ from computron.errors import GroupBroken, SwapFailed
 from computron.execution.requests import ClassifyJob, EmbedJob, GenerateJob, SamplingParams
 from computron.execution.steps import GenerateStep, LogitsOutput, TokensOutput
 from computron.models import OpenGate
-from computron.models.shard import Shard
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
@@ -89,9 +88,10 @@ def test_prompts_whose_logits_travel_are_scored_a_few_tokens_a_step(group, rig, 
 
 
 def test_every_node_but_one_keeps_its_result(family, load, new_group, greedy) -> None:
-    shards = [Shard(2, 1, 1, 0), Shard(2, 0, 1, 0)]
-    nodes = new_group([load(family("llama")[1]) for _ in shards], shards)
-    assert len(nodes.run([greedy((1, 2, 3))])[0].tokens) == 8  # step() looks at what the nodes give
+    nodes = new_group([load(family("llama")[1]) for _ in range(2)], 2, 1)
+    assert len(nodes.run([greedy((1, 2, 3))])[0].tokens) == 8  # step() takes one output and no more
+    given = [runner.run(nodes.steps[-1], OpenGate()) for runner in nodes.runners]
+    assert [output is None for output in given] == [False, True]
     assert all(len(step.parts) == 1 for step in nodes.steps)
 
 
@@ -132,7 +132,7 @@ def test_a_block_is_as_large_and_the_cache_as_small_as_on_any_node(group, greedy
 def test_embeddings(random_checkpoint, load, new_group, new_rig, prompts) -> None:
     _, folder = random_checkpoint(AutoModel, BertConfig(**SIZES, vocab_size=300, max_position_embeddings=110))
     settings = {"task": "embed", "max_batch_size": 6, "max_batch_tokens": 150}
-    nodes = new_group([load(folder, **settings) for _ in range(2)], [Shard.of_rank(rank, 1, 2) for rank in range(2)])
+    nodes = new_group([load(folder, **settings) for _ in range(2)], 1, 2)
     jobs = [EmbedJob(tuple(token % 290 + 2 for token in prompt)) for prompt in prompts]
     given = [answer.outputs[0].embedding for answer in nodes.run(jobs)]
     assert given == [answer.outputs[0].embedding for answer in new_rig(load(folder, **settings)).run(jobs)]
@@ -142,7 +142,7 @@ def test_images(random_checkpoint, load, new_group, new_rig) -> None:
     config = ViTConfig(**SIZES, image_size=16, patch_size=4, num_labels=5)
     _, folder = random_checkpoint(AutoModelForImageClassification, config)
     settings = {"task": "classify", "max_batch_size": 4}
-    nodes = new_group([load(folder, **settings) for _ in range(2)], [Shard.of_rank(rank, 1, 2) for rank in range(2)])
+    nodes = new_group([load(folder, **settings) for _ in range(2)], 1, 2)
     images = torch.randn((6, 3, 16, 16), generator=torch.Generator().manual_seed(1))
     jobs = [ClassifyJob(pixels=image) for image in images]
     given = [answer.outputs[0].probabilities for answer in nodes.run(jobs)]
