@@ -102,7 +102,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         names = [self._names[id(tensor)] for tensor in given if id(tensor) in self._names]
         self._use(names)
         if any(self._age.get(id(tensor), self._now) < self._now for tensor in given):
-            raise _Refused(f"what earlier layers made is read again {self._place()}")
+            raise _Refused(f"{self._place()} reads more of what was computed before it than hidden states")
         if names or any(id(tensor) in self._age for tensor in given):
             self._mark(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
         return output
@@ -156,4 +156,4 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise _Refused(f"layer {self._entered - 1} reads {foreign[0]}")
 
     def _place(self) -> str:
-        return "after the layers" if len(self.outputs) == self._count else f"by layer {self._entered - 1}"
+        return "the head" if len(self.outputs) == self._count else f"layer {self._entered - 1}"

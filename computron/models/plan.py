@@ -104,7 +104,7 @@ def _plan_pretrained(config: ModelConfig, shard: Shard) -> ModelPlan:
     source = open_source(config)
     tensors = {} if source.random or source.folder is None else checkpoint_tensors(source.folder)
     dtype = choose_dtype(config, source.config, tensors)
-    cache = cache_geometry(config, source.config, dtype) if config.task == "generate" else None
+    cache = cache_geometry(config, source.config, dtype) if config.task == "generate" and shard.whole else None
     module = skeleton.build(config, source.config, dtype, None)
     if config.task == "embed" and getattr(source.config, "is_encoder_decoder", False):
         raise CheckpointError(
@@ -132,7 +132,8 @@ def _plan_pretrained(config: ModelConfig, shard: Shard) -> ModelPlan:
         )
     if split is not None:
         layout, image = split_image(split, module, layout, image)
-        cache = cache and split_cache(split, cache_geometry(config, source.config, dtype, split.prepare))
+        if config.task == "generate":
+            cache = split_cache(split, cache_geometry(config, source.config, dtype, split.prepare))
     plan = ModelPlan(
         config=config,
         architecture=type(module).__name__,
