@@ -232,7 +232,7 @@ def test_the_call_that_slurm_makes_is_one_that_the_command_takes(job, tmp_path, 
     file = tmp_path / "serve.toml"
     file.write_text('[group]\ntensor_parallel = 4\n[[models]]\nid = "a"\nsource = "random:tiny"\n')
     shares = []
-    monkeypatch.setattr("computron.group.launch.launch", lambda config, share, command: shares.append(share) or 0)
+    monkeypatch.setattr("computron.group.launch.launch", lambda config, share, *rest, **more: shares.append(share) or 0)
     monkeypatch.chdir(tmp_path)
     (call,) = job().lines("calls.1")
     result = CliRunner().invoke(cli.app, call.split())

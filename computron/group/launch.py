@@ -14,9 +14,12 @@ from pathlib import Path
 
 from computron.config import Config
 from computron.errors import ConfigError
+from computron.group.starting import Command, Starter, Warm
 from computron.group.supervisor import Supervisor
 
 LOOPBACK = "127.0.0.1"
+# What libraries read when they are loaded. Threads that wait shall sleep, and numpy shall start none.
+WARM = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"), "OPENBLAS_NUM_THREADS": "1"}
 DEFAULT_PORT = 29500  # of the leader's meeting point, where there are several hosts
 
 
@@ -118,19 +121,26 @@ def serve_command(config: Path, options: Mapping[str, str | int | None]) -> list
     return [sys.executable, "-P", "-m", "computron", "serve", str(config), *given]
 
 
-def launch(config: Config, share: Share, command: Sequence[str]) -> int:
+def launch(config: Config, share: Share, command: Sequence[str], libraries: Sequence[str] = ()) -> int:
     """Run this host's nodes until they have ended for good. Returns the exit code.
 
-    Raises ConfigError if there is no free port where the nodes are to meet.
+    `libraries`: modules that take long to load; that is then done once, for all nodes and all their starts. Raises
+    ConfigError if there is no free port where the nodes are to meet.
     """
     with contextlib.ExitStack() as stack:
         if share.meeting.port == 0:
             share = replace(share, meeting=stack.enter_context(reserved(share.meeting.host)))
 
+        threads = threads_per_node(share.count)
+        starter: Starter = Command(command)
+        if libraries:
+            starter = Warm(Command(command), libraries, WARM | {"OMP_NUM_THREADS": str(threads)})
+            stack.callback(starter.close)
+            starter.wait()
+
         async def run() -> int:
-            environments = share.environments(threads_per_node(share.count))
             supervisor = Supervisor(
-                command, environments, timeout=config.group.node_timeout, drain=config.server.drain_timeout
+                starter, share.environments(threads), config.group.node_timeout, config.server.drain_timeout
             )
             return await supervisor.run()
 

@@ -115,7 +115,7 @@ class Supervision:
         self._nodes = {rank: _Node(rank) for rank in ranks}
         self.timeout = timeout
         self._drain = drain
-        self.tick = min(1.0, timeout / 4)
+        self.tick = min(0.25, timeout / 4)
         self._ticked: float | None = None
         self._code: int | None = None  # what to end with, once it is decided that all shall end
         self._asked = False

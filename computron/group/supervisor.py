@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-from computron.group.heartbeat import VARIABLE
+from computron.group.starting import Starter
 from computron.group.supervision import (
     Asked,
     Beat,
@@ -36,20 +34,17 @@ log = logging.getLogger(__name__)
 RESTARTS = "COMPUTRON_RESTARTS"  # how many times a node was started before
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_PR_SET_PDEATHSIG = 1
-
 
 class Supervisor:
-    """`command`: a node's; `environments`: what is particular to each rank's, added to this process's own.
+    """`environments`: what is particular to each rank's, added to this process's own.
 
     Reaps every child of this process, as the first process of a container has to.
     """
 
     def __init__(
-        self, command: Sequence[str], environments: Mapping[int, Mapping[str, str]], timeout: float, drain: float
+        self, starter: Starter, environments: Mapping[int, Mapping[str, str]], timeout: float, drain: float
     ) -> None:
-        self._command = list(command)
+        self._starter = starter
         self._environments = environments
         self._supervision = Supervision(list(environments), timeout, drain)
         self._processes: dict[int, _Process] = {}
@@ -92,15 +87,14 @@ class Supervisor:
             case Start(rank, restarts):
                 self._start(rank, restarts)
             case Send(rank, number):
-                if rank in self._processes:
-                    self._processes[rank].send(number)
+                os.kill(self._processes[rank].pid, number)
             case Told():
                 self._tell(order)
 
     def _start(self, rank: int, restarts: int) -> None:
-        environment = {**os.environ, **self._environments[rank], RESTARTS: str(restarts)}
+        environment = {**self._environments[rank], RESTARTS: str(restarts)}
         try:
-            process = _Process(self._command, environment, self._loop)
+            process = _Process(self._starter, environment, self._loop)
         except OSError as error:
             log.error("node_not_started node=%d reason=%s", rank, error)
             self._processes.pop(rank, None)
@@ -133,27 +127,19 @@ class Supervisor:
 
 
 class _Process:
-    """A node's process. It leads a session and process group of its own, and dies with this process."""
+    """A node's process, whose heartbeat is listened to."""
 
-    def __init__(self, command: list[str], environment: Mapping[str, str], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, starter: Starter, environment: Mapping[str, str], loop: asyncio.AbstractEventLoop) -> None:
         """Raises OSError."""
         self._loop = loop
         beats, writer = os.pipe()
         try:
-            self._popen = subprocess.Popen(
-                command,
-                env={**environment, VARIABLE: str(writer)},
-                stdin=subprocess.DEVNULL,
-                pass_fds=(writer,),
-                start_new_session=True,  # a terminal's signals come to this process only
-                preexec_fn=_die_with(os.getpid()),
-            )
+            self.pid = starter.start(environment, writer)
         except BaseException:
             os.close(beats)
             raise
         finally:
             os.close(writer)
-        self.pid = self._popen.pid
         self._beats: int | None = beats
 
     def listen(self, beat: Callable[[], None], closed: Callable[[], None]) -> None:
@@ -169,9 +155,6 @@ class _Process:
 
         self._loop.add_reader(fd, readable)
 
-    def send(self, number: int) -> None:
-        self._popen.send_signal(number)
-
     def end(self) -> int:
         """Its exit code, or minus the number of the signal that ended it. What it started itself is killed.
 
@@ -180,7 +163,7 @@ class _Process:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.close()
-        return self._popen.wait()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def close(self) -> None:
         """Listen no longer. Idempotent."""
@@ -211,14 +194,3 @@ def _ended_child() -> int | None:
     except ChildProcessError:
         return None
     return ended.si_pid if ended is not None else None
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """For a new process, before it becomes another program: be killed when `parent` ends, however it does."""
-
-    def prepare() -> None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it has ended already
-            os._exit(1)
-
-    return prepare

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from computron import cli
 from computron.config import Config, GroupConfig
 from computron.errors import ConfigError
 from computron.group.environment import Place
-from computron.group.launch import Meeting, Share, launch, reserved, serve_command, share_of, threads_per_node
+from computron.group.launch import WARM, Meeting, Share, launch, reserved, serve_command, share_of, threads_per_node
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 
@@ -121,8 +122,8 @@ def launched(monkeypatch) -> list[Any]:
     """What the command would launch."""
     calls: list[Any] = []
 
-    def record(config: Config, share: Share, command: list[str]) -> int:
-        calls.append((config, share, command))
+    def record(config: Config, share: Share, command: list[str], libraries: list[str]) -> int:
+        calls.append((config, share, command, libraries))
         return 3
 
     monkeypatch.setattr("computron.group.launch.launch", record)
@@ -143,10 +144,20 @@ def run(*arguments: object):
 def test_the_command_launches_this_host_s_nodes(launched, file):
     result = run(file, "--hosts", "a, b", "--host-rank", 1, "--rendezvous", "a:7", "--port", 9000)
     assert result.exit_code == 3
-    ((config, share, command),) = launched
+    ((config, share, command, _),) = launched
     assert config.group.nodes == 2
     assert share == Share(1, 1, 2, Meeting("a", 7))
     assert command[-2:] == [str(file), "--port=9000"]
+
+
+def test_the_libraries_of_a_node_can_be_loaded_before_a_fork(launched, file):
+    run(file)
+    ((*_, libraries),) = launched
+    program = f"import {', '.join(libraries)}; from computron.group.warm import why_not; print(why_not())"
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | WARM, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "None\n"
 
 
 def test_a_wrong_option_is_told_with_the_file_s_line_where_it_is_about_that(launched, file):

@@ -18,16 +18,19 @@ from computron.group.heartbeat import Heartbeat
 from computron.group.supervisor import how
 
 HERE = Path(__file__).parent
+BOTH = pytest.mark.parametrize("modules", ["-", "asyncio,computron.group.heartbeat"], ids=["cold", "warm"])
 PATIENCE = 30.0  # seconds for what takes a fraction of one
 
 
 class Launch:
     """A supervisor in a process of its own, over stand-ins for nodes."""
 
-    def __init__(self, folder: Path, behaviour: dict[str, Any], *, ranks: str, timeout: float, nohup: bool) -> None:
+    def __init__(
+        self, folder: Path, behaviour: dict[str, Any], *, ranks: str, timeout: float, nohup: bool, modules: str
+    ) -> None:
         self.folder = folder
         node = [sys.executable, str(HERE / "stand_in.py"), str(folder), json.dumps(behaviour)]
-        command = [sys.executable, str(HERE / "supervised.py"), ranks, str(timeout), "30", *node]
+        command = [sys.executable, str(HERE / "supervised.py"), modules, ranks, str(timeout), "30", *node]
         with (folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
                 ["nohup", *command] if nohup else command, stderr=log, stdout=subprocess.DEVNULL
@@ -73,9 +76,11 @@ def gone(pid: int) -> bool:
 def launch(tmp_path) -> Iterator[Any]:
     launches: list[Launch] = []
 
-    def start(*, ranks: str = "0,1", timeout: float = 30.0, nohup: bool = False, **behaviour: Any) -> Launch:
+    def start(
+        *, ranks: str = "0,1", timeout: float = 30.0, nohup: bool = False, modules: str = "-", **behaviour: Any
+    ) -> Launch:
         by_rank = {name.removeprefix("node"): what for name, what in behaviour.items()}
-        launches.append(Launch(tmp_path, by_rank, ranks=ranks, timeout=timeout, nohup=nohup))
+        launches.append(Launch(tmp_path, by_rank, ranks=ranks, timeout=timeout, nohup=nohup, modules=modules))
         return launches[-1]
 
     yield start
@@ -86,8 +91,9 @@ def launch(tmp_path) -> Iterator[Any]:
     wait_until(lambda: all(gone(pid) for pid in pids))
 
 
-def test_nodes_run_apart_and_are_told_who_they_are(launch):
-    running = launch()
+@BOTH
+def test_nodes_run_apart_and_are_told_who_they_are(launch, modules):
+    running = launch(modules=modules)
     nodes = [running.node(0), running.node(1)]
     for rank, node in enumerate(nodes):
         assert node["environment"]["RANK"] == str(rank)
@@ -97,9 +103,10 @@ def test_nodes_run_apart_and_are_told_who_they_are(launch):
     assert f"computron.group.supervisor: node_started node=1 pid={nodes[1]['pid']} restarts=0" in running.log
 
 
+@BOTH
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_node_is_started_again_and_the_others_stay(launch, rank):
-    running = launch()
+def test_a_killed_node_is_started_again_and_the_others_stay(launch, modules, rank):
+    running = launch(modules=modules)
     first, other = running.pid(rank), running.pid(1 - rank)
     os.kill(first, signal.SIGKILL)
     assert running.pid(rank, restarts=1) != first
@@ -108,12 +115,38 @@ def test_a_killed_node_is_started_again_and_the_others_stay(launch, rank):
     assert running.stop() == 0
 
 
-def test_what_a_dead_node_had_started_is_killed(launch):
-    running = launch(node1={"child": True})
+@BOTH
+def test_what_a_dead_node_had_started_is_killed(launch, modules):
+    running = launch(modules=modules, node1={"child": True})
     node = running.node(1)
     os.kill(node["pid"], signal.SIGKILL)
     running.node(1, restarts=1)
     wait_until(lambda: gone(node["child"]))
+
+
+@pytest.mark.parametrize("kill", [True, False])
+def test_nodes_start_cold_once_the_warm_process_is_lost(launch, kill):
+    running = launch(modules="asyncio,computron.group.heartbeat" if kill else "computron.no_such_module")
+    nodes = {running.pid(0), running.pid(1)}
+    if kill:
+        children = psutil.Process(running.process.pid).children()
+        (warm,) = [child for child in children if child.pid not in nodes]
+        warm.kill()
+    os.kill(running.pid(1), signal.SIGKILL)
+    assert running.pid(1, restarts=1) not in nodes
+    assert "warm_start_lost" in running.log
+    assert not gone(running.pid(0))
+    assert running.stop() == 0
+
+
+def test_a_process_with_threads_is_not_forked(launch, tmp_path, monkeypatch):
+    (tmp_path / "threaded.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    running = launch(modules="threaded")
+    running.node(0)
+    assert 'warm_start_lost reason="loading the libraries started 1 threads' in running.log
 
 
 def test_dead_nodes_leave_no_zombies(launch):
@@ -124,8 +157,9 @@ def test_dead_nodes_leave_no_zombies(launch):
     assert {child.pid for child in children} == {running.pid(0), running.pid(1, restarts=1)}
 
 
-def test_a_hung_node_is_killed_and_started_again(launch):
-    running = launch(timeout=1.0)
+@BOTH
+def test_a_hung_node_is_killed_and_started_again(launch, modules):
+    running = launch(modules=modules, timeout=1.0)
     hung = running.pid(1)
     os.kill(hung, signal.SIGSTOP)
     assert running.pid(1, restarts=1) != hung
@@ -176,8 +210,9 @@ def test_nohup_lets_a_launch_outlive_its_terminal(launch):
     assert not gone(pid)
 
 
-def test_a_second_signal_kills_nodes_that_do_not_end(launch):
-    running = launch(node0={"ignore": ["SIGTERM"]}, node1={"deaf": True})
+@BOTH
+def test_a_second_signal_kills_nodes_that_do_not_end(launch, modules):
+    running = launch(modules=modules, node0={"ignore": ["SIGTERM"]}, node1={"deaf": True})
     pids = running.pid(0), running.pid(1)
     running.process.send_signal(signal.SIGTERM)
     wait_until(lambda: "shutdown" in running.log, running)
@@ -187,16 +222,18 @@ def test_a_second_signal_kills_nodes_that_do_not_end(launch):
     assert f"node_killed node=1 pid={pids[1]}" in running.log
 
 
-def test_nodes_die_with_a_killed_supervisor(launch):
-    running = launch(node1={"ignore": ["SIGTERM", "SIGHUP"]})
+@BOTH
+def test_nodes_die_with_a_killed_supervisor(launch, modules):
+    running = launch(modules=modules, node1={"ignore": ["SIGTERM", "SIGHUP"]})
     pids = running.pid(0), running.pid(1)
     running.process.kill()
     running.process.wait()
     wait_until(lambda: all(gone(pid) for pid in pids))
 
 
-def test_the_code_of_a_node_that_can_never_start_is_the_launch_s(launch):
-    running = launch(node1={"exit": 3}, node0={"alone": True})
+@BOTH
+def test_the_code_of_a_node_that_can_never_start_is_the_launch_s(launch, modules):
+    running = launch(modules=modules, node1={"exit": 3}, node0={"alone": True})
     assert running.wait() == 3
     assert not (running.folder / "1.1").exists()
 
@@ -215,7 +252,7 @@ def test_a_host_of_followers_ends_when_they_were_told_to(launch):
 
 
 def test_a_command_that_is_not_there_is_tried_again_until_asked_to_stop(tmp_path):
-    command = [sys.executable, str(HERE / "supervised.py"), "0", "30", "30", str(tmp_path / "nothing")]
+    command = [sys.executable, str(HERE / "supervised.py"), "-", "0", "30", "30", str(tmp_path / "nothing")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         lines = [process.stderr.readline() for _ in range(3)]
