@@ -19,6 +19,7 @@ STEADY = 60.0  # seconds of life after which earlier deaths are forgotten
 LEAVING = 60.0  # seconds that a node may take to end after it has closed its heartbeat
 FOLLOWING = 5.0  # seconds within which the other nodes end by themselves once the leader has
 KILLING = 10.0  # seconds beyond the time to drain, after which nodes that are still there are killed
+REPEATED = 0.5  # seconds within which a second request to stop is the first one, delivered twice
 LATE = 1.0  # a tick later than this shows that the supervisor itself was stopped
 
 
@@ -118,7 +119,7 @@ class Supervision:
         self.tick = min(0.25, timeout / 4)
         self._ticked: float | None = None
         self._code: int | None = None  # what to end with, once it is decided that all shall end
-        self._asked = False
+        self._asked_at: float | None = None
         self._terminate_at: float | None = None
         self._kill_at: float | None = None
 
@@ -169,7 +170,7 @@ class Supervision:
         return all(node.left for node in self._nodes.values() if node is not last)
 
     def _ended(self, node: _Node, code: int, now: float) -> list[Order]:
-        in_order = code == 0 or (self._asked and code in (-signal.SIGTERM, 128 + signal.SIGTERM))
+        in_order = code == 0 or (self._asked_at is not None and code in (-signal.SIGTERM, 128 + signal.SIGTERM))
         if not in_order and self._code == 0:
             self._code = 1
         if node.rank == LEADER:
@@ -178,12 +179,14 @@ class Supervision:
 
     def _was_asked(self, number: int, now: float) -> list[Order]:
         """The first time: the leader lets requests end and tells the others, wherever they are; without a leader here
-        all nodes are told. The second time: kill them.
+        all nodes are told. The second time: kill them. `timeout` and other wrappers send the first one twice.
         """
-        if self._asked:
+        if self._asked_at is not None:
+            if now - self._asked_at < REPEATED:
+                return []
             self._code = 128 + number
             return self._kill()
-        self._asked = True
+        self._asked_at = now
         if self._code is None:
             self._end_all(0, kill_at=now + self._drain + KILLING)
         leader = self._nodes.get(LEADER)

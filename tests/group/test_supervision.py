@@ -10,6 +10,7 @@ from computron.group.supervision import (
     KILLING,
     LEAVING,
     PAUSES,
+    REPEATED,
     STEADY,
     Asked,
     Beat,
@@ -240,9 +241,18 @@ def test_whoever_is_left_after_the_time_to_drain_is_killed():
     assert host.result == 1
 
 
+def test_a_request_to_stop_that_is_delivered_twice_counts_once():
+    host = Host(0, 1)
+    host.handle(Asked(TERM))
+    host.now += REPEATED / 2
+    host.handle(Asked(TERM))
+    assert host.signals() == [(0, TERM)]
+
+
 def test_the_second_request_to_stop_kills_all():
     host = Host(0, 1)
     host.handle(Asked(TERM))
+    host.pass_time(REPEATED)
     host.handle(Asked(signal.SIGINT))
     assert host.signals() == [(0, TERM), (0, KILL), (1, KILL)]
     host.handle(Died(1, -KILL))

@@ -9,12 +9,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from computron.group import warm
 from computron.group.heartbeat import Heartbeat
+from computron.group.supervision import REPEATED
 from computron.group.supervisor import how
 
 HERE = Path(__file__).parent
@@ -130,8 +133,8 @@ def test_nodes_start_cold_once_the_warm_process_is_lost(launch, kill):
     nodes = {running.pid(0), running.pid(1)}
     if kill:
         children = psutil.Process(running.process.pid).children()
-        (warm,) = [child for child in children if child.pid not in nodes]
-        warm.kill()
+        (spare,) = [child for child in children if child.pid not in nodes]
+        spare.kill()
     os.kill(running.pid(1), signal.SIGKILL)
     assert running.pid(1, restarts=1) not in nodes
     assert "warm_start_lost" in running.log
@@ -149,6 +152,16 @@ def test_a_process_with_threads_is_not_forked(launch, tmp_path, monkeypatch):
     assert 'warm_start_lost reason="loading the libraries started 1 threads' in running.log
 
 
+@pytest.mark.parametrize(("answer", "reason"), [(3, None), (0, "initialised CUDA"), (100, "initialised CUDA")])
+def test_a_process_that_has_initialised_cuda_is_not_forked(monkeypatch, answer, reason):
+    driver = SimpleNamespace(cuDeviceGetCount=lambda count: answer)
+    monkeypatch.setattr(warm.os, "listdir", lambda path: ["1"])
+    monkeypatch.setattr(warm.Path, "read_text", lambda path: "7f00-7fff r--p 00000000 08:01 1 /usr/lib/libcuda.so.1\n")
+    monkeypatch.setattr(warm.ctypes, "CDLL", lambda name: driver)
+    assert (warm.why_not() is None) == (reason is None)
+    assert reason is None or reason in (warm.why_not() or "")
+
+
 def test_dead_nodes_leave_no_zombies(launch):
     running = launch()
     os.kill(running.pid(1), signal.SIGKILL)
@@ -159,12 +172,12 @@ def test_dead_nodes_leave_no_zombies(launch):
 
 @BOTH
 def test_a_hung_node_is_killed_and_started_again(launch, modules):
-    running = launch(modules=modules, timeout=1.0)
+    running = launch(modules=modules, timeout=2.0)
     hung = running.pid(1)
     os.kill(hung, signal.SIGSTOP)
     assert running.pid(1, restarts=1) != hung
     assert gone(hung)
-    assert f"node_hung node=1 pid={hung} timeout=1.0" in running.log
+    assert f"node_hung node=1 pid={hung} timeout=2.0" in running.log
     assert not gone(running.pid(0))
 
 
@@ -216,6 +229,7 @@ def test_a_second_signal_kills_nodes_that_do_not_end(launch, modules):
     pids = running.pid(0), running.pid(1)
     running.process.send_signal(signal.SIGTERM)
     wait_until(lambda: "shutdown" in running.log, running)
+    time.sleep(REPEATED)
     running.process.send_signal(signal.SIGINT)
     assert running.wait() == 128 + signal.SIGINT
     assert all(gone(pid) for pid in pids)
