@@ -85,7 +85,7 @@ def replace_absent(module: nn.Module, device: torch.device) -> None:
     for name, tensor in list(persistent_tensors(module)):
         if tensor.is_meta:
             path, _, attribute = name.rpartition(".")
-            zeros = torch.zeros(1, dtype=tensor.dtype, device=device).expand(tensor.shape)
+            zeros = torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape)
             is_parameter = isinstance(tensor, nn.Parameter)
             value = nn.Parameter(zeros, requires_grad=False) if is_parameter else zeros
             setattr(module.get_submodule(path), attribute, value)

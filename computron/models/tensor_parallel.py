@@ -23,7 +23,7 @@ from computron.models.tensor_plans import tensor_plan
 Range = tuple[int, int]
 _QUERIES = ("q_proj", "query", "q_lin", "q")
 _KEYS_VALUES = ("k_proj", "v_proj", "key", "value", "k_lin", "v_lin", "k", "v")
-_FUSED = ("c_attn", "query_key_value")  # as many heads of each kind
+_FUSED = ("c_attn", "query_key_value", "Wqkv")  # as many heads of each kind
 _LATENT = ("q_b_proj", "kv_b_proj")
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -138,6 +138,12 @@ def _is_attention(path: str, style: str) -> bool:
 
 def _heads(module: PreTrainedModel, path: str, styles: Mapping[str, str], nodes: int, model_id: str) -> Heads:
     attention = module.get_submodule(path)
+    if attention._parameters:
+        raise CheckpointError(
+            f'model "{model_id}": {path}, a {type(attention).__name__}, has weights of its own '
+            f"({', '.join(attention._parameters)}), which cannot be split; "
+            "set tensor_parallel to 1; pipeline_parallel can split the model between its layers"
+        )
     config = getattr(attention, "config", None) or module.config.get_text_config()
     queries = next(
         (n for name in _HEAD_COUNTS if isinstance(n := getattr(attention, name, None), int)),

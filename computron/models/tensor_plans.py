@@ -73,6 +73,15 @@ _OWN: Mapping[str, Mapping[str, str]] = {
     "xlm-roberta": _BERT,
     "camembert": _BERT,
     "electra": _BERT,
+    "ernie": _BERT,
+    "data2vec-text": _BERT,
+    "megatron-bert": _BERT,
+    "modernbert": {
+        "layers.*.attn.Wqkv": PACKED_COLWISE,
+        "layers.*.attn.Wo": ROWWISE,
+        "layers.*.mlp.Wi": PACKED_COLWISE,
+        "layers.*.mlp.Wo": ROWWISE,
+    },
     "distilbert": {
         "layer.*.attention.q_lin": COLWISE,
         "layer.*.attention.k_lin": COLWISE,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    ApertusConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -26,6 +27,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    ModernBertConfig,
     MPNetConfig,
     OPTConfig,
     Phi3Config,
@@ -73,6 +75,7 @@ GENERATE: Mapping[str, Callable[[], PretrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(**_GROUPED, head_dim=8),
     "gemma3": lambda: Gemma3TextConfig(**_GROUPED, head_dim=8),
     "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=8),
+    "apertus": lambda: ApertusConfig(**_GROUPED),
     "phi3": lambda: Phi3Config(**_GROUPED),
     "gpt-neox": lambda: GPTNeoXConfig(**_MLP),
     "mixtral": lambda: MixtralConfig(**_GROUPED, num_local_experts=4),
@@ -84,6 +87,7 @@ EMBED: Mapping[str, Callable[[], PretrainedConfig]] = {
         vocab_size=VOCABULARY, dim=32, n_layers=3, n_heads=4, hidden_dim=48, max_position_embeddings=64
     ),
     "electra": lambda: ElectraConfig(**_MLP, embedding_size=16),
+    "modernbert": lambda: ModernBertConfig(**_MLP),
     "mpnet": lambda: MPNetConfig(**{**_MLP, "pad_token_id": 1}),
     "llama": GENERATE["llama"],
 }

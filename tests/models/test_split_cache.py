@@ -49,7 +49,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def check(model, tensor_parallel, pipeline_parallel, filled, new_group):
+def check(model, tensor_parallel, pipeline_parallel, filled, new_group, rtol=1e-4, atol=1e-5):
     plan = plan_model(model)
     expected = run(load_model(plan, filled(plan)))
     group = new_group(model, tensor_parallel, pipeline_parallel)
@@ -59,7 +59,7 @@ def check(model, tensor_parallel, pipeline_parallel, filled, new_group):
             assert output == [None, None]
             continue
         for given, known in zip(output, expected, strict=True):
-            torch.testing.assert_close(given.logits, known.logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(given.logits, known.logits, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(("architecture", "tensor_parallel", "pipeline_parallel"), CASES)
@@ -67,6 +67,12 @@ def test_paged_logits_equal_those_of_the_whole(
     architecture, tensor_parallel, pipeline_parallel, checkpoint, config, filled, new_group
 ):
     check(config(checkpoint("generate", architecture)), tensor_parallel, pipeline_parallel, filled, new_group)
+
+
+@pytest.mark.parametrize("architecture", ["opt-350m-like", "gpt2"])
+def test_linears_that_are_sped_up_still_talk(architecture, checkpoint, config, filled, new_group):
+    model = config(checkpoint("generate", architecture), dtype="bfloat16")
+    check(model, 2, 2, filled, new_group, rtol=0.05, atol=0.03)
 
 
 def test_scales_that_depend_on_the_layers_number_stay(new_checkpoint, config, filled, new_group):

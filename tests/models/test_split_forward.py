@@ -10,16 +10,17 @@ from torch.utils._pytree import tree_leaves
 from computron.models import OpenGate, load_model, plan_model
 
 CASES = [
-    *(("generate", name, *group) for name in ("llama", "llama-tied", "opt", "opt-350m-like", "gpt2")
-      for group in ((2, 1), (4, 1), (1, 2), (2, 2))),
+    *(("generate", "llama", *group) for group in ((2, 1), (4, 1), (1, 2), (2, 2))),
+    *(("generate", name, *group) for name in ("llama-tied", "opt", "opt-350m-like", "gpt2")
+      for group in ((4, 1), (1, 2), (2, 2))),
     *(("generate", "llama-odd", *group) for group in ((3, 1), (6, 1), (1, 4), (3, 2))),
-    *(("generate", name, 2, 2) for name in ("qwen2", "gemma2", "gemma3", "mistral", "phi3", "gpt-neox")),
+    *(("generate", name, 2, 2) for name in ("qwen2", "gemma2", "gemma3", "mistral", "phi3", "gpt-neox", "apertus")),
     ("generate", "qwen3", 4, 1),
     ("generate", "mixtral", 1, 3),
-    *(("embed", "bert", *group) for group in ((2, 1), (4, 1), (1, 3), (2, 2))),
-    *(("embed", name, 2, 2) for name in ("roberta", "distilbert", "electra", "llama")),
+    *(("embed", "bert", *group) for group in ((4, 1), (1, 3), (2, 2))),
+    *(("embed", name, 2, 2) for name in ("roberta", "distilbert", "electra", "modernbert", "llama")),
     ("embed", "mpnet", 4, 1),
-    *(("classify", "vit", *group) for group in ((2, 1), (4, 1), (1, 3), (2, 2))),
+    *(("classify", "vit", *group) for group in ((4, 1), (1, 3), (2, 2))),
     *(("classify", name, 2, 2) for name in ("bert", "deit", "llama")),
 ]  # fmt: skip
 PRODUCTS = ("linear", "mm", "addmm", "bmm", "matmul", "conv2d", "convolution", "scaled_dot_product_attention")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from torch import nn
-from transformers import BloomConfig, ConvNextConfig, T5Config
+from transformers import BloomConfig, ConvNextConfig, DogeConfig, T5Config
 
 from computron.errors import CheckpointError, ConfigError
 from computron.models import Shard, load_model, plan_model
@@ -97,6 +97,16 @@ def test_an_architecture_without_a_plan_is_refused(tmp_path, config):
     byte_tokenizer(300).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="BloomModel has no plan for tensor parallelism; set tensor_parallel to"):
         plan_model(config(f"random:{tmp_path}", task="embed"), Shard(2))
+
+
+def test_attention_with_weights_of_its_own_is_not_split_by_tensor(tmp_path, config):
+    DogeConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    byte_tokenizer(300).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"self_attn, a DogeAttention, has weights of its own \(A\)"):
+        plan_model(config(f"random:{tmp_path}", max_model_len=16), Shard(2))
 
 
 def test_what_layers_hand_on_beside_hidden_states_is_found(checkpoint, config):
