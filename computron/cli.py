@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
@@ -100,7 +99,7 @@ def serve(
     try:
         _run_server(replace(settings, server=server))
     except ComputronError as error:
-        fail(with_place(config, error))
+        fail(with_place(config, error), error.exit_code)
     output.print("stopped")
 
 
@@ -109,25 +108,9 @@ def _run_server(config: Config) -> int:
     # process on the machine makes a step ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-    # Imported here: they take seconds, which `computron version` should not.
-    import uvloop
+    from computron.api.process import run  # here: it takes seconds, which `computron version` should not
 
-    from computron.api.logs import flush_logs, set_up_logging
-    from computron.api.server import serve as serve_until_stopped
-    from computron.metrics import Metrics
-    from computron.node.node import Node
-
-    set_up_logging(config.server.log_level, config.server.log_format)
-    metrics = Metrics()
-
-    async def run() -> int:
-        return await serve_until_stopped(config.server, Node(config, metrics), metrics, LoadingDisplay(config))
-
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(run())
-    finally:
-        flush_logs()  # before the last words of this command
+    return run(config, lambda: LoadingDisplay(config))
 
 
 @app.command()

@@ -6,8 +6,11 @@ from typing import ClassVar
 
 
 class ComputronError(Exception):
-    """Base of all errors. `status`, `type` and `code` are what the HTTP answer carries."""
+    """Base of all errors. `status`, `type` and `code` are what the HTTP answer carries, `exit_code` is that of a command
+    which ends with it.
+    """
 
+    exit_code: ClassVar[int] = 1
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"

@@ -29,14 +29,12 @@ class ModelFigures(Protocol):
     def queue_depth(self) -> int: ...
 
 
-class NodeFigures(Protocol):
-    """One node at one moment. Memory in bytes by state; transfers, swaps and seconds are counted since the start.
+class DeviceFigures(Protocol):
+    """One node's memory at one moment, in bytes by state; transfers, swaps and seconds are counted since its start.
 
     `swaps`: swap-ins by how they ended: done, failed or cancelled.
     """
 
-    @property
-    def models(self) -> Sequence[ModelFigures]: ...
     @property
     def device_memory(self) -> Mapping[str, int]: ...
     @property
@@ -53,15 +51,27 @@ class NodeFigures(Protocol):
     def host_pages_on_disk(self) -> int: ...
 
 
+class NodeFigures(Protocol):
+    """The models and the nodes, by rank, that serve them. `recoveries`: times that the group was formed anew."""
+
+    @property
+    def models(self) -> Sequence[ModelFigures]: ...
+    @property
+    def nodes(self) -> Mapping[int, DeviceFigures]: ...
+    @property
+    def missing_nodes(self) -> int: ...
+    @property
+    def recoveries(self) -> int: ...
+
+
 class Metrics:
     """What happened, told by whoever saw it; what is now, read at each scrape from the snapshot given to `watch`.
 
     Model names must come from the configuration, never from a client: each one is a label for good.
     """
 
-    def __init__(self, node: str = "0") -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._node = node
         self._requests = self._counter(
             "computron_requests", "Requests that have ended: ok, error, rejected, cancelled or invalid", "outcome"
         )
@@ -119,7 +129,7 @@ class Metrics:
 
     def watch(self, snapshot: Callable[[], NodeFigures]) -> None:
         """Take the gauges from this at every scrape."""
-        self.registry.register(_SnapshotCollector(snapshot, self._node))
+        self.registry.register(_SnapshotCollector(snapshot))
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format, of `CONTENT_TYPE`."""
@@ -158,9 +168,8 @@ class _ModelHistogram:
 
 
 class _SnapshotCollector(Collector):
-    def __init__(self, snapshot: Callable[[], NodeFigures], node: str) -> None:
+    def __init__(self, snapshot: Callable[[], NodeFigures]) -> None:
         self._snapshot = snapshot
-        self._node = node
 
     def describe(self) -> list[Metric]:
         return []  # nothing to take a snapshot for at registration
@@ -176,33 +185,43 @@ class _SnapshotCollector(Collector):
             resident.add_metric([model.model], model.resident_ratio)
         yield depth
         yield resident
-        for name, text, memory in (
-            ("computron_device_memory_bytes", "Device memory by use", figures.device_memory),
-            ("computron_host_memory_bytes", "Host store by use", figures.host_memory),
-        ):
-            family = GaugeMetricFamily(name, text, labels=["node", "state"])
-            for state, nbytes in memory.items():
-                family.add_metric([self._node, state], nbytes)
-            yield family
-        moved = CounterMetricFamily("computron_transfer_bytes", "Bytes moved to the device", labels=["node"])
-        moved.add_metric([self._node], figures.transfer_bytes)
-        yield moved
-        busy = CounterMetricFamily(
-            "computron_link_busy_seconds", "Time in which the link to the device moved pages", labels=["node"]
-        )
-        busy.add_metric([self._node], figures.link_busy_seconds)
-        yield busy
-        swaps = CounterMetricFamily(
-            "computron_swaps", "Swap-ins that have ended: done, failed or cancelled", labels=["node", "outcome"]
-        )
-        for outcome, count in figures.swaps.items():
-            swaps.add_metric([self._node, outcome], count)
-        yield swaps
+        yield from _node_metrics(figures.nodes)
         yield GaugeMetricFamily(
-            "computron_host_pages_on_disk",
-            "Pages of the host store that are on disk, its budget being full",
-            value=figures.host_pages_on_disk,
+            "computron_nodes_missing", "Nodes of the group that are not there", value=figures.missing_nodes
         )
         yield CounterMetricFamily(
-            "computron_pages_shared", "Pages that need no storage of their own", value=figures.pages_shared
+            "computron_group_recoveries", "Times that the group was formed anew", value=figures.recoveries
         )
+
+
+def _node_metrics(nodes: Mapping[int, DeviceFigures]) -> Iterator[Metric]:
+    device = GaugeMetricFamily("computron_device_memory_bytes", "Device memory by use", labels=["node", "state"])
+    host = GaugeMetricFamily("computron_host_memory_bytes", "Host store by use", labels=["node", "state"])
+    moved = CounterMetricFamily("computron_transfer_bytes", "Bytes moved to the device", labels=["node"])
+    busy = CounterMetricFamily(
+        "computron_link_busy_seconds", "Time in which the link to the device moved pages", labels=["node"]
+    )
+    swaps = CounterMetricFamily(
+        "computron_swaps", "Swap-ins that have ended: done, failed or cancelled", labels=["node", "outcome"]
+    )
+    for rank, node in nodes.items():
+        label = str(rank)
+        for state, nbytes in node.device_memory.items():
+            device.add_metric([label, state], nbytes)
+        for state, nbytes in node.host_memory.items():
+            host.add_metric([label, state], nbytes)
+        moved.add_metric([label], node.transfer_bytes)
+        busy.add_metric([label], node.link_busy_seconds)
+        for outcome, count in node.swaps.items():
+            swaps.add_metric([label, outcome], count)
+    yield from (device, host, moved, busy, swaps)
+    yield GaugeMetricFamily(
+        "computron_host_pages_on_disk",
+        "Pages of the host store that are on disk, its budget being full",
+        value=sum(node.host_pages_on_disk for node in nodes.values()),
+    )
+    yield CounterMetricFamily(
+        "computron_pages_shared",
+        "Pages that need no storage of their own",
+        value=sum(node.pages_shared for node in nodes.values()),
+    )

@@ -20,19 +20,21 @@ def text_output(output: Output) -> TextOutput:
 
 @dataclass(slots=True)
 class Choice:
-    """`tokens`: how many were generated until now."""
+    """`tokens`: how many were generated until now; `token_ids`: those that no stream has sent."""
 
     prompt: Sequence[int]
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | UnsetType = UNSET
 
     def add(self, output: TextOutput) -> None:
         self.text.append(output.text)
         self.logprobs.extend(output.logprobs)
+        self.token_ids.extend(output.tokens)
         self.progress(output)
 
     def progress(self, output: TextOutput) -> None:

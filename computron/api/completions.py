@@ -146,6 +146,7 @@ class CompletionWriter:
             logprobs=self._write_logprobs(index, text.logprobs, first),
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
+            token_ids=text.tokens if self._body.return_token_ids else UNSET,
         )
         usage_until_now = self._usage([choice.prompt], [choice]) if self._usage_always else None
         yield self._completion([chunk], usage_until_now if self._usage_at_end else UNSET)
@@ -164,6 +165,7 @@ class CompletionWriter:
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
             prompt_logprobs=prompt_logprobs(choice.prompt_logprobs or ()) if asked else UNSET,
+            token_ids=choice.token_ids if self._body.return_token_ids else UNSET,
         )
 
     def _text(self, index: int, generated: str, first: bool) -> str:

@@ -47,7 +47,14 @@ def _request_id(record: logging.LogRecord) -> str | None:
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.000Z INFO computron.node: swap_in model=a bytes=3 request_id=…`"""
+    """`2026-01-31T12:00:00.000Z INFO computron.node: swap_in model=a bytes=3 request_id=…`
+
+    `node`: rank of this node in its group, which every line names; None if it serves alone.
+    """
+
+    def __init__(self, node: int | None) -> None:
+        super().__init__()
+        self._node = "" if node is None else f" node={node}"
 
     def format(self, record: logging.LogRecord) -> str:
         if isinstance(record.args, tuple) and _fields_of(record.msg) is not None:
@@ -55,7 +62,7 @@ class TextFormatter(logging.Formatter):
             text = record.msg % tuple(values)
         else:
             text = record.getMessage()
-        line = f"{_time(record)} {record.levelname} {record.name}: {text}"
+        line = f"{_time(record)} {record.levelname} {record.name}: {text}{self._node}"
         request_id = _request_id(record)
         if request_id is not None:
             line += f" request_id={request_id}"
@@ -65,7 +72,11 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line: time, level, logger, event, the event's own fields, request_id, traceback."""
+    """One object a line: time, level, logger, node, event, the event's own fields, request_id, traceback."""
+
+    def __init__(self, node: int | None) -> None:
+        super().__init__()
+        self._node = {} if node is None else {"node": node}
 
     def format(self, record: logging.LogRecord) -> str:
         event, fields = _event(record)
@@ -73,6 +84,7 @@ class JsonFormatter(logging.Formatter):
             "time": _time(record),
             "level": record.levelname.lower(),
             "logger": record.name,
+            **self._node,
             "event": event,
             **fields,
         }
@@ -115,10 +127,12 @@ class GatheringHandler(logging.StreamHandler[TextIO]):
             super().flush()
 
 
-def set_up_logging(level: str, form: Literal["text", "json"], stream: TextIO | None = None) -> None:
-    """Send all log lines to `stream`, standard error by default, from this level on."""
+def set_up_logging(
+    level: str, form: Literal["text", "json"], stream: TextIO | None = None, *, node: int | None = None
+) -> None:
+    """Send all log lines to `stream`, standard error by default, from this level on. `node`: rank in the group."""
     handler = GatheringHandler(stream if stream is not None else sys.stderr)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter(node) if form == "json" else TextFormatter(node))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)  # libraries: only what may matter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -94,11 +95,11 @@ def context_length(served: ServedModel) -> int:
 class ServingNode(Protocol):
     """All methods belong to the event loop's thread."""
 
-    @property
-    def ready(self) -> bool: ...
+    ended: asyncio.Event
+    """Set when the node has come to its end by itself."""
 
     @property
-    def models(self) -> Mapping[str, ServedModel]: ...
+    def ready(self) -> bool: ...
 
     def model(self, model: str) -> ServedModel:
         """Raises ModelNotFound, or Unavailable while models cannot be used."""

@@ -64,6 +64,7 @@ class CompletionBody(GenerationBody, kw_only=True):
     max_tokens: int | UnsetType | None = UNSET
     logprobs: int | None = None
     echo: bool | None = None
+    return_token_ids: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
 

@@ -44,7 +44,9 @@ class Reporter(Protocol):
 
 
 async def serve(server: ServerConfig, node: ServingNode, metrics: Metrics, reporter: Reporter) -> int:
-    """Serve until SIGINT or SIGTERM, and return that signal's number; a second signal ends the process at once.
+    """Serve until SIGINT or SIGTERM, and return that signal's number, or until the node has ended by itself: 0.
+
+    A second signal ends the process at once.
 
     Raises CannotListen, and whatever the node raises when it starts up.
     """
@@ -56,11 +58,12 @@ async def serve(server: ServerConfig, node: ServingNode, metrics: Metrics, repor
         gc.collect()
         gc.freeze()  # the models and libraries are here to stay: the collector need not look at them again
         reporter.ready(url(runner))
-        signal_number = await stop.wait()
-        log.info(
-            "shutdown signal=%s requests=%d drain_timeout=%.1f",
-            signal.Signals(signal_number).name, node.snapshot().requests, server.drain_timeout,
-        )  # fmt: skip
+        signal_number = await stop.wait_or(node.ended)
+        if signal_number:
+            log.info(
+                "shutdown signal=%s requests=%d drain_timeout=%.1f",
+                signal.Signals(signal_number).name, node.snapshot().requests, server.drain_timeout,
+            )  # fmt: skip
         await node.shutdown(server.drain_timeout)
     finally:
         await node.shutdown(0)  # after a start that failed; otherwise it is down already
@@ -130,6 +133,13 @@ class _Stop:
 
     async def wait(self) -> int:
         return await asyncio.shield(self._asked)
+
+    async def wait_or(self, event: asyncio.Event) -> int:
+        """The signal's number; 0 if the event comes first."""
+        other = asyncio.ensure_future(event.wait())
+        await asyncio.wait((self._asked, other), return_when=asyncio.FIRST_COMPLETED)
+        other.cancel()
+        return self._asked.result() if self._asked.done() else 0
 
     def end_now(self) -> NoReturn:
         self._reporter.close()

@@ -14,14 +14,15 @@ from computron.node.snapshot import NodeState
 async def health(context: Context, request: web.BaseRequest) -> web.Response:
     """200 as long as restarting would not help; 503 once the device has failed."""
     snapshot = context.node.snapshot()
-    body = {"status": snapshot.state.value, "reason": snapshot.failure}
+    body = {"status": snapshot.state.value, "reason": snapshot.reason}
     return answer(body, status=503 if snapshot.state is NodeState.FAILED else 200)
 
 
 async def ready(context: Context, request: web.BaseRequest) -> web.Response:
     """200 if requests are taken now."""
     snapshot = context.node.snapshot()
-    return answer({"status": snapshot.state.value}, status=200 if context.node.ready else 503)
+    body = {"status": snapshot.state.value, "reason": snapshot.reason}
+    return answer(body, status=200 if context.node.ready else 503)
 
 
 async def metrics(context: Context, request: web.BaseRequest) -> web.Response:

@@ -211,8 +211,7 @@ class Swapper:
         before = self._residency.cache_frames(image_id)
         if frames < before:
             self._refuse_while_stepping(image_id, "lose cache")
-        room = self._registered[image_id].cache
-        if room is None or frames * self.frame_bytes > room.nbytes:
+        if frames > self.cache_limit(image_id):
             raise OrderRefused(f"{image_id} has no room for a cache of {frames} frames")
         added = self._residency.set_cache(image_id, frames)
         if frames < before:
@@ -257,6 +256,16 @@ class Swapper:
     def missing_pages(self, image_id: str) -> int:
         """How many pages are neither on the device nor on their way."""
         return self._residency.missing(image_id)
+
+    @property
+    def swapping(self) -> bool:
+        """Whether a swap has not come out of `completions` yet."""
+        return bool(self._swaps)
+
+    def cache_limit(self, image_id: str) -> int:
+        """Frames that the image's cache range has room for."""
+        room = self._registered[image_id].cache
+        return 0 if room is None else room.nbytes // self.frame_bytes
 
     def cache_frames(self, image_id: str) -> int:
         return self._residency.cache_frames(image_id)

@@ -23,8 +23,11 @@ GPU_SHARE = 0.9  # of the free memory of a GPU, where the configuration names no
 HOST_STORE_SHARE = 0.5  # of the machine's memory, likewise
 
 
-def open_backend(config: DeviceConfig) -> _transfer.Backend:
-    """The backend that the configuration asks for. Raises ConfigError with the reason if it cannot be had."""
+def open_backend(config: DeviceConfig, local_rank: int = 0) -> _transfer.Backend:
+    """The backend that the configuration asks for; of several nodes on this machine each has a GPU of its own.
+
+    Raises ConfigError with the reason if it cannot be had.
+    """
     kind = config.kind
     if kind == "auto":
         kind = "host" if _transfer.cuda_unavailable_reason() is not None else "cuda"
@@ -38,9 +41,11 @@ def open_backend(config: DeviceConfig) -> _transfer.Backend:
     if config.link_bandwidth is not None:
         raise ConfigError("device.link_bandwidth emulates a link on the host backend only", param="device.kind")
     try:
-        return _transfer.cuda_backend(config.index)
+        return _transfer.cuda_backend(config.index + local_rank)
     except _transfer.TransferError as error:
-        raise ConfigError(f"CUDA device {config.index} cannot be used: {error}", param="device.index") from error
+        raise ConfigError(
+            f"CUDA device {config.index + local_rank} cannot be used: {error}", param="device.index"
+        ) from error
 
 
 def page_size(config: DeviceConfig, backend: _transfer.Backend) -> int:
@@ -54,9 +59,9 @@ def page_size(config: DeviceConfig, backend: _transfer.Backend) -> int:
     return size
 
 
-def open_store(config: Config, backend: _transfer.Backend, page_bytes: int) -> HostStore:
-    """The host store. Raises ConfigError if the machine cannot give its budget."""
-    budget = config.host.memory or int(_memory("MemTotal") * HOST_STORE_SHARE)
+def open_store(config: Config, backend: _transfer.Backend, page_bytes: int, nodes_here: int) -> HostStore:
+    """The host store of one of the nodes on this machine. Raises ConfigError if the machine cannot give its budget."""
+    budget = config.host.memory or int(_memory("MemTotal") * HOST_STORE_SHARE / nodes_here)
     available = _memory("MemAvailable")
     if budget > available:
         log.warning(

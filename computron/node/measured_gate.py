@@ -46,3 +46,7 @@ class MeasuredGate:
     def computed_seconds(self) -> float:
         """Seconds in which the step, which has ended, computed."""
         return sum(b - a for a, b in computing(self._began, self._ended, self._waits))
+
+    def waited_seconds(self) -> float:
+        """Seconds in which the step waited for pages."""
+        return sum(b - a for a, b in self._waits)

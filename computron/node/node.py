@@ -12,20 +12,22 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 
 from computron.config import Config
-from computron.errors import ConfigError, ModelNotFound, SwapFailed, Unavailable
+from computron.errors import ConfigError, GroupBroken, ModelNotFound, SwapFailed, Unavailable
 from computron.execution.requests import Job
-from computron.memory.swapper import SwapOutcome
+from computron.group.environment import Place
+from computron.memory.swap import SwapOutcome
 from computron.metrics import Metrics
-from computron.models.plan import plan_model
 from computron.node.busy import BusyClock
+from computron.node.crew import Crew, ServedModel
 from computron.node.handle import RequestHandle
 from computron.node.measured_gate import MeasuredGate
 from computron.node.rejections import RETRY_AFTER, rejection
 from computron.node.requests import Requests
-from computron.node.snapshot import NodeSnapshot, NodeState, take_snapshot
-from computron.node.worker import Progress, ServedModel, Worker
+from computron.node.snapshot import NodeSnapshot, NodeState, model_snapshots
+from computron.node.worker import Progress
 from computron.scheduling import actions, events
 from computron.scheduling.scheduler import Scheduler
 
@@ -37,59 +39,55 @@ MAX_ABORTS = (
 
 
 class Node:
-    """One process that serves its models from one device. All methods belong to the event loop's thread."""
+    """The process that takes requests and leads its group, of which it may be the only node.
 
-    def __init__(self, config: Config, metrics: Metrics | None = None) -> None:
+    `place`: in the group, None if it serves alone. All methods belong to the event loop's thread.
+    """
+
+    def __init__(self, config: Config, metrics: Metrics | None = None, place: Place | None = None) -> None:
         self.config = config
         self.metrics = metrics or Metrics()
         self.state = NodeState.STARTING
         self.failure: str | None = None
-        self._worker: Worker | None = None
-        self._scheduler: Scheduler | None = None
+        self.ended = asyncio.Event()  # never: it ends when it is told to
+        self._place = place
+        self._crew: Crew | None = None
+        self._scheduler: Scheduler | None = None  # None while nothing can be run
         self._requests = Requests(self.metrics, self._forget)
         self._next_number = 0
         self._events: deque[events.Event] = deque()
         self._handling = False
         self._dropped: dict[str, set[int]] = {}  # ended while their model's step runs; dropped after it
-        self._step: asyncio.Task[None] | None = None
-        self._stepping: str | None = None
+        self._steps: dict[str, asyncio.Task[None]] = {}  # by model
         self._aborts: dict[str, int] = {}  # steps in a row of each model that came to nothing
         self._wake: asyncio.TimerHandle | None = None
         self._busy = BusyClock()
         self._swap_errors: dict[str, str] = {}  # the last one of each model
+        self._recovery: asyncio.Task[None] | None = None
+        self._recoveries = 0
         self._context = contextvars.copy_context()  # of no request: log lines of steps name none
 
     # Lifecycle
 
     async def startup(self, progress: Progress | None = None) -> None:
-        """Load every model into the host store and start to take requests.
+        """Load every model into the host store, meet the group's other nodes, and start to take requests.
 
         Raises ConfigError or CheckpointError, naming the model, if one of them cannot be served.
         """
-        loop = asyncio.get_running_loop()
-        if self.config.group.nodes > 1:
-            raise ConfigError("models are served from one node; only 1 is possible yet", param="group")
-        worker = self._worker = Worker(self.config)
-        self._scheduler = Scheduler(
-            frames=worker.frames,
-            frame_bytes=worker.page_bytes,
-            policy=self.config.scheduler.policy,
-            max_wait=self.config.scheduler.max_wait,
-            prefetch=self.config.scheduler.prefetch,
-            link_bandwidth_hint=worker.link_bandwidth_hint,
-        )
-        plans = [await loop.run_in_executor(None, plan_model, model) for model in self.config.models]
-        worker.check_sizes(plans)
-        for plan in plans:
-            await loop.run_in_executor(None, worker.load, plan, progress)
-        loop.add_reader(worker.completions_fd, self._on_transfers)
-        for served in worker.models.values():
-            self._handle(events.ModelAdded(self._spec(served)))
-        self.state = NodeState.READY
+        if self.config.group.nodes > 1 and self._place is None:
+            raise ConfigError(
+                f"the configuration asks for {self.config.group.nodes} nodes: start them together with "
+                "`computron launch`",
+                param="group",
+            )
+        crew = self._crew = Crew(self.config, self._place if self.config.group.nodes > 1 else None, self)
+        await crew.start(progress)
+        if self.state is NodeState.STARTING:
+            self._resume()
 
     async def shutdown(self, drain: float) -> None:
         """Take no more requests, give those that are here `drain` seconds to end, then end the rest with an error."""
-        if self.state is NodeState.READY:
+        if self.state in (NodeState.READY, NodeState.RECOVERING):
             self.state = NodeState.DRAINING
             try:
                 async with asyncio.timeout(drain):
@@ -100,19 +98,22 @@ class Node:
         await self._close()
 
     async def _close(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is None:
+        crew, self._crew = self._crew, None
+        if crew is None:
             return
-        self._stop_listening(worker)
-        worker.cancel_transfers()
-        if self._step is not None:
-            await asyncio.wait([self._step])
-        await asyncio.get_running_loop().run_in_executor(None, worker.close)
+        self._stop_scheduling()
+        if self._recovery is not None:
+            self._recovery.cancel()
+        crew.cancel_transfers()
+        if self._steps:
+            await asyncio.wait(self._steps.values())
+        await crew.close()
 
-    def _stop_listening(self, worker: Worker) -> None:
+    def _stop_scheduling(self) -> None:
+        self._scheduler = None
+        self._events.clear()
         if self._wake is not None:
             self._wake.cancel()
-        asyncio.get_running_loop().remove_reader(worker.completions_fd)
 
     # Requests
 
@@ -122,13 +123,13 @@ class Node:
 
     @property
     def models(self) -> Mapping[str, ServedModel]:
-        return self._worker.models if self._worker is not None else {}
+        return self._crew.models if self._crew is not None else {}
 
     def model(self, model: str) -> ServedModel:
         """The model of that id. Raises ModelNotFound, or Unavailable while the node starts or has failed."""
-        if self._worker is None or self.state in (NodeState.STARTING, NodeState.FAILED):
-            raise Unavailable(self._why_unavailable(), retry_after=RETRY_AFTER)
-        served = self._worker.models.get(model)
+        if self._crew is None or self.state in (NodeState.STARTING, NodeState.FAILED):
+            raise self._unavailable()
+        served = self._crew.models.get(model)
         if served is None:
             raise ModelNotFound(f"The model `{model}` does not exist.", param="model")
         return served
@@ -143,14 +144,13 @@ class Node:
         """
         served = self.model(model)
         if not self.ready:
-            raise Unavailable(self._why_unavailable(), retry_after=RETRY_AFTER)
+            raise self._unavailable()
         blocks = served.executor.prepare(job)
         now = time.monotonic()
         number = self._next_number
         self._next_number += 1
         served.executor.add(number, job)
         handle = RequestHandle(number, request_id, model, now, self._cancel)
-        self._requests.open(handle)
         request = events.Request(
             id=number,
             model=model,
@@ -159,63 +159,136 @@ class Node:
             deadline=None if deadline is None else now + deadline,
             cache_blocks=blocks,
         )
+        self._requests.open(handle, request)
         self._handle(events.RequestArrived(request))
         return handle
 
     def load(self, model: str) -> None:
         """Bring the model to the device when nothing more urgent needs the room."""
-        self.model(model)
-        self._handle(events.LoadAsked(model))
+        self._ask(events.LoadAsked(model))
 
     def unload(self, model: str) -> None:
         """Take the model off the device once it is idle."""
-        self.model(model)
-        self._handle(events.UnloadAsked(model))
+        self._ask(events.UnloadAsked(model))
+
+    def _ask(self, event: events.LoadAsked | events.UnloadAsked) -> None:
+        self.model(event.model)
+        if self._scheduler is None:
+            raise self._unavailable()
+        self._handle(event)
 
     def _cancel(self, handle: RequestHandle) -> None:
         self._requests.end(handle, outcome="cancelled")
         self._handle(events.RequestCancelled(handle.number))
 
     def _forget(self, handle: RequestHandle) -> None:
-        if self._stepping == handle.model:
+        if handle.model in self._steps:
             self._dropped.setdefault(handle.model, set()).add(handle.number)
-        elif self._worker is not None:
-            self._worker.models[handle.model].executor.drop(handle.number)
+        elif self._crew is not None:
+            self._crew.models[handle.model].executor.drop(handle.number)
 
-    def _why_unavailable(self) -> str:
+    def _unavailable(self) -> Unavailable:
+        wait = RETRY_AFTER
         match self.state:
             case NodeState.STARTING:
-                return "the server is starting: its models are being loaded"
+                words = f"the server is starting: {self._why_not_ready()}"
+            case NodeState.RECOVERING:
+                words = f"the group lost a node and is being formed anew: {self._why_not_ready()}"
+                wait = self.config.group.node_timeout
             case NodeState.FAILED:
-                return f"the server has failed and must be restarted: {self.failure}"
+                words = f"the server has failed and must be restarted: {self.failure}"
             case _:
-                return "the server is shutting down"
+                words = "the server is shutting down"
+        return Unavailable(words, retry_after=wait)
+
+    def _why_not_ready(self) -> str:
+        peers = None if self._crew is None else self._crew.peers
+        return "its models are being loaded" if peers is None else peers.why_incomplete()
+
+    # The group
+
+    def broken(self, reason: str) -> None:
+        """What was under way comes to nothing; requests wait until the group has formed anew."""
+        self._stop_scheduling()
+        if self.state is NodeState.READY:
+            self.state = NodeState.RECOVERING
+        if self.state in (NodeState.RECOVERING, NodeState.DRAINING):
+            self._recovery = asyncio.get_running_loop().create_task(self._recover(), context=self._context)
+
+    async def _recover(self) -> None:
+        crew = self._crew
+        assert crew is not None
+        patience = self.config.group.recovery_timeout
+        late = asyncio.get_running_loop().call_later(patience, self._give_up_requests, context=self._context)
+        try:
+            if self._steps:
+                await asyncio.wait(self._steps.values())
+            await crew.recover()
+        except Exception as error:
+            self.failed(f"the group cannot be formed anew: {error}")
+            raise
+        finally:
+            late.cancel()
+        self._recoveries += 1
+        self._recovery = None
+        self._resume()
+
+    def _give_up_requests(self) -> None:
+        """Nobody shall wait for longer for a node that does not come back."""
+        log.error("recovery_timeout requests=%d state=%s", len(self._requests), self._why_not_ready())
+        self._requests.end_all(self._unavailable())
+
+    def _resume(self) -> None:
+        """Schedule on empty devices. Requests that are here go on with the tokens that they have."""
+        crew = self._crew
+        assert crew is not None
+        agreement = crew.agreement
+        self._scheduler = Scheduler(
+            frames=agreement.frames,
+            frame_bytes=agreement.page_bytes,
+            policy=self.config.scheduler.policy,
+            max_wait=self.config.scheduler.max_wait,
+            prefetch=self.config.scheduler.prefetch,
+            link_bandwidth_hint=agreement.link_bandwidth,
+            max_steps_in_flight=self.config.group.pipeline_parallel,
+        )
+        if self.state is not NodeState.DRAINING:
+            self.state = NodeState.READY
+        for served in crew.models.values():
+            self._handle(events.ModelAdded(self._spec(served)))
+        for handle, request in self._requests.waiting():
+            executor = crew.models[handle.model].executor
+            blocks = executor.preempt(handle.number)
+            deadline = None if handle.timings.queue_seconds is not None else request.deadline
+            self._handle(events.RequestArrived(replace(request, cache_blocks=blocks, deadline=deadline)))
 
     # The main loop
 
     def _handle(self, event: events.Event) -> None:
         """Tell the scheduler, and do what it says. Events that actions cause wait until all its actions are done."""
+        if self._scheduler is None:
+            return
         self._events.append(event)
-        if self._handling or self._scheduler is None:
+        if self._handling:
             return
         self._handling = True
         try:
-            while self._events and self.state is not NodeState.FAILED:
+            while self._events and self._scheduler is not None:
                 for action in self._scheduler.handle(self._events.popleft(), time.monotonic()):
                     self._perform(action)
         except Exception as error:
-            self._fail(f"{type(error).__name__}: {error}")
+            self.failed(f"{type(error).__name__}: {error}")
             raise
         finally:
             self._handling = False
 
     def _perform(self, action: actions.Action) -> None:
-        worker = self._worker
-        if worker is None:
+        crew = self._crew
+        if crew is None or self._scheduler is None:
             return
         match action:
             case actions.Run():
-                self._start_step(worker, action)
+                self._start_step(crew, action)
             case actions.Reject():
                 handle = self._requests.get(action.request)
                 if handle is not None:
@@ -224,14 +297,14 @@ class Node:
             case actions.WakeAt():
                 self._wake_at(action.time)
             case actions.Evict():
-                worker.perform(action)
+                crew.perform(action)
                 self.metrics.eviction(action.model, action.reason.value, len(action.pages))
                 log.info("evict model=%s pages=%d reason=%s", action.model, len(action.pages), action.reason.value)
             case actions.Preempt():
-                worker.perform(action)
+                crew.perform(action)
                 log.info("preempt model=%s request=%d", action.model, action.request)
             case actions.SwapIn() | actions.RaiseUrgency() | actions.CancelSwap() | actions.SetCache():
-                worker.perform(action)
+                crew.perform(action)
 
     def _wake_at(self, moment: float) -> None:
         if self._wake is not None:
@@ -242,43 +315,44 @@ class Node:
 
     # Steps
 
-    def _start_step(self, worker: Worker, action: actions.Run) -> None:
+    def _start_step(self, crew: Crew, action: actions.Run) -> None:
         # The gate is taken now: between now and the task's start, a swap of the model may fail.
         try:
-            gate = worker.begin_step(action.model)
+            gate = crew.begin_step(action.model)
         except SwapFailed as error:
             self._events.append(self._aborted(action, error))
             return
-        self._stepping = action.model
         self._requests.begin_step(action.requests)
-        run = self._run(worker, action, gate)
-        self._step = asyncio.get_running_loop().create_task(run, context=self._context)
+        run = self._run(crew, action, gate)
+        self._steps[action.model] = asyncio.get_running_loop().create_task(run, context=self._context)
 
-    async def _run(self, worker: Worker, action: actions.Run, gate: MeasuredGate) -> None:
+    async def _run(self, crew: Crew, action: actions.Run, gate: MeasuredGate) -> None:
         model = action.model
-        event: events.Event
+        event: events.Event | None
         try:
-            result = await worker.run(action, gate)
+            result = await crew.run(action, gate)
         except SwapFailed as error:
             event = self._aborted(action, error)
+        except GroupBroken as error:
+            log.warning("step_lost model=%s error=%s", model, error)
+            event = None  # the scheduler that ordered it is gone
         except Exception as error:
             log.exception("step_failed model=%s requests=%s", model, self._names(action.requests))
             self._requests.fail(action.requests, error)
             event = events.StepFailed(model, action.requests)
-            reason = worker.device_error()
+            reason = crew.device_error()
             if reason is not None:
-                self._fail(reason)
+                self.failed(reason)
         else:
             self._aborts.pop(model, None)
             self._requests.deliver(model, result)
             event = events.StepFinished(model, result.finished, gate.computed_seconds(), result.cache_blocks)
         self._busy.add(gate.computing(time.monotonic()))
-        worker.end_step(model)
-        self._stepping = None
-        self._step = None
+        del self._steps[model]
         for number in self._dropped.pop(model, ()):
-            worker.models[model].executor.drop(number)
-        self._handle(event)
+            crew.models[model].executor.drop(number)
+        if event is not None:
+            self._handle(event)
 
     def _aborted(self, action: actions.Run, error: SwapFailed) -> events.Event:
         """The step came to nothing. Its requests wait again, unless that has happened too often in a row."""
@@ -296,22 +370,10 @@ class Node:
 
     # Transfers
 
-    def _on_transfers(self) -> None:
-        worker = self._worker
-        if worker is None:
-            return
-        try:
-            for outcome in worker.completions():
-                self._handle(self._swap_event(outcome))
-        except Exception as error:
-            self._fail(f"{type(error).__name__}: {error}")
-            raise
-        reason = worker.backend.failed
-        if reason is not None:
-            self._fail(reason)
-
-    def _swap_event(self, outcome: SwapOutcome) -> events.Event:
+    def swap_ended(self, outcome: SwapOutcome) -> None:
+        """A swap of the whole group is over."""
         model = outcome.image_id
+        event: events.Event
         match outcome.state:
             case "done":
                 hidden = self._hidden_share(outcome)
@@ -321,61 +383,80 @@ class Node:
                     "swap_in model=%s pages=%d bytes=%d seconds=%.4f hidden=%.2f",
                     model, len(outcome.pages), outcome.bytes_moved, outcome.seconds, hidden,
                 )  # fmt: skip
-                return events.SwapFinished(model, outcome.pages, outcome.seconds)
+                event = events.SwapFinished(model, outcome.pages, outcome.seconds)
             case "cancelled":
-                return events.SwapCancelled(model, outcome.pages, outcome.arrived)
+                event = events.SwapCancelled(model, outcome.pages, outcome.arrived)
             case _:
                 log.error("swap_failed model=%s error=%s", model, outcome.error)
                 self._swap_errors[model] = outcome.error or "unknown"
-                return events.SwapFailed(model, outcome.pages)
+                event = events.SwapFailed(model, outcome.pages)
+        self._handle(event)
 
     def _hidden_share(self, outcome: SwapOutcome) -> float:
-        gate = self._worker.gate if self._worker is not None else None
-        running = [] if gate is None else gate.computing(time.monotonic())
+        now = time.monotonic()
+        gates = [] if self._crew is None else self._crew.worker.gates.values()
+        running = sorted(interval for gate in gates for interval in gate.computing(now))
         return self._busy.hidden_share(outcome.finished - outcome.seconds, outcome.finished, running)
 
-    def _fail(self, reason: str) -> None:
+    def failed(self, reason: str) -> None:
         """Nothing more can be served: answer everyone, stop the loop, and let health checks tell."""
         if self.state is NodeState.FAILED:
             return
         self.failure = reason
         self.state = NodeState.FAILED
         log.critical("node_failed reason=%s", reason)
-        if self._worker is not None:
-            self._stop_listening(self._worker)
-            self._worker.cancel_transfers()
-        self._requests.end_all(Unavailable(self._why_unavailable(), retry_after=RETRY_AFTER))
+        self._stop_scheduling()
+        if self._crew is not None:
+            self._crew.cancel_transfers()
+        self._requests.end_all(self._unavailable())
 
     # What others may see
 
     def snapshot(self) -> NodeSnapshot:
         """Figures for /metrics, /v1/models and /health, taken now."""
-        return take_snapshot(self.state, self.failure, len(self._requests), self._worker, self._scheduler)
+        crew, requests = self._crew, len(self._requests)
+        reason = self.failure
+        if self.state in (NodeState.STARTING, NodeState.RECOVERING):
+            reason = self._why_not_ready()
+        if crew is None or self.state is NodeState.STARTING:
+            return NodeSnapshot(self.state, reason, requests)
+        return NodeSnapshot(
+            state=self.state,
+            reason=reason,
+            requests=requests,
+            models=model_snapshots(crew.models, self._scheduler),
+            nodes=crew.figures(),
+            missing_nodes=0 if crew.peers is None else len(crew.peers.missing()),
+            recoveries=self._recoveries,
+        )
 
     def check(self) -> None:
         """Raises AssertionError if memory and the scheduler disagree about what is where, or either is inconsistent.
 
-        For tests, at a moment when no transfer is under way.
+        For tests, at a moment when no transfer is under way. Looks at this node alone.
         """
-        worker, scheduler = self._worker, self._scheduler
-        assert worker is not None
+        crew, scheduler = self._crew, self._scheduler
+        assert crew is not None
         assert scheduler is not None
+        worker = crew.worker
         worker.swapper.check()
         worker.store.check()
         scheduler.check()
-        assert worker.swapper.free_frames == scheduler.free_frames
-        for model, served in worker.models.items():
+        if crew.peers is None:
+            assert worker.swapper.free_frames == scheduler.free_frames
+        for model, held in worker.models.items():
             resident = len(worker.swapper.resident_pages(model))
-            assert resident == round(scheduler.resident_fraction(model) * len(served.image.pages)) or not resident
-            assert worker.swapper.cache_frames(model) == scheduler.cache_frames(model)
+            if crew.peers is None:
+                assert resident == round(scheduler.resident_fraction(model) * len(held.image.pages)) or not resident
+            assert worker.swapper.cache_frames(model) <= scheduler.cache_frames(model)
 
     def _spec(self, served: ServedModel) -> events.ModelSpec:
         config = served.plan.config
         limit = config.max_queue
         return events.ModelSpec(
             model=config.id,
-            pages=served.image.pages,
-            segments=served.image.segments,
+            pages=served.held.pages,
+            segments=(len(served.held.pages),),
             max_batch_size=config.max_batch_size,
             max_queue=self.config.scheduler.max_queue if limit is None else limit,
             pinned=config.pinned,

@@ -12,6 +12,7 @@ from computron.execution.requests import FailedOutput, StepResult, TextOutput
 from computron.memory.swapper import SwapOutcome
 from computron.metrics import Metrics
 from computron.node.handle import RequestHandle
+from computron.scheduling.events import Request
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ class Requests:
         self._metrics = metrics
         self._forget = forget
         self._handles: dict[int, RequestHandle] = {}
+        self._asked: dict[int, Request] = {}  # what the scheduler was told of each
         self.idle = asyncio.Event()  # set while there are none
         self.idle.set()
 
@@ -35,14 +37,21 @@ class Requests:
     def get(self, number: int) -> RequestHandle | None:
         return self._handles.get(number)
 
-    def open(self, handle: RequestHandle) -> None:
+    def open(self, handle: RequestHandle, request: Request) -> None:
+        """`request`: as the scheduler is told of it."""
         self._handles[handle.number] = handle
+        self._asked[handle.number] = request
         self.idle.clear()
+
+    def waiting(self) -> list[tuple[RequestHandle, Request]]:
+        """All that have not ended, in the order in which they came."""
+        return [(handle, self._asked[number]) for number, handle in sorted(self._handles.items())]
 
     def end(self, handle: RequestHandle, *, outcome: str, error: ComputronError | None = None) -> None:
         """The request is over: tell its reader, count it, forget it. Nothing happens if it has ended before."""
         if self._handles.pop(handle.number, None) is None:
             return
+        del self._asked[handle.number]
         now = time.monotonic()
         handle.finish(now, error)
         self._metrics.request_finished(handle.model, outcome, now - handle.arrival)

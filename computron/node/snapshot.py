@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from computron.node.worker import Worker
+from computron.node.crew import ServedModel
+from computron.node.wire import Figures
 from computron.scheduling.scheduler import Scheduler
 
 
 class NodeState(enum.StrEnum):
+    """`recovering`: the group lost a node and is being formed anew."""
+
     STARTING = "starting"
     READY = "ready"
+    RECOVERING = "recovering"
     DRAINING = "draining"
     FAILED = "failed"
 
@@ -31,54 +36,35 @@ class ModelSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class NodeSnapshot:
-    """Memory figures are bytes by state; requests are those not yet answered; the rest counts since the start."""
+    """`reason`: why it is in a state in which it takes no requests. `requests`: those not yet answered.
+
+    `nodes`: the devices of the group by rank, those that are there; `missing_nodes`: how many are not.
+    """
 
     state: NodeState
-    failure: str | None
+    reason: str | None
     requests: int
-    models: tuple[ModelSnapshot, ...]
-    device_memory: dict[str, int]
-    host_memory: dict[str, int]
-    pages_shared: int
-    transfer_bytes: int
-    swaps: dict[str, int]  # swap-ins by how they ended: done, failed, cancelled
-    link_busy_seconds: float
-    host_pages_on_disk: int
+    models: tuple[ModelSnapshot, ...] = ()
+    nodes: Mapping[int, Figures] = field(default_factory=dict)
+    missing_nodes: int = 0
+    recoveries: int = 0
 
 
-def take_snapshot(
-    state: NodeState, failure: str | None, requests: int, worker: Worker | None, scheduler: Scheduler | None
-) -> NodeSnapshot:
-    """Ask the scheduler and the memory how they stand; models are empty while the node starts and after its end."""
-    if worker is None or scheduler is None or state is NodeState.STARTING:
-        return NodeSnapshot(state, failure, requests, (), {}, {}, 0, 0, {}, 0.0, 0)
-    models = tuple(
-        ModelSnapshot(
-            model=model,
-            task=served.plan.config.task,
-            state=scheduler.state(model),
-            nbytes=served.image.nbytes,
-            resident_ratio=scheduler.resident_fraction(model),
-            queue_depth=scheduler.queue_depth(model),
-            running=scheduler.running_count(model),
-        )
-        for model, served in worker.models.items()
-    )
-    host, device, page = worker.store.statistics(), worker.swapper.statistics(), worker.page_bytes
-    return NodeSnapshot(
-        state=state,
-        failure=failure,
-        requests=requests,
-        models=models,
-        device_memory={
-            "parameters": device.parameter_frames * page,
-            "cache": device.cache_frames * page,
-            "free": device.free_frames * page,
-        },
-        host_memory={"used": host.used, "free": host.budget - host.used},
-        pages_shared=host.shared_pages,
-        transfer_bytes=device.bytes_moved,
-        swaps={"done": device.swaps_done, "failed": device.swaps_failed, "cancelled": device.swaps_cancelled},
-        link_busy_seconds=device.link_seconds,
-        host_pages_on_disk=host.on_disk_pages,
+def model_snapshots(models: Mapping[str, ServedModel], scheduler: Scheduler | None) -> tuple[ModelSnapshot, ...]:
+    """What the scheduler knows of each model; without a scheduler nothing is on the device."""
+    return tuple(_snapshot(name, served, scheduler) for name, served in models.items())
+
+
+def _snapshot(model: str, served: ServedModel, scheduler: Scheduler | None) -> ModelSnapshot:
+    task, nbytes = served.plan.config.task, served.held.nbytes
+    if scheduler is None:
+        return ModelSnapshot(model, task, "absent", nbytes, 0.0, 0, 0)
+    return ModelSnapshot(
+        model=model,
+        task=task,
+        state=scheduler.state(model),
+        nbytes=nbytes,
+        resident_ratio=scheduler.resident_fraction(model),
+        queue_depth=scheduler.queue_depth(model),
+        running=scheduler.running_count(model),
     )

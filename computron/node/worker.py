@@ -1,38 +1,49 @@
-"""One device and what is on it: the worker carries out what the scheduler orders, on this node's own memory.
+"""One device and what is on it: the worker carries out, on this node's own memory, what is ordered for all nodes.
 
-Every method but `load` is called on the event loop's thread and returns at once. Steps run on one compute thread,
-transfers on the extension's threads.
+Every method but `load` is called on the event loop's thread and returns at once, unless it is awaited. Steps run on one
+compute thread, transfers on the extension's threads.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from computron import _transfer
 from computron.config import Config
-from computron.errors import ConfigError
+from computron.errors import SwapFailed
 from computron.execution.attention import IMPLEMENTATION
 from computron.execution.blocks import BLOCK_TOKENS, blocks_for
-from computron.execution.executor import make_executor, make_runner, run_step
+from computron.execution.executor import make_runner, run_step
 from computron.execution.protocols import Executor, Runner
 from computron.execution.requests import StepResult
+from computron.execution.steps import StepInput, StepOutput
+from computron.group.communicator import GroupCommunicator
+from computron.group.environment import Place
 from computron.memory.images import StoredImage
 from computron.memory.swapper import SwapOutcome, Swapper
+from computron.models.checkpoint import naming
 from computron.models.loading import LoadedModel, load_model
-from computron.models.plan import ModelPlan
-from computron.node.device import LINK_BANDWIDTH, MIB, open_backend, open_store, open_swapper, page_size
+from computron.models.plan import ModelPlan, plan_model
+from computron.models.shard import WHOLE, Shard
+from computron.node import wire
+from computron.node.device import LINK_BANDWIDTH, open_backend, open_store, open_swapper, page_size
 from computron.node.measured_gate import MeasuredGate
-from computron.scheduling.actions import CancelSwap, Evict, Preempt, RaiseUrgency, Run, SetCache, SwapIn
+from computron.node.sizes import Need, check_sizes, pinned_beside
 
 Progress = Callable[[str, int, int], None]
 """Called from loading threads with (model id, bytes loaded, bytes in all)."""
+
+SETTLING = 0.002  # seconds between two looks at whether cancelled transfers have ended
+
+Result = TypeVar("Result")
 
 
 class _LoadProgress:
@@ -50,30 +61,40 @@ class _LoadProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model as this node holds it."""
+class HeldModel:
+    """This node's shard of a model."""
 
     plan: ModelPlan
     image: StoredImage
     loaded: LoadedModel
-    executor: Executor
     runner: Runner
 
 
 class Worker:
-    """Raises ConfigError if the device, or memory as large as configured, cannot be had."""
+    """`place`: of this node in its group; None: it serves alone.
 
-    def __init__(self, config: Config) -> None:
-        self.backend = open_backend(config.device)
+    Raises ConfigError if the device, or memory as large as configured, cannot be had.
+    """
+
+    def __init__(self, config: Config, place: Place | None = None) -> None:
+        group = config.group
+        self.shard = (
+            WHOLE if place is None else Shard.of_rank(place.rank, group.tensor_parallel, group.pipeline_parallel)
+        )
+        self.backend = open_backend(config.device, 0 if place is None else place.local_rank)
         self.page_bytes = page_size(config.device, self.backend)
-        self.store = open_store(config, self.backend, self.page_bytes)
+        self.store = open_store(config, self.backend, self.page_bytes, 1 if place is None else place.local_world_size)
         self.swapper: Swapper = open_swapper(config.device, self.backend, self.store, self.page_bytes)
         self.link_bandwidth_hint = config.device.link_bandwidth or LINK_BANDWIDTH[self.backend.kind]
-        self.models: dict[str, ServedModel] = {}
-        self.gate: MeasuredGate | None = None  # of the step that runs now
-        self._pinned_pages: dict[str, int] = {}
+        self.models: dict[str, HeldModel] = {}
+        self.gates: dict[str, MeasuredGate] = {}  # of the steps that have begun
+        self.needs: tuple[Need, ...] = ()
         self._cache_wanted: dict[str, int] = {}  # frames, as last ordered
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._communicator: GroupCommunicator | None = None
+        if not self.shard.whole:
+            kind = torch.device("cpu" if self.backend.kind == "host" else f"cuda:{self.backend.device_index}")
+            self._communicator = GroupCommunicator(self.shard, kind)
 
     @property
     def frames(self) -> int:
@@ -83,22 +104,13 @@ class Worker:
 
     def check_sizes(self, plans: Sequence[ModelPlan]) -> None:
         """Raises ConfigError if the device can never hold one of the models beside the pinned ones."""
-        self._pinned_pages = {plan.config.id: self._pages(plan) for plan in plans if plan.config.pinned}
-        for plan in plans:
-            needed = self._pages(plan) + (1 if plan.cache is not None else 0)
-            pinned = self._pinned_beside(plan)
-            if needed + pinned > self.frames:
-                beside = f" beside {self._mib(pinned)} of pinned models" if pinned else ""
-                cache = " (its parameters and one page of KV cache)" if plan.cache is not None else ""
-                raise ConfigError(
-                    f"model {plan.config.id!r} needs {self._mib(needed)} of device memory{cache}{beside}, but "
-                    f"device.memory is {self._mib(self.frames)}: raise device.memory"
-                    f"{', pin fewer models' if pinned else ''} or choose a smaller dtype",
-                    param="device.memory",
-                )
+        self.needs = tuple(
+            Need(plan.config.id, self._pages(plan), plan.cache is not None, plan.config.pinned) for plan in plans
+        )
+        check_sizes(self.needs, self.frames, self.page_bytes)
 
-    def load(self, plan: ModelPlan, progress: Progress | None) -> ServedModel:
-        """Bring a model's image into the host store and build its module around its address range. Blocks.
+    def load(self, plan: ModelPlan, progress: Progress | None) -> HeldModel:
+        """Bring a shard's image into the host store and build its module around its address range. Blocks.
 
         Raises CheckpointError if it cannot be read.
         """
@@ -109,21 +121,21 @@ class Worker:
         parameters = from_dlpack(registered.parameters.dlpack())
         cache = from_dlpack(registered.cache.dlpack()) if registered.cache is not None else None
         attention = IMPLEMENTATION if plan.cache is not None else None
-        loaded = load_model(plan, parameters, attention=attention)
-        runner = make_runner(loaded, cache)
-        executor = make_executor(loaded, self.page_bytes, runner.block_bytes, runner.capacity)
-        served = ServedModel(plan, image, loaded, executor, runner)
-        self.models[model_id] = served
-        return served
+        loaded = load_model(plan, parameters, attention=attention, communicator=self._communicator)
+        held = HeldModel(plan, image, loaded, make_runner(loaded, cache))
+        self.models[model_id] = held
+        return held
+
+    def loaded(self) -> wire.Loaded:
+        """What this node holds, for those who put the shards together."""
+        shards = tuple(
+            wire.ShardInfo(name, held.image.nbytes, held.image.pages, held.runner.block_bytes, held.runner.capacity)
+            for name, held in self.models.items()
+        )
+        return wire.Loaded(self.frames, self.page_bytes, float(self.link_bandwidth_hint), shards)
 
     def _pages(self, plan: ModelPlan) -> int:
         return -(-plan.image.nbytes // self.page_bytes)
-
-    def _pinned_beside(self, plan: ModelPlan) -> int:
-        return sum(pages for model, pages in self._pinned_pages.items() if model != plan.config.id)
-
-    def _mib(self, pages: int) -> str:
-        return f"{pages * self.page_bytes / MIB:.1f} MiB"
 
     def _cache_range(self, plan: ModelPlan) -> int:
         """Bytes of addresses for the KV cache: for full batches, but no more than can ever be mapped."""
@@ -131,58 +143,114 @@ class Worker:
             return 0
         blocks = plan.config.max_batch_size * blocks_for(plan.max_model_len)
         wanted = -(-blocks * BLOCK_TOKENS * plan.cache.bytes_per_token // self.page_bytes)
-        room = self.frames - self._pages(plan) - self._pinned_beside(plan)
+        room = self.frames - self._pages(plan) - pinned_beside(plan.config.id, self.needs)
         return min(wanted, room) * self.page_bytes
+
+    # The group
+
+    def identify(self, identities: Mapping[str, Sequence[int]]) -> None:
+        """Which pages are one page of the device (`Swapper.identify`). Nothing may be on the device."""
+        for model, pages in identities.items():
+            self.swapper.identify(model, pages)
+
+    async def form(self, epoch: int, host: str, port: int, timeout: float) -> None:
+        """Find the other nodes. Raises GroupBroken."""
+        communicator = self._communicator
+        assert communicator is not None, "there are other nodes"
+        await self._in_thread(communicator.form, epoch, host, port, timeout)
+
+    def abort(self) -> None:
+        """Let no step wait any longer, for pages or for other nodes."""
+        if self._communicator is not None:
+            self._communicator.abort()
+        self.swapper.cancel_all()
+
+    async def reset(self) -> None:
+        """End what is under way and take everything off the device. How swaps ended is told to nobody."""
+        self.abort()
+        await self.compute(lambda: None)  # what was given to the compute thread before has ended
+        while self.gates or self.swapper.swapping:
+            self.swapper.completions()
+            await asyncio.sleep(SETTLING)
+        for model in self.models:
+            self.swapper.evict(model, sorted(self.swapper.resident_pages(model)))
+            self._cache_wanted[model] = 0
+            if self.swapper.cache_frames(model):
+                self.swapper.set_cache(model, 0)
 
     # Orders
 
-    def perform(self, action: SwapIn | RaiseUrgency | CancelSwap | Evict | SetCache | Preempt) -> None:
-        """Carry out one action; the ends of transfers come through `completions`."""
-        match action:
-            case SwapIn():
-                self.swapper.swap_in(action.model, action.pages, int(action.urgency))
-            case RaiseUrgency():
-                self.swapper.raise_urgency(action.model, int(action.urgency))
-            case CancelSwap():
-                self.swapper.cancel(action.model)
-            case Evict():
-                self.swapper.evict(action.model, action.pages)
-            case SetCache():
-                self._set_cache(action.model, action.frames)
-            case Preempt():
-                self.models[action.model].executor.preempt(action.request)
+    def swap_in(self, model: str, pages: Sequence[int], urgency: int) -> None:
+        """The end comes out of `completions`."""
+        self.swapper.swap_in(model, pages, urgency)
 
-    def _set_cache(self, model: str, frames: int) -> None:
-        """Less is done at once. More is mapped by the step that needs it, which can fail where this cannot."""
+    def hasten(self, model: str, urgency: int) -> None:
+        self.swapper.raise_urgency(model, urgency)
+
+    def cancel(self, model: str) -> None:
+        self.swapper.cancel(model)
+
+    def evict(self, model: str, pages: Sequence[int]) -> None:
+        self.swapper.evict(model, pages)
+
+    def cache_wanted(self, model: str) -> int:
+        """Frames of its cache, as last ordered."""
+        return self._cache_wanted.get(model, 0)
+
+    def set_cache(self, model: str, frames: int, moves: Mapping[int, int]) -> None:
+        """Less is done at once, after its blocks have moved. More is mapped by the step that needs it, which can fail
+        where this cannot.
+        """
         self._cache_wanted[model] = frames
+        frames = self._cache_frames(model)
         if frames < self.swapper.cache_frames(model):
-            served = self.models[model]
-            served.runner.move_cache(served.executor.set_cache(frames))  # blocks leave before frames are unmapped
+            if moves:
+                self.models[model].runner.move_cache(moves)
             self.swapper.set_cache(model, frames)
+
+    def _cache_frames(self, model: str) -> int:
+        """Of those wanted, as many as this node has a use for: its blocks may be smaller than those of others."""
+        return min(self.cache_wanted(model), self.swapper.cache_limit(model))
 
     def begin_step(self, model: str) -> MeasuredGate:
         """Map the cache that the step needs, and hold the model's pages until `end_step`.
 
-        Raises SwapFailed if the cache cannot be mapped.
+        Raises SwapFailed if the cache cannot be mapped, or pages are neither here nor on their way.
         """
-        wanted = self._cache_wanted.get(model, 0)
+        missing = self.swapper.missing_pages(model)
+        if missing:
+            raise SwapFailed(f"{missing} pages of {model} are not on the device")
+        wanted = self._cache_frames(model)
         if wanted > self.swapper.cache_frames(model):
             self.swapper.set_cache(model, wanted)
-            self.models[model].executor.set_cache(wanted)
-        self.gate = MeasuredGate(self.swapper.begin_step(model))
-        return self.gate
+        gate = self.gates[model] = MeasuredGate(self.swapper.begin_step(model))
+        return gate
 
-    async def run(self, action: Run, gate: MeasuredGate) -> StepResult:
-        """Run one step on the compute thread. Raises SwapFailed, or whatever the model's code raised."""
-        served = self.models[action.model]
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._compute, self._run, served, action.requests, gate)
+    async def run(self, model: str, step: StepInput, gate: MeasuredGate) -> StepOutput | None:
+        """This node's part of a step, on the compute thread; the result where it is.
 
-    def _run(self, served: ServedModel, requests: Sequence[int], gate: MeasuredGate) -> StepResult:
+        Raises SwapFailed, GroupBroken, or ExecutionFailed if the model's code raised.
+        """
+        held = self.models[model]
+        return await self._in_compute(self._measured, held, gate, lambda: held.runner.run(step, gate))
+
+    async def run_alone(
+        self, executor: Executor, model: str, requests: Sequence[int], gate: MeasuredGate
+    ) -> StepResult:
+        """A whole step of a model that is whole here, on the compute thread. Raises as `run`, and OutOfMemory."""
+        held = self.models[model]
+        return await self._in_compute(
+            self._measured, held, gate, lambda: run_step(executor, held.runner, requests, gate)
+        )
+
+    def _measured(self, held: HeldModel, gate: MeasuredGate, function: Callable[[], Result]) -> Result:
         gate.begin()
+        held.loaded.gate = gate  # also for a batch manager, which may use the module before its forward
         try:
-            served.loaded.gate = gate  # a custom model's batch manager may use the module before the forward
-            return run_step(served.executor, served.runner, requests, gate)
+            result = function()
+            if self._communicator is not None:
+                self._communicator.settle()
+            return result
         finally:
             if self.backend.kind == "cuda":
                 # Nothing may read pages or cache after the step, also if it raised half way or gave no token.
@@ -191,8 +259,18 @@ class Worker:
 
     def end_step(self, model: str) -> None:
         """The step reads nothing any more."""
-        self.gate = None
+        del self.gates[model]
         self.swapper.end_step(model)
+
+    async def compute(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Call this on the compute thread, after the steps given to it before."""
+        return await self._in_compute(function, *arguments)
+
+    async def _in_compute(self, function: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._compute, function, *arguments)
+
+    async def _in_thread(self, function: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(None, function, *arguments)
 
     # Transfers
 
@@ -203,10 +281,6 @@ class Worker:
     def completions(self) -> list[SwapOutcome]:
         return self.swapper.completions()
 
-    def cancel_transfers(self) -> None:
-        """End all transfers, so that no step waits any longer."""
-        self.swapper.cancel_all()
-
     def device_error(self) -> str | None:
         """Words of an error after which the device can do nothing more; asks the device."""
         if self.backend.failed is None and self.backend.kind == "cuda":
@@ -216,8 +290,37 @@ class Worker:
                 return str(error)
         return self.backend.failed
 
+    def figures(self) -> wire.Figures:
+        """How this node stands."""
+        host, device, page = self.store.statistics(), self.swapper.statistics(), self.page_bytes
+        return wire.Figures(
+            device_memory={
+                "parameters": device.parameter_frames * page,
+                "cache": device.cache_frames * page,
+                "free": device.free_frames * page,
+            },
+            host_memory={"used": host.used, "free": host.budget - host.used},
+            transfer_bytes=device.bytes_moved,
+            swaps={"done": device.swaps_done, "failed": device.swaps_failed, "cancelled": device.swaps_cancelled},
+            link_busy_seconds=device.link_seconds,
+            pages_shared=host.shared_pages,
+            host_pages_on_disk=host.on_disk_pages,
+        )
+
     def close(self) -> None:
+        if self._communicator is not None:
+            self._communicator.close()
         self._compute.shutdown(wait=True)
         self.models.clear()
         self.swapper.close()
         self.store.close()
+
+
+async def load_all(worker: Worker, config: Config, progress: Progress | None) -> None:
+    """Plan and load this node's shards of all models. Raises ConfigError or CheckpointError, naming the model."""
+    loop = asyncio.get_running_loop()
+    plans = [await loop.run_in_executor(None, plan_model, model, worker.shard) for model in config.models]
+    worker.check_sizes(plans)
+    for plan in plans:
+        with naming(plan.config.id):
+            await loop.run_in_executor(None, worker.load, plan, progress)

@@ -32,6 +32,7 @@ from computron.metrics import Metrics
 from computron.models.text import GenerationDefaults
 from computron.node.handle import RequestHandle
 from computron.node.snapshot import ModelSnapshot, NodeSnapshot, NodeState
+from computron.node.wire import Figures
 
 CONTEXT = 100
 ANSWER = "The answer is 42."
@@ -102,6 +103,7 @@ class FakeNode:
     """Answers each job by `script`, on the event loop, through the real node's request handles."""
 
     def __init__(self) -> None:
+        self.ended = asyncio.Event()
         self.models = {
             model.plan.config.id: model
             for model in (
@@ -185,16 +187,20 @@ class FakeNode:
         failure = "the link is broken" if self.state is NodeState.FAILED else None
         return NodeSnapshot(
             state=self.state,
-            failure=failure,
+            reason=failure,
             requests=len(self.open),
             models=models,
-            device_memory={"free": 10},
-            host_memory={"used": 20},
-            pages_shared=5,
-            transfer_bytes=77,
-            swaps={"done": 4, "failed": 2, "cancelled": 1},
-            link_busy_seconds=1.5,
-            host_pages_on_disk=6,
+            nodes={
+                0: Figures(
+                    device_memory={"free": 10},
+                    host_memory={"used": 20},
+                    pages_shared=5,
+                    transfer_bytes=77,
+                    swaps={"done": 4, "failed": 2, "cancelled": 1},
+                    link_busy_seconds=1.5,
+                    host_pages_on_disk=6,
+                )
+            },
         )
 
     async def startup(self, progress: Any = None) -> None:

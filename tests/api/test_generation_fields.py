@@ -116,6 +116,14 @@ async def test_tokens_can_be_named_by_their_ids(server):
     assert answer["choices"][0]["logprobs"]["tokens"] == ["token_id:0"]
 
 
+async def test_the_ids_of_an_answer_are_told_if_asked_for(server):
+    body = {"model": "chat", "prompt": "ab", "max_tokens": 3}
+    _, plain, _ = await server.post("/v1/completions", body)
+    assert "token_ids" not in plain["choices"][0]
+    _, answer, _ = await server.post("/v1/completions", body | {"return_token_ids": True})
+    assert answer["choices"][0]["token_ids"] == [0, 1, 2]
+
+
 async def test_the_stop_that_ended_an_answer_is_told(server):
     from computron.execution.requests import TextOutput
 

@@ -110,8 +110,8 @@ async def test_every_request_ends_and_nothing_leaks(serving, random_model) -> No
                     path, body = body_for(rng.choice(models), rng)
                     patience = rng.uniform(0.0, 3.0) if rng.random() < 0.25 else 240.0
                     calls.append(ask(session, path, body, patience))
-                assert server.node._worker is not None
-                server.node._worker.backend.inject_fault("copy", requests, "the link fell silent")
+                assert server.node._crew is not None
+                server.node._crew.worker.backend.inject_fault("copy", requests, "the link fell silent")
                 outcomes.append(Counter(await asyncio.gather(*calls)))
                 stop.set()
                 assert await watching > 0
@@ -127,7 +127,7 @@ async def test_every_request_ends_and_nothing_leaks(serving, random_model) -> No
             assert set(counted) <= {"ok", "left"} | CLEAR_ERRORS, counted
             assert counted["ok"] > sum(counted.values()) / 4, counted
         snapshot = server.node.snapshot()
-        assert snapshot.device_memory["cache"] == 0
+        assert snapshot.nodes[0].device_memory["cache"] == 0
         assert all(model.queue_depth == model.running == 0 for model in snapshot.models)
         assert snapshot.swaps["failed"] == len(ROUNDS)
         assert [sum(counted.values()) for counted in outcomes] == list(ROUNDS)

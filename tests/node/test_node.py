@@ -60,7 +60,7 @@ async def test_timings_tell_what_a_request_waited_for(starting, llama) -> None:
         async for _ in handle:
             pass
         cold = handle.timings
-        assert cold.swap_bytes == node.models["a"].image.nbytes
+        assert cold.swap_bytes == node.models["a"].held.nbytes
         assert cold.queue_seconds is not None
         assert cold.first_output_seconds is not None
         assert cold.total_seconds is not None
@@ -80,7 +80,7 @@ async def test_a_cancelled_request_frees_its_place_in_the_middle_of_a_run(starti
         await endless.aclose()
         assert len(await waiting) == 4
         await settled(node)
-        assert node.snapshot().device_memory["cache"] == 0
+        assert node.snapshot().nodes[0].device_memory["cache"] == 0
 
 
 async def test_a_waiting_request_that_is_cancelled_is_never_run(starting, llama) -> None:
@@ -100,7 +100,7 @@ async def test_a_link_fault_in_a_swap_is_retried_and_the_answer_is_right(startin
         node.unload("a")
         await settled(node)
         assert state_of(node, "a") == "absent"
-        worker = node._worker
+        worker = node._crew.worker
         assert worker is not None
         worker.backend.inject_fault("copy", 3, "the link fell silent")
         assert await tokens_of(node, "a", job()) == expected
@@ -109,7 +109,7 @@ async def test_a_link_fault_in_a_swap_is_retried_and_the_answer_is_right(startin
 
 async def test_a_link_that_stays_broken_gives_a_clear_error_and_the_model_works_after_it(starting, llama) -> None:
     async with starting(llama("a"), link_bandwidth=4e6) as node:
-        worker = node._worker
+        worker = node._crew.worker
         assert worker is not None
         stop = asyncio.Event()
 
@@ -135,7 +135,7 @@ async def test_a_link_that_stays_broken_gives_a_clear_error_and_the_model_works_
 
 async def test_a_sticky_device_error_ends_every_request_and_readiness(starting, llama) -> None:
     async with starting(llama("a")) as node:
-        worker = node._worker
+        worker = node._crew.worker
         assert worker is not None
         worker.backend.inject_fault("device", 0, "an illegal address was accessed")
         with pytest.raises((Unavailable, SwapFailed)):
@@ -243,4 +243,4 @@ async def test_load_and_unload_are_obeyed(starting, llama) -> None:
         node.unload("a")
         await settled(node)
         assert state_of(node, "a") == "absent"
-        assert node.snapshot().device_memory["parameters"] == 0
+        assert node.snapshot().nodes[0].device_memory["parameters"] == 0

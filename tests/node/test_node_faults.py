@@ -36,8 +36,8 @@ async def settled(node: Node) -> None:
 
 
 def worker_of(node: Node) -> Worker:
-    assert node._worker is not None
-    return node._worker
+    assert node._crew is not None
+    return node._crew.worker
 
 
 class Slow(nn.Module):
@@ -145,8 +145,8 @@ async def test_a_failed_node_runs_no_more_steps(starting, llama, monkeypatch) ->
         with pytest.raises(Unavailable, match="illegal address"):
             async for _ in long:
                 pass
-        if node._step is not None:
-            await asyncio.wait([node._step])
+        if node._steps:
+            await asyncio.wait(node._steps.values())
         started: list[object] = []
         monkeypatch.setattr(worker_of(node), "begin_step", started.append)
         for _ in range(50):

@@ -1,0 +1,309 @@
+"""The nodes of a group as their leader commands them: its own worker, and the others over the network.
+
+What the scheduler orders is carried out here and sent to the others in the same order; what they report is put together
+to what the scheduler knows: one device with the frames of all. A group of one node has nobody to send anything to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from computron.config import Config
+from computron.errors import ComputronError, ExecutionFailed, GroupBroken, SwapFailed
+from computron.execution.executor import make_executor
+from computron.execution.protocols import Executor
+from computron.execution.requests import StepResult
+from computron.execution.steps import StepInput
+from computron.group.codec import encode
+from computron.group.environment import Place
+from computron.memory.swap import SwapOutcome
+from computron.models.loading import LoadedModel
+from computron.models.plan import ModelPlan
+from computron.node import wire
+from computron.node.agreement import Agreement, GroupModel, agree
+from computron.node.group_steps import GroupStep
+from computron.node.group_swaps import GroupSwaps
+from computron.node.measured_gate import MeasuredGate
+from computron.node.peers import Peers
+from computron.node.sizes import check_sizes
+from computron.node.worker import Progress, Worker, load_all
+from computron.scheduling.actions import CancelSwap, Evict, Preempt, RaiseUrgency, Run, SetCache, SwapIn
+
+log = logging.getLogger(__name__)
+
+LEADER = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model as requests see it. `loaded`: the leader's shard of it; `held`: what the group holds."""
+
+    plan: ModelPlan
+    loaded: LoadedModel
+    executor: Executor
+    held: GroupModel
+
+
+class Listener(Protocol):
+    """Who commands. Called on the event loop's thread."""
+
+    def swap_ended(self, outcome: SwapOutcome) -> None: ...
+
+    def broken(self, reason: str) -> None:
+        """Nothing can be run until `Crew.recover` has ended. Told once each time."""
+
+    def failed(self, reason: str) -> None:
+        """The leader's own device can do nothing more."""
+
+
+class Crew:
+    """All methods belong to the event loop's thread. `place`: the leader's; None: there are no other nodes."""
+
+    def __init__(self, config: Config, place: Place | None, listener: Listener) -> None:
+        self._config = config
+        self._listener = listener
+        self.worker = Worker(config, place)
+        self.peers = None if place is None else Peers(config, place, self)
+        self.models: dict[str, ServedModel] = {}
+        self._agreement: Agreement | None = None
+        self._swaps = GroupSwaps({})
+        self._steps: dict[int, GroupStep] = {}
+        self._next_step = 0
+        self._whole = place is None  # every node is there and follows
+
+    # Start and recovery
+
+    async def start(self, progress: Progress | None) -> None:
+        """Load this node's shards, wait for the other nodes to have loaded theirs, and become one group.
+
+        Raises ConfigError or CheckpointError if a model cannot be served by one of them.
+        """
+        loop = asyncio.get_running_loop()
+        if self.peers is not None:
+            await self.peers.open(progress)
+            progress = self.peers.own_progress
+        await load_all(self.worker, self._config, progress)
+        if self.peers is None:
+            self._agree([self.worker.loaded()])
+        else:
+            await self.peers.first_loaded()
+            await self.recover()
+        loop.add_reader(self.worker.completions_fd, self._on_transfers)
+
+    async def recover(self) -> None:
+        """Wait until all nodes are there, take everything off all devices, and let them find each other anew."""
+        peers = self.peers
+        assert peers is not None
+        while not self._whole:
+            try:
+                await peers.gather(self.worker)
+                agreement = self._agree([self.worker.loaded(), *peers.loaded()])
+                self.worker.identify(agreement.identities(LEADER))
+                await peers.form(self.worker, agreement)
+            except GroupBroken as error:
+                log.warning("group_not_formed reason=%s", error.message)
+                continue
+            self._whole = True
+            log.info("group_formed nodes=%d epoch=%d", self._config.group.nodes, peers.epoch)
+
+    def _agree(self, nodes: Sequence[wire.Loaded]) -> Agreement:
+        agreement = self._agreement = agree(nodes)
+        counts = {name: model.page_counts for name, model in agreement.models.items()}
+        needs = [replace(need, pages=max(counts[need.model])) for need in self.worker.needs]
+        check_sizes(needs, agreement.frames, agreement.page_bytes)
+        self._swaps = GroupSwaps(counts)
+        for name, held in agreement.models.items():
+            local = self.worker.models[name]
+            served = self.models.get(name)
+            executor = (
+                make_executor(local.loaded, agreement.page_bytes, held.block_bytes, held.cache_blocks)
+                if served is None
+                else served.executor
+            )
+            self.models[name] = ServedModel(local.plan, local.loaded, executor, held)
+        return agreement
+
+    @property
+    def agreement(self) -> Agreement:
+        assert self._agreement is not None, "the group has been formed"
+        return self._agreement
+
+    def break_up(self, reason: str) -> None:
+        """Let nobody wait for anybody; everything under way comes to nothing."""
+        if not self._whole:
+            return
+        self._whole = False
+        assert self.peers is not None
+        log.error("group_broken reason=%s", reason)
+        self.worker.abort()
+        self.peers.reset()
+        for step in list(self._steps.values()):
+            step.tear(reason)
+        self._swaps.forget()
+        self._listener.broken(reason)
+
+    async def close(self) -> None:
+        """Stop all nodes. Steps must have ended."""
+        if self.peers is not None:
+            await self.peers.close()
+        await asyncio.get_running_loop().run_in_executor(None, self.worker.close)
+
+    def cancel_transfers(self) -> None:
+        """Free whoever waits for pages or for another node, and hear of no further swap."""
+        asyncio.get_running_loop().remove_reader(self.worker.completions_fd)
+        self._whole = self._whole and self.peers is None
+        self.worker.abort()
+        for step in list(self._steps.values()):
+            step.tear("the server is shutting down")
+
+    # Orders
+
+    def perform(self, action: SwapIn | RaiseUrgency | CancelSwap | Evict | SetCache | Preempt) -> None:
+        """Carry out one action on all nodes; the ends of swaps come to the listener."""
+        worker, model = self.worker, action.model
+        match action:
+            case SwapIn():
+                urgency = int(action.urgency)
+                for rank, pages in self._swaps.begin(model, action.pages).items():
+                    if rank != LEADER:
+                        self._send(rank, wire.BringPages(model, pages, urgency))
+                    else:
+                        worker.swap_in(model, pages, urgency)
+            case RaiseUrgency():
+                worker.hasten(model, int(action.urgency))
+                self._broadcast(wire.HastenPages(model, int(action.urgency)))
+            case CancelSwap():
+                worker.cancel(model)
+                self._broadcast(wire.StopPages(model))
+            case Evict():
+                self._drop(model, self._swaps.pages_of(model, action.pages))
+            case SetCache():
+                executor = self.models[model].executor
+                moves = executor.set_cache(action.frames) if action.frames < worker.cache_wanted(model) else {}
+                worker.set_cache(model, action.frames, moves)
+                self._broadcast(wire.ResizeCache(model, action.frames, dict(moves)))
+            case Preempt():
+                self.models[model].executor.preempt(action.request)
+
+    def _drop(self, model: str, pages: Mapping[int, tuple[int, ...]]) -> None:
+        for rank, own in pages.items():
+            if rank != LEADER:
+                self._send(rank, wire.DropPages(model, own))
+            else:
+                self.worker.evict(model, own)
+
+    def _send(self, rank: int, order: wire.Order) -> None:
+        if self.peers is not None:
+            self.peers.send(rank, encode(order))
+
+    def _broadcast(self, order: wire.Order) -> None:
+        if self.peers is not None:
+            self.peers.broadcast(encode(order))
+
+    # Steps
+
+    def begin_step(self, model: str) -> MeasuredGate:
+        """Hold the model's pages on this node until `run` has ended. Raises SwapFailed."""
+        gate = self.worker.begin_step(model)
+        self.models[model].executor.set_cache(self.worker.cache_wanted(model))
+        return gate
+
+    async def run(self, action: Run, gate: MeasuredGate) -> StepResult:
+        """Run one step on all nodes. Raises SwapFailed, GroupBroken, or whatever the model's code raised; no request
+        has advanced then.
+        """
+        served = self.models[action.model]
+        try:
+            if self.peers is None:
+                return await self.worker.run_alone(served.executor, action.model, action.requests, gate)
+            return await self._run_together(self.peers, served, action, gate)
+        finally:
+            self.worker.end_step(action.model)
+
+    async def _run_together(self, peers: Peers, served: ServedModel, action: Run, gate: MeasuredGate) -> StepResult:
+        executor, worker = served.executor, self.worker
+        if served.plan.task == "custom":  # its batch manager's code may take its time
+            step = await worker.compute(executor.plan, action.requests)
+        else:
+            step = executor.plan(action.requests)
+        if step is None:
+            return executor.empty_result()
+        number = self._next_step
+        self._next_step += 1
+        group = self._config.group
+        together = self._steps[number] = GroupStep(range(group.nodes), chained=group.pipeline_parallel > 1)
+        try:
+            if not self._whole:
+                raise GroupBroken("the group is being formed anew")
+            peers.broadcast(encode(wire.RunStep(number, action.model, step)))
+            await self._run_own(together, action.model, step, gate)
+            await together.done
+            assert together.output is not None, "a node of the last stage reports a result"
+            return await worker.compute(executor.finish, step, together.output)
+        except BaseException:
+            executor.abandon(step)
+            raise
+        finally:
+            del self._steps[number]
+            if together.torn:
+                self.break_up(f"a step of {action.model} did not end on all nodes")
+
+    async def _run_own(self, together: GroupStep, model: str, step: StepInput, gate: MeasuredGate) -> None:
+        try:
+            output = await self.worker.run(model, step, gate)
+        except ComputronError as error:
+            together.fail(LEADER, error)
+        else:
+            together.succeed(LEADER, output, gate.waited_seconds())
+
+    def device_error(self) -> str | None:
+        return self.worker.device_error()
+
+    def figures(self) -> dict[int, wire.Figures]:
+        """How each node that is there stands."""
+        others = {} if self.peers is None else self.peers.figures()
+        return {LEADER: self.worker.figures(), **others}
+
+    # Reports
+
+    def _on_transfers(self) -> None:
+        try:
+            for outcome in self.worker.completions():
+                self._swap_ended(LEADER, outcome)
+        except Exception as error:
+            self._listener.failed(f"{type(error).__name__}: {error}")
+            raise
+        reason = self.worker.backend.failed
+        if reason is not None:
+            self._listener.failed(reason)
+
+    def _swap_ended(self, rank: int, outcome: SwapOutcome) -> None:
+        if not self._whole:
+            return
+        merged = self._swaps.end(rank, outcome)
+        if merged is not None:
+            self._drop(outcome.image_id, merged.surplus)
+            self._listener.swap_ended(merged.outcome)
+
+    def reported(self, rank: int, report: wire.PagesCame | wire.StepDone | wire.StepFailed) -> None:
+        """Another node tells how an order ended."""
+        match report:
+            case wire.PagesCame():
+                self._swap_ended(rank, wire.outcome_of(report))
+            case wire.StepDone(number, waited, output):
+                if (step := self._steps.get(number)) is not None:
+                    step.succeed(rank, output, waited)
+            case wire.StepFailed(number, cause, reason):
+                if (step := self._steps.get(number)) is not None:
+                    step.fail(rank, _ERRORS[cause](f"node {rank}: {reason}"))
+
+    def lost(self, rank: int, reason: str) -> None:
+        """Another node has gone."""
+        self.break_up(f"node {rank} was lost: {reason}")
+
+
+_ERRORS: Mapping[str, type[ComputronError]] = {"swap": SwapFailed, "group": GroupBroken, "model": ExecutionFailed}

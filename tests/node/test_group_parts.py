@@ -1,0 +1,146 @@
+"""What a leader puts together from what its nodes report: shards to models, swaps to one swap, steps to one step."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from computron.errors import ConfigError, ExecutionFailed, GroupBroken, SwapFailed
+from computron.execution.steps import TokensOutput
+from computron.memory.swap import SwapOutcome
+from computron.node import group_steps
+from computron.node.agreement import agree
+from computron.node.group_steps import GroupStep
+from computron.node.group_swaps import GroupSwaps
+from computron.node.wire import Loaded, ShardInfo
+
+OUTPUT = TokensOutput(tokens=None)  # type: ignore[arg-type]
+
+
+def loaded(frames: int, *shards: tuple[str, tuple[int, ...], int, int], page_bytes: int = 64) -> Loaded:
+    infos = tuple(ShardInfo(name, 10 * len(pages), pages, block, blocks) for name, pages, block, blocks in shards)
+    return Loaded(frames, page_bytes, 1e9, infos)
+
+
+def outcome(pages, state="done", arrived=None, error=None, seconds=1.0) -> SwapOutcome:
+    arrived = pages if arrived is None else arrived
+    return SwapOutcome("m", pages, state, arrived, seconds, 100, error, 0.0, seconds)
+
+
+# Shards
+
+
+def test_pages_are_shared_by_the_group_where_all_its_nodes_share_them():
+    agreement = agree(
+        [
+            loaded(30, ("a", (5, 6, 7), 160, 9), ("b", (5, 6, 8), 160, 9)),
+            loaded(20, ("a", (1, 2), 200, 12), ("b", (1, 3), 200, 12)),
+        ]
+    )
+    a, b = agreement.models["a"], agreement.models["b"]
+    assert a.pages[0] == b.pages[0]
+    assert len({*a.pages, *b.pages}) == 5, "the second page is equal on one node alone, the third differs"
+    assert (agreement.frames, a.nbytes, a.block_bytes, a.cache_blocks) == (20, 50, 200, 9)
+    assert agreement.identities(0)["a"] == a.pages
+    assert agreement.identities(1)["a"] == a.pages[:2]
+
+
+def test_pages_of_different_sizes_are_refused_with_both():
+    with pytest.raises(ConfigError, match="node 0: 64, node 1: 128"):
+        agree([loaded(1, ("a", (1,), 0, 0)), loaded(1, ("a", (1,), 0, 0), page_bytes=128)])
+
+
+# Swaps
+
+
+@pytest.fixture
+def swaps():
+    """Of a model with three pages on node 0 and two on node 1."""
+    return GroupSwaps({"m": (3, 2)})
+
+
+def test_a_swap_is_done_when_it_is_done_everywhere(swaps):
+    assert swaps.begin("m", (0, 1, 2)) == {0: (0, 1, 2), 1: (0, 1)}
+    assert swaps.end(0, outcome((0, 1, 2))) is None
+    merged = swaps.end(1, outcome((0, 1), seconds=3.0))
+    assert (merged.outcome.state, merged.outcome.arrived, merged.outcome.seconds) == ("done", (0, 1, 2), 3.0)
+    assert merged.outcome.bytes_moved == 200
+    assert not merged.surplus
+
+
+def test_a_swap_that_fails_on_one_node_leaves_surplus_on_the_others(swaps):
+    swaps.begin("m", (0, 1, 2))
+    swaps.end(0, outcome((0, 1, 2)))
+    merged = swaps.end(1, outcome((0, 1), "failed", (), "the link fell down"))
+    assert (merged.outcome.state, merged.outcome.arrived) == ("failed", ())
+    assert merged.outcome.error == "node 1: the link fell down"
+    assert merged.surplus == {0: (0, 1, 2)}
+
+
+def test_of_a_cancelled_swap_those_pages_stay_that_came_everywhere(swaps):
+    swaps.begin("m", (0, 1, 2))
+    swaps.end(0, outcome((0, 1, 2), "cancelled", (0, 2)))
+    merged = swaps.end(1, outcome((0, 1)))
+    assert (merged.outcome.state, merged.outcome.arrived) == ("cancelled", (0, 2))
+    assert merged.surplus == {1: (1,)}
+
+
+def test_a_node_without_such_pages_is_not_asked(swaps):
+    assert swaps.begin("m", (2,)) == {0: (2,)}
+    assert swaps.end(0, outcome((2,))).outcome.state == "done"
+    assert swaps.pages_of("m", (2, 1)) == {0: (2, 1), 1: (1,)}
+
+
+# Steps
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(group_steps, "STRAGGLERS", 0.02)
+
+
+async def test_a_step_ends_with_the_last_node():
+    step = GroupStep(range(2), chained=False)
+    step.succeed(1, None, 0.5)
+    assert not step.done.done()
+    step.succeed(0, OUTPUT, 0.25)
+    await step.done
+    assert (step.output, step.waited, step.torn) == (OUTPUT, 0.5, False)
+
+
+async def test_a_model_that_raises_on_all_nodes_leaves_the_group_whole():
+    step = GroupStep(range(2), chained=False)
+    for rank in range(2):
+        step.fail(rank, ExecutionFailed("its code raised"))
+    with pytest.raises(ExecutionFailed, match="its code raised"):
+        await step.done
+    assert not step.torn
+
+
+@pytest.mark.parametrize("chained", [False, True])
+async def test_a_node_that_fails_alone_tears_the_group(impatient, chained):
+    step = GroupStep(range(3), chained=chained)
+    step.succeed(2, OUTPUT, 0.0)
+    step.fail(1, SwapFailed("no pages"))
+    with pytest.raises(SwapFailed, match="no pages"):
+        async with asyncio.timeout(10):
+            await step.done
+    assert step.torn
+
+
+async def test_what_failed_first_hand_is_to_blame_and_not_what_followed_from_it():
+    step = GroupStep(range(2), chained=False)
+    step.fail(0, GroupBroken("node 1 has gone"))
+    step.fail(1, SwapFailed("no pages"))
+    with pytest.raises(SwapFailed):
+        await step.done
+    assert step.torn
+
+
+async def test_a_group_that_is_gone_ends_its_steps():
+    step = GroupStep(range(2), chained=False)
+    step.tear("node 1 was lost")
+    with pytest.raises(GroupBroken, match="node 1 was lost"):
+        await step.done
+    step.succeed(0, OUTPUT, 0.0)
