@@ -18,7 +18,7 @@ BELOW: dict[str, set[str]] = {
     "scheduling": set(),
     "group": {"models", *COMMON},
     "node": {"group", "scheduling", "execution", "models", "memory", "_transfer", *COMMON},
-    "api": {"node", "scheduling", "execution", "models", "memory", *COMMON},
+    "api": {"node", "group", "scheduling", "execution", "models", "memory", *COMMON},
     "config": {"errors", "_toml"},
     "_toml": {"errors"},
     "errors": set(),
