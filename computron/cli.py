@@ -157,7 +157,7 @@ def launch(
         share = share_of(settings.group.nodes, asked=nodes, hosts=names, host_rank=host_rank, rendezvous=rendezvous)
         set_up_logging(log_level or settings.server.log_level, settings.server.log_format)
         command = serve_command(config, {"host": host, "port": port, "log-level": log_level})
-        code = launch_nodes(settings, share, command, libraries=["computron.api.server", "computron.node.node"])
+        code = launch_nodes(settings, share, command, libraries=["computron.api.process"])
     except ComputronError as error:
         fail(with_place(config, error) if error.param is not None else error.message, CANNOT_START)
     raise typer.Exit(code)

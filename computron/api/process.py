@@ -20,7 +20,7 @@ from computron.metrics import Metrics
 from computron.node.follower import Follower
 from computron.node.node import Node
 
-RESTARTS = "COMPUTRON_RESTARTS"  # how many times the launcher has started this node before
+RESTARTS = "COMPUTRON_RESTARTS"  # how many times `computron launch` has started this node before
 
 
 class CannotStart(ConfigError):
@@ -44,14 +44,14 @@ def run(config: Config, reporter: Callable[[], Reporter]) -> int:
 
     Raises CannotStart if the launcher should not try again, and otherwise what the start of the server raises.
     """
-    place = Place.from_environment(nodes=config.group.nodes)
-    group = place if config.group.nodes > 1 else None
-    set_up_logging(config.server.log_level, config.server.log_format, node=None if group is None else group.rank)
     try:
+        place = Place.from_environment(nodes=config.group.nodes)
+        node = place.rank if place is not None and place.world_size > 1 else None
+        set_up_logging(config.server.log_level, config.server.log_format, node=node)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(config, group, reporter))
+            return runner.run(_serve(config, place, reporter))
     except (ConfigError, CheckpointError) as error:
-        if group is None or os.environ.get(RESTARTS, "0") != "0":
+        if os.environ.get(RESTARTS) != "0":
             raise
         raise CannotStart(error.message, param=error.param) from error
     finally:
@@ -61,17 +61,20 @@ def run(config: Config, reporter: Callable[[], Reporter]) -> int:
 async def _serve(config: Config, place: Place | None, reporter: Callable[[], Reporter]) -> int:
     heartbeat = Heartbeat.from_environment()
     metrics = Metrics()
+    node: Node | Follower
     try:
         if place is None or place.leader:
-            return await serve(config.server, Node(config, metrics, place), metrics, reporter())
-        follower = Follower(config, place, metrics)
-        signal_number = await serve(_own_port(config.server, place), follower, metrics, Silent())
-        if follower.failure is not None:
-            raise Unavailable(follower.failure)
-        return signal_number
+            node = Node(config, metrics, place)
+            signal_number = await serve(config.server, node, metrics, reporter())
+        else:
+            node = Follower(config, place, metrics)
+            signal_number = await serve(_own_port(config.server, place), node, metrics, Silent())
     finally:
         if heartbeat is not None:
             heartbeat.close()
+    if node.failure is not None and signal_number == 0:
+        raise Unavailable(node.failure)
+    return signal_number
 
 
 def _own_port(server: ServerConfig, place: Place) -> ServerConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import NoReturn
@@ -44,6 +45,7 @@ class Follower:
         self._loaded: wire.Loaded | None = None
         self._progress: dict[str, tuple[int, int]] = {}
         self._told = 0.0
+        self._leaving = False  # this process was told to stop; it waits for its leader to stop first
 
     # Lifecycle
 
@@ -71,7 +73,12 @@ class Follower:
         self._spawn(self._tell_figures())
 
     async def shutdown(self, drain: float) -> None:
-        """`drain` is the leader's concern: what this node does, it does for the leader."""
+        """Follow the leader until it stops, which may let its requests end, but no longer than `drain` seconds."""
+        if drain and self._link.connected and not self.ended.is_set():
+            self._leaving = True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(drain):
+                    await self.ended.wait()
         self._link.close()
         worker, self._worker = self._worker, None
         for task in list(self._tasks):
@@ -100,6 +107,9 @@ class Follower:
                 self._obey(decode(body, wire.Order))
                 if self.ended.is_set():
                     return
+            if self._leaving:
+                self.ended.set()
+                return
             log.warning("leader_lost reason=%s", self._link.why_lost)
             await self._rest()
 

@@ -15,33 +15,28 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from computron.config import Config
-from computron.errors import ConfigError, GroupBroken, ModelNotFound, SwapFailed, Unavailable
+from computron.errors import ConfigError, ModelNotFound, Unavailable
 from computron.execution.requests import Job
 from computron.group.environment import Place
 from computron.memory.swap import SwapOutcome
 from computron.metrics import Metrics
-from computron.node.busy import BusyClock
 from computron.node.crew import Crew, ServedModel
 from computron.node.handle import RequestHandle
-from computron.node.measured_gate import MeasuredGate
 from computron.node.rejections import RETRY_AFTER, rejection
 from computron.node.requests import Requests
 from computron.node.snapshot import NodeSnapshot, NodeState, model_snapshots
+from computron.node.steps import Steps
 from computron.node.worker import Progress
 from computron.scheduling import actions, events
 from computron.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-MAX_ABORTS = (
-    5  # steps of a model in a row that came to nothing, before their requests are told; more than swaps are retried
-)
-
 
 class Node:
     """The process that takes requests and leads its group, of which it may be the only node.
 
-    `place`: in the group, None if it serves alone. All methods belong to the event loop's thread.
+    `place`: as whoever launched this process says; None: nobody did. All methods belong to the event loop's thread.
     """
 
     def __init__(self, config: Config, metrics: Metrics | None = None, place: Place | None = None) -> None:
@@ -49,7 +44,7 @@ class Node:
         self.metrics = metrics or Metrics()
         self.state = NodeState.STARTING
         self.failure: str | None = None
-        self.ended = asyncio.Event()  # never: it ends when it is told to
+        self.ended = asyncio.Event()  # set when it can do nothing more and was launched by one who restarts it
         self._place = place
         self._crew: Crew | None = None
         self._scheduler: Scheduler | None = None  # None while nothing can be run
@@ -57,11 +52,8 @@ class Node:
         self._next_number = 0
         self._events: deque[events.Event] = deque()
         self._handling = False
-        self._dropped: dict[str, set[int]] = {}  # ended while their model's step runs; dropped after it
-        self._steps: dict[str, asyncio.Task[None]] = {}  # by model
-        self._aborts: dict[str, int] = {}  # steps in a row of each model that came to nothing
+        self._steps = Steps(self._requests, self._handle, self.failed)
         self._wake: asyncio.TimerHandle | None = None
-        self._busy = BusyClock()
         self._swap_errors: dict[str, str] = {}  # the last one of each model
         self._recovery: asyncio.Task[None] | None = None
         self._recoveries = 0
@@ -105,8 +97,7 @@ class Node:
         if self._recovery is not None:
             self._recovery.cancel()
         crew.cancel_transfers()
-        if self._steps:
-            await asyncio.wait(self._steps.values())
+        await self._steps.wait()
         await crew.close()
 
     def _stop_scheduling(self) -> None:
@@ -182,9 +173,7 @@ class Node:
         self._handle(events.RequestCancelled(handle.number))
 
     def _forget(self, handle: RequestHandle) -> None:
-        if handle.model in self._steps:
-            self._dropped.setdefault(handle.model, set()).add(handle.number)
-        elif self._crew is not None:
+        if not self._steps.drop_after(handle) and self._crew is not None:
             self._crew.models[handle.model].executor.drop(handle.number)
 
     def _unavailable(self) -> Unavailable:
@@ -221,8 +210,7 @@ class Node:
         patience = self.config.group.recovery_timeout
         late = asyncio.get_running_loop().call_later(patience, self._give_up_requests, context=self._context)
         try:
-            if self._steps:
-                await asyncio.wait(self._steps.values())
+            await self._steps.wait()
             await crew.recover()
         except Exception as error:
             self.failed(f"the group cannot be formed anew: {error}")
@@ -288,7 +276,9 @@ class Node:
             return
         match action:
             case actions.Run():
-                self._start_step(crew, action)
+                ended = self._steps.start(crew, action)
+                if ended is not None:
+                    self._events.append(ended)
             case actions.Reject():
                 handle = self._requests.get(action.request)
                 if handle is not None:
@@ -312,61 +302,6 @@ class Node:
         delay = max(0.0, moment - time.monotonic())
         loop = asyncio.get_running_loop()
         self._wake = loop.call_later(delay, self._handle, events.TimePassed(), context=self._context)
-
-    # Steps
-
-    def _start_step(self, crew: Crew, action: actions.Run) -> None:
-        # The gate is taken now: between now and the task's start, a swap of the model may fail.
-        try:
-            gate = crew.begin_step(action.model)
-        except SwapFailed as error:
-            self._events.append(self._aborted(action, error))
-            return
-        self._requests.begin_step(action.requests)
-        run = self._run(crew, action, gate)
-        self._steps[action.model] = asyncio.get_running_loop().create_task(run, context=self._context)
-
-    async def _run(self, crew: Crew, action: actions.Run, gate: MeasuredGate) -> None:
-        model = action.model
-        event: events.Event | None
-        try:
-            result = await crew.run(action, gate)
-        except SwapFailed as error:
-            event = self._aborted(action, error)
-        except GroupBroken as error:
-            log.warning("step_lost model=%s error=%s", model, error)
-            event = None  # the scheduler that ordered it is gone
-        except Exception as error:
-            log.exception("step_failed model=%s requests=%s", model, self._names(action.requests))
-            self._requests.fail(action.requests, error)
-            event = events.StepFailed(model, action.requests)
-            reason = crew.device_error()
-            if reason is not None:
-                self.failed(reason)
-        else:
-            self._aborts.pop(model, None)
-            self._requests.deliver(model, result)
-            event = events.StepFinished(model, result.finished, gate.computed_seconds(), result.cache_blocks)
-        self._busy.add(gate.computing(time.monotonic()))
-        del self._steps[model]
-        for number in self._dropped.pop(model, ()):
-            crew.models[model].executor.drop(number)
-        if event is not None:
-            self._handle(event)
-
-    def _aborted(self, action: actions.Run, error: SwapFailed) -> events.Event:
-        """The step came to nothing. Its requests wait again, unless that has happened too often in a row."""
-        aborts = self._aborts[action.model] = self._aborts.get(action.model, 0) + 1
-        log.warning("step_aborted model=%s times=%d error=%s", action.model, aborts, error)
-        if aborts < MAX_ABORTS:
-            return events.StepAborted(action.model)
-        del self._aborts[action.model]
-        self._requests.fail(action.requests, error)
-        return events.StepFailed(action.model, action.requests)
-
-    def _names(self, numbers: tuple[int, ...]) -> str:
-        handles = (self._requests.get(number) for number in numbers)
-        return ",".join(handle.request_id for handle in handles if handle is not None)
 
     # Transfers
 
@@ -396,7 +331,7 @@ class Node:
         now = time.monotonic()
         gates = [] if self._crew is None else self._crew.worker.gates.values()
         running = sorted(interval for gate in gates for interval in gate.computing(now))
-        return self._busy.hidden_share(outcome.finished - outcome.seconds, outcome.finished, running)
+        return self._steps.hidden_share(outcome.finished - outcome.seconds, outcome.finished, running)
 
     def failed(self, reason: str) -> None:
         """Nothing more can be served: answer everyone, stop the loop, and let health checks tell."""
@@ -404,6 +339,8 @@ class Node:
             return
         self.failure = reason
         self.state = NodeState.FAILED
+        if self._place is not None:
+            self.ended.set()  # whoever launched this process starts it again
         log.critical("node_failed reason=%s", reason)
         self._stop_scheduling()
         if self._crew is not None:

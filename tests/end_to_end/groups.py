@@ -58,6 +58,7 @@ class Group:
             "LOCAL_WORLD_SIZE": self.size,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": self._master_port,
+            "COMPUTRON_RESTARTS": int(rank in self._processes),
         }
         own = config or self.config
         if rank:

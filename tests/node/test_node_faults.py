@@ -145,8 +145,7 @@ async def test_a_failed_node_runs_no_more_steps(starting, llama, monkeypatch) ->
         with pytest.raises(Unavailable, match="illegal address"):
             async for _ in long:
                 pass
-        if node._steps:
-            await asyncio.wait(node._steps.values())
+        await node._steps.wait()
         started: list[object] = []
         monkeypatch.setattr(worker_of(node), "begin_step", started.append)
         for _ in range(50):
