@@ -242,13 +242,16 @@ class Node:
         )
         if self.state is not NodeState.DRAINING:
             self.state = NodeState.READY
-        for served in crew.models.values():
-            self._handle(events.ModelAdded(self._spec(served)))
+        arrivals = []
         for handle, request in self._requests.waiting():
-            executor = crew.models[handle.model].executor
-            blocks = executor.preempt(handle.number)
+            blocks = crew.models[handle.model].executor.preempt(handle.number)
             deadline = None if handle.timings.queue_seconds is not None else request.deadline
-            self._handle(events.RequestArrived(replace(request, cache_blocks=blocks, deadline=deadline)))
+            arrivals.append(events.RequestArrived(replace(request, cache_blocks=blocks, deadline=deadline)))
+        for served in crew.models.values():
+            served.executor.set_cache(0)
+            self._handle(events.ModelAdded(self._spec(served)))
+        for arrival in arrivals:
+            self._handle(arrival)
 
     # The main loop
 
