@@ -66,12 +66,19 @@ def make_store(host: str) -> tuple[Store, int]:
 class Store:
     def __init__(self, listener: socket.socket) -> None:
         reception = _Reception(listener)
-        threading.Thread(target=reception.run, name="rendezvous", daemon=True).start()
-        self._finalizer = weakref.finalize(self, reception.stop)
+        thread = threading.Thread(target=reception.run, name="rendezvous", daemon=True)
+        thread.start()
+        self._finalizer = weakref.finalize(self, _stop, reception, thread)
 
     def close(self) -> None:
         """Whoever waits here is sent away."""
         self._finalizer()
+
+
+def _stop(reception: _Reception, thread: threading.Thread) -> None:
+    reception.stop()
+    if thread is not threading.current_thread():
+        thread.join(1.0)
 
 
 class _Reception:
@@ -86,6 +93,8 @@ class _Reception:
         self._complete: set[tuple[int, int]] = set()
 
     def stop(self) -> None:
+        with suppress(OSError):
+            self._stop.shutdown(socket.SHUT_RDWR)  # is seen even if a forked process has this end too
         self._stop.close()
 
     def run(self) -> None:
