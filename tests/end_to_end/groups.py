@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import time
@@ -116,6 +117,12 @@ class Group:
                 return response.status, await response.json()
         except aiohttp.ClientError:
             return 0, None
+
+    async def metric(self, name: str) -> dict[str, float]:
+        """Values by labels, as the leader exposes them."""
+        async with self.session.get(f"{self.url}/metrics") as response:
+            text = await response.text()
+        return {m[1] or "": float(m[2]) for m in re.finditer(rf"^{name}(?:\{{(.*?)\}})? (\S+)$", text, re.MULTILINE)}
 
     async def tokens(self, model: str, prompt: list[int], count: int, **settings: Any) -> list[int]:
         """What the model answers greedily."""
