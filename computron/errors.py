@@ -6,8 +6,8 @@ from typing import ClassVar
 
 
 class ComputronError(Exception):
-    """Base of all errors. `status`, `type` and `code` are what the HTTP answer carries, `exit_code` is that of a command
-    which ends with it.
+    """Base of all errors. `status`, `type` and `code` are what the HTTP answer carries, `exit_code` what a command that
+    fails with it ends with.
     """
 
     exit_code: ClassVar[int] = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,16 +16,21 @@ from computron.execution.single_pass import SinglePassExecutor, SinglePassRunner
 from computron.execution.steps import BatchResult, CustomStep, CustomStepOutput, StepInput, StepOutput
 from computron.models import LoadedModel
 
+log = logging.getLogger(__name__)
+
 Batch = Sequence[tuple[int, CustomJob]]
 Result = TypeVar("Result")
 
 
 class _Failed(Exception):
-    """User code raised. `together`: whether all requests of the batch fail with it."""
+    """User code raised. `together`: all requests of the batch fail with it. `refused`: as the code says, the request is
+    to blame.
+    """
 
-    def __init__(self, message: str, *, together: bool) -> None:
+    def __init__(self, message: str, *, together: bool, refused: bool = False) -> None:
         super().__init__(message)
         self.together = together
+        self.refused = refused
 
 
 class CustomExecutor(SinglePassExecutor[CustomJob]):
@@ -60,7 +66,7 @@ class CustomExecutor(SinglePassExecutor[CustomJob]):
         except _Failed as error:
             if len(batch) > 1:
                 return [arguments for item in batch for arguments in self._made([item])]
-            self._refused.append(FailedOutput(batch[0][0], str(error)))
+            self._refused.append(FailedOutput(batch[0][0], str(error), error.refused))
             return []
         self._batches.append(batch)
         return [arguments]
@@ -76,7 +82,7 @@ class CustomExecutor(SinglePassExecutor[CustomJob]):
             values = self._split(batch, result)
         except _Failed as error:
             if error.together or len(batch) == 1 or not self._model.plan.shard.whole:
-                return [FailedOutput(request, str(error)) for request in requests]
+                return [FailedOutput(request, str(error), error.refused) for request in requests]
             return [output for item in batch for output in self._alone(item)]
         return [CustomOutput(request, value) for request, value in zip(requests, values, strict=True)]
 
@@ -85,7 +91,7 @@ class CustomExecutor(SinglePassExecutor[CustomJob]):
         try:
             arguments = self._make([item])
         except _Failed as error:
-            return [FailedOutput(item[0], str(error))]
+            return [FailedOutput(item[0], str(error), error.refused)]
         return self._answers([item], run_batch(self._model, arguments))
 
     def _make(self, batch: Batch) -> tuple[Any, ...]:
@@ -123,6 +129,7 @@ def run_batch(model: LoadedModel, arguments: Sequence[Any]) -> BatchResult:
     except Exception as error:
         if not shard.whole:
             raise
+        log.exception("model_code_failed in=forward")
         return BatchResult(error=f"the model raised {type(error).__name__}: {error}")
 
 
@@ -170,5 +177,8 @@ def _call(name: str, function: Callable[[], Result]) -> Result:
         return function()
     except SwapFailed:  # nobody's fault here
         raise
+    except BadRequest as error:
+        raise _Failed(error.message, together=False, refused=True) from error
     except Exception as error:
+        log.exception("model_code_failed in=%s", name)
         raise _Failed(f"{name} raised {type(error).__name__}: {error}", together=False) from error

@@ -119,10 +119,11 @@ class CustomOutput:
 
 @dataclass(frozen=True, slots=True)
 class FailedOutput:
-    """This request alone failed, not its batch."""
+    """This request alone failed, not its batch. `refused`: since it cannot be served as it is."""
 
     request: int
     message: str
+    refused: bool = False
 
 
 Output = TextOutput | EmbeddingOutput | ClassOutput | CustomOutput | FailedOutput

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -212,26 +213,30 @@ class Crew:
         self.models[model].executor.set_cache(self.worker.cache_wanted(model))
         return gate
 
-    async def run(self, action: Run, gate: MeasuredGate) -> StepResult:
-        """Run one step on all nodes. Raises SwapFailed, GroupBroken, or whatever the model's code raised; no request
-        has advanced then.
+    async def run(self, action: Run, gate: MeasuredGate) -> tuple[StepResult, float]:
+        """Run one step on all nodes; gives its result, and the seconds that it took beside waiting for pages.
+
+        Raises SwapFailed, GroupBroken, or whatever the model's code raised; no request has advanced then.
         """
         served = self.models[action.model]
         try:
             if self.peers is None:
-                return await self.worker.run_alone(served.executor, action.model, action.requests, gate)
+                result = await self.worker.run_alone(served.executor, action.model, action.requests, gate)
+                return result, gate.computed_seconds()
             return await self._run_together(self.peers, served, action, gate)
         finally:
             self.worker.end_step(action.model)
 
-    async def _run_together(self, peers: Peers, served: ServedModel, action: Run, gate: MeasuredGate) -> StepResult:
+    async def _run_together(
+        self, peers: Peers, served: ServedModel, action: Run, gate: MeasuredGate
+    ) -> tuple[StepResult, float]:
         executor, worker = served.executor, self.worker
         if served.plan.task == "custom":  # its batch manager's code may take its time
             step = await worker.compute(executor.plan, action.requests)
         else:
             step = executor.plan(action.requests)
         if step is None:
-            return executor.empty_result()
+            return executor.empty_result(), 0.0
         number = self._next_step
         self._next_step += 1
         group = self._config.group
@@ -239,11 +244,13 @@ class Crew:
         try:
             if not self._whole:
                 raise GroupBroken("the group is being formed anew")
+            began = time.monotonic()
             peers.broadcast(encode(wire.RunStep(number, action.model, step)))
             await self._run_own(together, action.model, step, gate)
             await together.done
             assert together.output is not None, "a node of the last stage reports a result"
-            return await worker.compute(executor.finish, step, together.output)
+            seconds = max(0.0, time.monotonic() - began - together.waited)
+            return await worker.compute(executor.finish, step, together.output), seconds
         except BaseException:
             executor.abandon(step)
             raise

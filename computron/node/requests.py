@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from computron.errors import ComputronError, ExecutionFailed
+from computron.errors import BadRequest, ComputronError, ExecutionFailed
 from computron.execution.requests import FailedOutput, StepResult, TextOutput
 from computron.memory.swapper import SwapOutcome
 from computron.metrics import Metrics
@@ -89,7 +89,8 @@ class Requests:
                 continue
             if isinstance(output, FailedOutput):
                 log.error("request_failed request_id=%s model=%s error=%s", handle.request_id, model, output.message)
-                self.end(handle, outcome="error", error=ExecutionFailed(output.message))
+                error = BadRequest(output.message) if output.refused else ExecutionFailed(output.message)
+                self.end(handle, outcome="error", error=error)
                 continue
             if handle.last_output is None:
                 handle.timings.first_output_seconds = now - handle.arrival

@@ -67,7 +67,7 @@ class Steps:
         model = action.model
         event: events.Event | None
         try:
-            result = await crew.run(action, gate)
+            result, seconds = await crew.run(action, gate)
         except SwapFailed as error:
             event = self._aborted(action, error)
         except GroupBroken as error:
@@ -83,7 +83,7 @@ class Steps:
         else:
             self._aborts.pop(model, None)
             self._requests.deliver(model, result)
-            event = events.StepFinished(model, result.finished, gate.computed_seconds(), result.cache_blocks)
+            event = events.StepFinished(model, result.finished, seconds, result.cache_blocks)
         self._busy.add(gate.computing(time.monotonic()))
         del self._tasks[model]
         for number in self._dropped.pop(model, ()):

@@ -30,7 +30,7 @@ class Double(nn.Module):
 
 
 class Manager(StackTensors):
-    """Payloads are tensors; a payload of 7s cannot be batched, one whose result is 22 cannot be split."""
+    """Payloads are tensors; one of 7s cannot be batched, one of 99s is refused, a result of 22 cannot be split."""
 
     batches: list[int]
 
@@ -44,6 +44,8 @@ class Manager(StackTensors):
     def make_batch(self, payloads: Sequence[Any]) -> tuple[Any, ...]:
         if any((payload == 7).any() for payload in payloads):
             raise ValueError("no sevens")
+        if any((payload == 99).any() for payload in payloads):
+            raise BadRequest("nines are not served")
         self.batches.append(len(payloads))
         return super().make_batch(payloads)
 
@@ -117,6 +119,22 @@ def test_an_exception_of_the_model_fails_its_batch_alone(custom) -> None:
 
 def test_a_payload_that_cannot_be_batched_fails_alone(custom) -> None:
     assert outputs(custom(), [1.0], [7.0], [3.0]) == [[2], "make_batch raised ValueError: no sevens", [6]]
+
+
+def test_a_request_that_its_batch_manager_refuses_is_told_so_and_is_no_failure(custom, caplog) -> None:
+    one = custom()
+    answers = one.run([CustomJob(one.model.batch_manager.parse({"input": [each]})) for each in (1.0, 99.0, 3.0)])
+    first, refused, last = (answer.outputs[0] for answer in answers)
+    assert (refused.message, refused.refused) == ("nines are not served", True)
+    assert (first.value, last.value) == ([2], [6])
+    assert not caplog.records
+
+
+def test_the_traceback_of_a_models_own_code_is_logged(custom, caplog) -> None:
+    outputs(custom(), [13.0])
+    (record,) = caplog.records
+    assert record.getMessage() == "model_code_failed in=forward"
+    assert 'raise ArithmeticError("thirteen in the batch")' in caplog.text
 
 
 def test_a_result_that_cannot_be_split_fails_alone(custom) -> None:
