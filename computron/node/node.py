@@ -249,6 +249,7 @@ class Node:
             arrivals.append(events.RequestArrived(replace(request, cache_blocks=blocks, deadline=deadline)))
         for served in crew.models.values():
             served.executor.set_cache(0)
+            served.executor.limit_cache(served.held.block_bytes, served.held.cache_blocks)
             self._handle(events.ModelAdded(self._spec(served)))
         for arrival in arrivals:
             self._handle(arrival)

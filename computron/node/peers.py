@@ -150,6 +150,7 @@ class Peers:
             order = wire.Form(epoch, self._place.master_host, port, agreement.identities(rank))
             self.send(rank, encode(order))
         own = asyncio.ensure_future(worker.form(epoch, self._place.master_host, port, self._timeout))
+        own.add_done_callback(self._own_formed)
         try:
             async with asyncio.timeout(2 * self._timeout):
                 await self._wait(lambda: self._all_formed(epoch))
@@ -168,6 +169,11 @@ class Peers:
                 await asyncio.wait([own])
             own.exception()
             del store
+
+    def _own_formed(self, own: asyncio.Future[None]) -> None:
+        if not own.cancelled() and (error := own.exception()) is not None:
+            self._form_failure = str(error)
+        self._changed.set()
 
     def _all_formed(self, epoch: int) -> bool:
         if self._form_failure is not None:

@@ -91,6 +91,7 @@ class Worker:
         self.needs: tuple[Need, ...] = ()
         self._cache_wanted: dict[str, int] = {}  # frames, as last ordered
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._resetting = asyncio.Lock()
         self._communicator: GroupCommunicator | None = None
         if not self.shard.whole:
             kind = torch.device("cpu" if self.backend.kind == "host" else f"cuda:{self.backend.device_index}")
@@ -168,15 +169,16 @@ class Worker:
     async def reset(self) -> None:
         """End what is under way and take everything off the device. How swaps ended is told to nobody."""
         self.abort()
-        await self.compute(lambda: None)  # what was given to the compute thread before has ended
-        while self.gates or self.swapper.swapping:
-            self.swapper.completions()
-            await asyncio.sleep(SETTLING)
-        for model in self.models:
-            self.swapper.evict(model, sorted(self.swapper.resident_pages(model)))
-            self._cache_wanted[model] = 0
-            if self.swapper.cache_frames(model):
-                self.swapper.set_cache(model, 0)
+        async with self._resetting:  # one after the other: an earlier one shall not undo what follows a later one
+            await self.compute(lambda: None)  # what was given to the compute thread before has ended
+            while self.gates or self.swapper.swapping:
+                self.swapper.completions()
+                await asyncio.sleep(SETTLING)
+            for model in self.models:
+                self.swapper.evict(model, sorted(self.swapper.resident_pages(model)))
+                self._cache_wanted[model] = 0
+                if self.swapper.cache_frames(model):
+                    self.swapper.set_cache(model, 0)
 
     # Orders
 
