@@ -22,6 +22,7 @@ from rich.table import Table
 from computron.api.version import installed_version
 from computron.config import Config, load_config, with_place
 from computron.errors import ComputronError
+from computron.group.supervisor import RESTARTS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -90,8 +91,9 @@ def serve(
 
         computron serve serve.toml --host 0.0.0.0 --port 9000 --log-level debug
     """
+    again = os.environ.get(RESTARTS, "0") != "0"  # then the group's leader shall hear what is missing
     try:
-        settings = load_config(config)
+        settings = load_config(config, sources_exist=not again)
     except ComputronError as error:
         fail(error.message)
     given: dict[str, Any] = {"host": host, "port": port, "log_level": log_level}

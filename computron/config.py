@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -109,9 +109,10 @@ class Config:
 POLICIES = ("default", "lru")
 
 
-def load_config(path: str | Path) -> Config:
+def load_config(path: str | Path, *, sources_exist: bool = True) -> Config:
     """The configuration in this file; relative paths in it start at its folder.
 
+    `sources_exist`: whether it is wrong if a model's folder does not exist; otherwise that is found when it is loaded.
     Raises ConfigError, naming file, line and remedy, for the first thing that is wrong.
     """
     document = Document(Path(path))
@@ -131,6 +132,8 @@ def load_config(path: str | Path) -> Config:
     )
     default = config.scheduler.max_queue
     models = tuple(replace(m, max_queue=default if m.max_queue is None else m.max_queue) for m in config.models)
+    if sources_exist:
+        _check_sources(document, models)
     _check_device(document, config.device)
     _check_scheduler(document, config.scheduler)
     return replace(config, host=_with_paths(document, config.host), models=models)
@@ -200,21 +203,26 @@ def _check_model(document: Document, where: KeyPath, model: ModelConfig, table: 
         )
     return replace(
         model,
-        source=_resolve_source(document, where, model.source),
+        source=_resolve_source(document, model.source),
         chat_template=_resolve_template(document, where, model.chat_template),
     )
 
 
-def _resolve_source(document: Document, where: KeyPath, source: str) -> str:
+def _resolve_source(document: Document, source: str) -> str:
     """The source with its path made absolute. A hub id stays as it is, unless a folder of that name is there."""
     prefix = "random:" if source.startswith("random:") else ""
     name = source.removeprefix(prefix)
     path = _resolve(document, name)
-    if path.exists():
+    if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         return f"{prefix}{path}"
-    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise document.error((*where, "source"), f"source: {path} does not exist")
     return source
+
+
+def _check_sources(document: Document, models: Sequence[ModelConfig]) -> None:
+    for number, model in enumerate(models):
+        path = Path(model.source.removeprefix("random:"))
+        if path.is_absolute() and not path.exists():
+            raise document.error(("models", number, "source"), f"source: {path} does not exist")
 
 
 def _resolve_template(document: Document, where: KeyPath, template: str | None) -> str | None:

@@ -186,6 +186,8 @@ def test_a_path_that_does_not_exist_is_named(write, tmp_path, source):
     path = (tmp_path / source.removeprefix("random:")).resolve()
     text = f'[[models]]\nid = "a"\nsource = "{source}"\n'
     assert complaint(write(text)) == f":3: source: {path} does not exist"
+    (model,) = load_config(write(text), sources_exist=False).models
+    assert model.source.removeprefix("random:") == str(path)
 
 
 @pytest.mark.parametrize("source", ["models/smolm2", "random:opt-1t"])
