@@ -187,7 +187,7 @@ class LoadingDisplay:
         if model not in self._bars:
             self._bars[model] = self._progress.add_task(model, total=total)
         self._bytes[model] = total
-        self._progress.update(self._bars[model], completed=done)
+        self._progress.update(self._bars[model], completed=done, total=total)  # a group's grows as its nodes report
 
     def ready(self, url: str) -> None:
         self.close()

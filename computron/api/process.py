@@ -16,11 +16,10 @@ from computron.errors import CheckpointError, ConfigError, Unavailable
 from computron.group.environment import Place
 from computron.group.heartbeat import Heartbeat
 from computron.group.supervision import CANNOT_START
+from computron.group.supervisor import RESTARTS
 from computron.metrics import Metrics
 from computron.node.follower import Follower
 from computron.node.node import Node
-
-RESTARTS = "COMPUTRON_RESTARTS"  # how many times `computron launch` has started this node before
 
 
 class CannotStart(ConfigError):
