@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 
+from computron.group.heartbeat import EVERY
 from computron.group.starting import Starter
 from computron.group.supervision import (
     Asked,
@@ -32,6 +33,7 @@ from computron.group.supervision import (
 log = logging.getLogger(__name__)
 
 RESTARTS = "COMPUTRON_RESTARTS"  # how many times a node was started before
+BEATS = 4  # that a node gives at least in the time after which its silence means that it hangs
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -92,7 +94,8 @@ class Supervisor:
                 self._tell(order)
 
     def _start(self, rank: int, restarts: int) -> None:
-        environment = {**self._environments[rank], RESTARTS: str(restarts)}
+        beat = self._supervision.timeout / BEATS
+        environment = {**self._environments[rank], RESTARTS: str(restarts), EVERY: str(beat)}
         try:
             process = _Process(self._starter, environment, self._loop)
         except OSError as error:

@@ -104,6 +104,10 @@ class Launch:
         own = psutil.Process(self.process.pid)
         return [own, *own.children(recursive=True)]
 
+    def stop(self) -> None:
+        """As an operator would."""
+        self.process.send_signal(signal.SIGTERM)
+
     async def ended(self) -> int:
         """The exit code."""
         await eventually(lambda: self.process.poll() is not None, "the launch ends", self)
@@ -126,7 +130,7 @@ async def launched(config: Path, log: Path, *options: str, within: Sequence[str]
         yield launch
         if launch.process.poll() is None:
             everything = launch.processes()
-            launch.process.send_signal(signal.SIGTERM)
+            launch.stop()
             assert await launch.ended() == 0, launch.log
             await none_left(everything, launch)
     finally:

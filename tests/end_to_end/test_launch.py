@@ -136,7 +136,7 @@ async def test_stopping_lets_open_requests_end_and_leaves_no_process(served):
     async with clients.asking():
         await clients.answered(0, RECOVERY, count=3)
         at = time.monotonic()
-        launch.process.send_signal(signal.SIGTERM)
+        launch.stop()
         assert await launch.ended() == 0
     open_then = [o for o in clients.outcomes if o.asked < at < o.ended]
     print(f"\nSIGTERM: ended after {time.monotonic() - at:.2f} s; open then: {counted(open_then)}", end=" ")

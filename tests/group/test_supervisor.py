@@ -181,6 +181,11 @@ def test_a_hung_node_is_killed_and_started_again(launch, modules):
     assert not gone(running.pid(0))
 
 
+def test_a_node_beats_often_enough_for_a_short_timeout(launch):
+    node = launch(timeout=0.5).node(1)
+    assert float(node["environment"]["COMPUTRON_HEARTBEAT_SECONDS"]) < 0.25
+
+
 def test_a_node_without_heartbeat_is_left_alone(launch):
     running = launch(timeout=0.2, node1={"mute": True}, node0={"closed": True})
     quiet = running.pid(1), running.pid(0)
@@ -286,7 +291,8 @@ def test_ways_to_die_have_names():
 async def test_a_heartbeat_beats_until_it_is_closed(monkeypatch):
     reader, writer = os.pipe()
     monkeypatch.setenv("COMPUTRON_HEARTBEAT_FD", str(writer))
-    monkeypatch.setattr("computron.group.heartbeat.INTERVAL", 0.01)
+    monkeypatch.setenv("COMPUTRON_HEARTBEAT_SECONDS", "0.01")
+    monkeypatch.setattr("computron.group.heartbeat.INTERVAL", 1000.0)
     beat = Heartbeat.from_environment()
     assert beat is not None
     assert "COMPUTRON_HEARTBEAT_FD" not in os.environ
