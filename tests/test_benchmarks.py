@@ -18,6 +18,7 @@ PROMISED = {
     "bench_swap": {"swap.over_bound", "swap.partial.over_bound", "swap.vs_write_back"},
     "bench_first_token": {"first_token.over_pipeline_bound"},
     "bench_generate": {"generate.equal.ratio", "generate.mixed.ratio"},
+    "bench_node_memory": {"memory.4x1.share", "memory.2x2.share", "memory.1x4.share"},
     "bench_overhead": {"overhead.rps_share", "overhead.added_p50_ms"},
 }
 
