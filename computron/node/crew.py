@@ -27,7 +27,7 @@ from computron.models.plan import ModelPlan
 from computron.node import wire
 from computron.node.agreement import Agreement, GroupModel, agree
 from computron.node.group_steps import GroupStep
-from computron.node.group_swaps import GroupSwaps
+from computron.node.group_swaps import GroupSwaps, Merged
 from computron.node.measured_gate import MeasuredGate
 from computron.node.peers import Peers
 from computron.node.sizes import check_sizes
@@ -72,6 +72,7 @@ class Crew:
         self.models: dict[str, ServedModel] = {}
         self._agreement: Agreement | None = None
         self._swaps = GroupSwaps({})
+        self._late_swaps: dict[str, Merged] = {}  # not all done, and ended during a step of their model
         self._steps: dict[int, GroupStep] = {}
         self._next_step = 0
         self._whole = place is None  # every node is there and follows
@@ -145,6 +146,7 @@ class Crew:
         for step in list(self._steps.values()):
             step.tear(reason)
         self._swaps.forget()
+        self._late_swaps.clear()
         self._listener.broken(reason)
 
     async def close(self) -> None:
@@ -226,6 +228,8 @@ class Crew:
             return await self._run_together(self.peers, served, action, gate)
         finally:
             self.worker.end_step(action.model)
+            if (merged := self._late_swaps.pop(action.model, None)) is not None:
+                asyncio.get_running_loop().call_soon(self._tell_swap, merged)  # the end of the step is told before
 
     async def _run_together(
         self, peers: Peers, served: ServedModel, action: Run, gate: MeasuredGate
@@ -246,8 +250,13 @@ class Crew:
                 raise GroupBroken("the group is being formed anew")
             began = time.monotonic()
             peers.broadcast(encode(wire.RunStep(number, action.model, step)))
-            await self._run_own(together, action.model, step, gate)
-            await together.done
+            own = asyncio.ensure_future(self._run_own(together, action.model, step, gate))
+            try:
+                await together.done
+            finally:
+                if together.torn:  # this node may wait for the one that failed
+                    self.break_up(f"a step of {action.model} did not end on all nodes")
+                await own
             assert together.output is not None, "a node of the last stage reports a result"
             seconds = max(0.0, time.monotonic() - began - together.waited)
             return await worker.compute(executor.finish, step, together.output), seconds
@@ -256,14 +265,15 @@ class Crew:
             raise
         finally:
             del self._steps[number]
-            if together.torn:
-                self.break_up(f"a step of {action.model} did not end on all nodes")
 
     async def _run_own(self, together: GroupStep, model: str, step: StepInput, gate: MeasuredGate) -> None:
         try:
             output = await self.worker.run(model, step, gate)
         except ComputronError as error:
             together.fail(LEADER, error)
+        except BaseException as error:
+            together.fail(LEADER, ExecutionFailed(f"{type(error).__name__}: {error}"))
+            raise
         else:
             together.succeed(LEADER, output, gate.waited_seconds())
 
@@ -292,8 +302,16 @@ class Crew:
         if not self._whole:
             return
         merged = self._swaps.end(rank, outcome)
-        if merged is not None:
-            self._drop(outcome.image_id, merged.surplus)
+        if merged is None:
+            return
+        if merged.outcome.state != "done" and outcome.image_id in self.worker.gates:
+            self._late_swaps[outcome.image_id] = merged  # a step may be reading what has to go
+        else:
+            self._tell_swap(merged)
+
+    def _tell_swap(self, merged: Merged) -> None:
+        if self._whole:
+            self._drop(merged.outcome.image_id, merged.surplus)
             self._listener.swap_ended(merged.outcome)
 
     def reported(self, rank: int, report: wire.PagesCame | wire.StepDone | wire.StepFailed) -> None:

@@ -42,6 +42,8 @@ class GroupStep:
     def fail(self, rank: int, error: ComputronError) -> None:
         self._failures[rank] = error
         self._reported(rank)
+        if isinstance(error, SwapFailed):
+            self._end()  # the others have their pages, and can only be freed
         if self._timer is None and not self.done.done():
             self._timer = asyncio.get_running_loop().call_later(STRAGGLERS, self._end)
 

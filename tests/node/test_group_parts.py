@@ -129,6 +129,16 @@ async def test_a_node_that_fails_alone_tears_the_group(impatient, chained):
     assert step.torn
 
 
+async def test_a_failed_swap_ends_the_step_though_another_node_never_reports():
+    step = GroupStep(range(2), chained=False)
+    step.fail(1, SwapFailed("no pages"))
+    assert step.done.done()
+    assert step.torn
+    step.fail(0, GroupBroken("freed"))
+    with pytest.raises(SwapFailed, match="no pages"):
+        await step.done
+
+
 async def test_what_failed_first_hand_is_to_blame_and_not_what_followed_from_it():
     step = GroupStep(range(2), chained=False)
     step.fail(0, GroupBroken("node 1 has gone"))
