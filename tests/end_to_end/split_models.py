@@ -1,0 +1,86 @@
+"""Custom models that split themselves, for the nodes of `groups` to import."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from computron.models import Communicator, Shard
+
+WAIT = 20.0  # seconds
+
+
+class SplitLinear(nn.Module):
+    """Rows of a square matrix; the nodes of a stage have one part each."""
+
+    def __init__(self, width: int, seed: int, shard: Shard) -> None:
+        super().__init__()
+        whole = torch.randn(width, width, generator=torch.Generator().manual_seed(seed)) / width**0.5
+        self.sizes = [len(part) for part in whole.tensor_split(shard.tensor_parallel)]
+        self.weight = nn.Parameter(whole.tensor_split(shard.tensor_parallel)[shard.tensor_rank].clone())
+        self.communicator: Communicator
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        own = given @ self.weight.T
+        return self.communicator.all_gather(own, self.sizes) if len(self.sizes) > 1 else own
+
+
+class SplitMLP(nn.Module):
+    """Its layers run stage after stage."""
+
+    def __init__(self, width: int, layers: int, shard: Shard) -> None:
+        super().__init__()
+        numbers = torch.arange(layers).tensor_split(shard.pipeline_parallel)[shard.stage]
+        self.layers = nn.ModuleList(SplitLinear(width, number, shard) for number in numbers.tolist())
+        self.shard = shard
+        self.communicator: Communicator
+
+    def set_communicator(self, communicator: Communicator) -> None:
+        self.communicator = communicator
+        for layer in self.layers:
+            layer.communicator = communicator  # type: ignore[assignment]
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        hidden = given if self.shard.first else self.communicator.receive(given)
+        for layer in self.layers:
+            hidden = layer(hidden).relu()
+        if not self.shard.last:
+            self.communicator.send(hidden)
+        return hidden
+
+
+def make_mlp(width: int, layers: int, shard: Shard = Shard()) -> nn.Module:  # noqa: B008 -- frozen
+    return SplitMLP(width, layers, shard)
+
+
+class Meeting(nn.Module):
+    """Two of these end only if the second stage of each runs while, or after, the first stage of the other does."""
+
+    def __init__(self, folder: Path, own: str, other: str, shard: Shard) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self._own, self._other, self._shard = folder / own, folder / other, shard
+        self.communicator: Communicator
+
+    def set_communicator(self, communicator: Communicator) -> None:
+        self.communicator = communicator
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        if self._shard.first:
+            self._own.touch()
+            result = given * self.weight
+            self.communicator.send(result)
+            return result
+        result = self.communicator.receive(given)
+        deadline = time.monotonic() + WAIT
+        while not self._other.exists():
+            assert time.monotonic() < deadline, f"{self._other.name} has not begun"
+            time.sleep(0.005)
+        return result
+
+
+def make_meeting(folder: str, own: str, other: str, shard: Shard) -> nn.Module:
+    return Meeting(Path(folder), own, other, shard)
