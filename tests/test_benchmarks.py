@@ -19,6 +19,10 @@ PROMISED = {
     "bench_first_token": {"first_token.over_pipeline_bound"},
     "bench_generate": {"generate.equal.ratio", "generate.mixed.ratio"},
     "bench_node_memory": {"memory.4x1.share", "memory.2x2.share", "memory.1x4.share"},
+    "bench_parallel_swap": {
+        *(f"parallel.{grid}.load_speedup" for grid in ("2x1", "4x1", "1x2", "1x4", "2x2")),
+        *(f"parallel.{grid}.overhead_ms" for grid in ("1x1", "2x1", "4x1", "1x2", "1x4", "2x2")),
+    },
     "bench_overhead": {"overhead.rps_share", "overhead.added_p50_ms"},
 }
 
@@ -106,3 +110,27 @@ def test_perfect_pipeline_waits_for_bytes_and_for_the_stage_before() -> None:
     bound = importlib.import_module("bench_first_token").perfect_pipeline
     assert bound([10, 10, 10], 10.0, [0.5, 0.5, 0.5]) == 3.5  # the link is slower
     assert bound([10, 10, 10], 10.0, [2.0, 2.0, 2.0]) == 7.0  # the device is slower
+
+
+def test_overhead_is_what_load_and_step_leave_of_a_response() -> None:
+    answer = importlib.import_module("_parallel_nodes").Answer
+    overheads = importlib.import_module("bench_parallel_swap").overheads
+    (overhead,) = overheads([answer(response=2.0, queue=1.25, first_output=1.5, load=1.0, nbytes=1)])
+    assert (overhead.until_step, overhead.http, overhead.all) == (0.25, 0.5, 0.75)
+
+
+def test_overhead_is_refused_where_a_step_began_during_the_load() -> None:
+    answer = importlib.import_module("_parallel_nodes").Answer
+    overheads = importlib.import_module("bench_parallel_swap").overheads
+    with pytest.raises(RuntimeError, match="before its model had come"):
+        overheads([answer(response=1.1, queue=0.01, first_output=1.05, load=1.0, nbytes=1)])
+
+
+@pytest.mark.parametrize(("gpus", "demanded", "count"), [(4, False, 6), (2, False, 3), (1, True, 1), (1, False, 0)])
+def test_each_node_has_a_gpu_of_its_own(
+    gpus: int, demanded: bool, count: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module("bench_parallel_swap")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert len(module.on_gpus(tuple(module.PUBLISHED), demanded=demanded)) == count
+    assert ("needs a GPU of its own" in capsys.readouterr().out) == (gpus < 4)
