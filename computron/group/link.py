@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 LAST_WORDS = 5.0  # seconds that the leader has to come within reach, and again to hear the last words
 RETRY = (0.1, 1.0)  # seconds between two attempts, at first and at most
+CONNECTING = 2.0  # seconds that one attempt to connect may take; the kernel asks less and less often in a longer one
 
 
 class Link:
@@ -58,7 +59,8 @@ class Link:
         log.info("leader_found host=%s port=%d", self._place.master_host, self._place.control_port)
 
     async def _introduce(self) -> Channel:
-        reader, writer = await asyncio.open_connection(self._place.master_host, self._place.control_port)
+        async with asyncio.timeout(CONNECTING):
+            reader, writer = await asyncio.open_connection(self._place.master_host, self._place.control_port)
         channel = Channel(reader, writer)
         try:
             channel.send(self._hello)

@@ -37,6 +37,7 @@ from computron.scheduling.actions import CancelSwap, Evict, Preempt, RaiseUrgenc
 log = logging.getLogger(__name__)
 
 LEADER = 0
+LONGEST_PAUSE = 1.0  # seconds between two attempts to form the group
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ class Crew:
         """Wait until all nodes are there, take everything off all devices, and let them find each other anew."""
         peers = self.peers
         assert peers is not None
+        pause = 0.0
         while not self._whole:
             try:
                 await peers.gather(self.worker)
@@ -108,8 +110,12 @@ class Crew:
                 await peers.form(self.worker, agreement)
             except GroupBroken as error:
                 log.warning("group_not_formed reason=%s", error.message)
+                peers.why_not_formed = error.message
+                await asyncio.sleep(pause)
+                pause = min(2 * pause + 0.1, LONGEST_PAUSE)
                 continue
             self._whole = True
+            peers.why_not_formed = None
             log.info("group_formed nodes=%d epoch=%d", self._config.group.nodes, peers.epoch)
 
     def _agree(self, nodes: Sequence[wire.Loaded]) -> Agreement:

@@ -62,10 +62,13 @@ class _Loading:
 
 
 class Peers:
-    """`epoch` counts the times that the group was taken apart; what belongs to an earlier one is void."""
+    """`epoch` counts the times that the group was taken apart; what belongs to an earlier one is void.
+    `why_not_formed`: what went wrong in the last attempt to form it, in words.
+    """
 
     def __init__(self, config: Config, place: Place, commander: Commander) -> None:
         self.epoch = 0
+        self.why_not_formed: str | None = None
         self._place = place
         self._timeout = config.group.node_timeout
         self._commander = commander
@@ -122,6 +125,7 @@ class Peers:
             words = f"node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} still loading"
         else:
             words = "its nodes are finding each other"
+            words += f"; the last attempt failed: {self.why_not_formed}" if self.why_not_formed else ""
         failed = "; ".join(f"node {rank} could not start: {reason}" for rank, reason in sorted(self._failures.items()))
         return f"{words} (of {self._place.world_size} nodes){f'; {failed}' if failed else ''}"
 

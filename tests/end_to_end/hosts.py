@@ -18,6 +18,7 @@ from tests.end_to_end.load import REFUSED, RIGHT, Clients, Outcome
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")  # of the hosts, to each other
 HTTP = 8000
+FREE_PORTS = ("to", ADDRESSES[0], "ipproto", "tcp", "dport", "30000-65534")
 _made = itertools.count()
 NOWHERE = "02:00:00:00:00:99"  # a hardware address that nobody has
 
@@ -42,6 +43,13 @@ class Hosts:
 
     def plug(self) -> None:
         ip("-n", self.names[0], "link", "set", "dev", "nodes", "up")
+
+    def close_ports(self) -> None:
+        """The second host does not reach free ports of the first any more, as with a strict firewall."""
+        ip("-n", self.names[1], "rule", "add", "prio", "10", *FREE_PORTS, "blackhole")
+
+    def open_ports(self) -> None:
+        ip("-n", self.names[1], "rule", "del", "prio", "10")
 
     def lose(self, host: int) -> None:
         """All packets from this host to the other get lost on the way, silently."""

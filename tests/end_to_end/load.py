@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 
 import aiohttp
+import openai
 
 MODELS = "abc"
 PROMPTS = [list(range(1 + n, 9 + 3 * n)) for n in range(3)]
@@ -167,6 +168,24 @@ class Clients:
 
     def of(self, *kinds: str) -> list[Outcome]:
         return [outcome for outcome in self.outcomes if outcome.kind in kinds]
+
+
+async def official_answers(url: str) -> list[str]:
+    """What each model writes to OpenAI's own client, whole and streamed alike."""
+    texts = []
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=TIMEOUT) as client:
+        for model in MODELS:
+            whole = await client.completions.create(model=model, prompt="Once", max_tokens=TOKENS, temperature=0)
+            stream = await client.completions.create(
+                model=model, prompt="Once", max_tokens=TOKENS, temperature=0, stream=True
+            )
+            pieces = [chunk.choices[0].text async for chunk in stream]
+            assert whole.usage is not None
+            assert whole.usage.completion_tokens == TOKENS
+            assert len(pieces) > 2
+            assert "".join(pieces) == whole.choices[0].text
+            texts.append(whole.choices[0].text)
+    return texts
 
 
 def counted(outcomes: Iterable[Outcome], since: float = 0.0) -> str:

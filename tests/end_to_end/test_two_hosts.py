@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-import openai
 import pytest
 import pytest_asyncio
 
 from tests.end_to_end.hosts import Hosts, cut, launched_on, two_hosts, why_not
 from tests.end_to_end.launched import Launch, checkpoint, configuration
-from tests.end_to_end.load import BROKEN, HUNG, REFUSED, RIGHT, WRONG, Clients, counted
+from tests.end_to_end.load import BROKEN, HUNG, REFUSED, RIGHT, WRONG, Clients, counted, official_answers
 
 NODE_TIMEOUT = 1.0  # seconds
 SECONDS = 3.0  # of a cut
@@ -45,17 +46,7 @@ async def served(request, tmp_path_factory) -> AsyncIterator[Served]:
 
 
 async def test_the_official_client_is_served(served):
-    async with openai.AsyncOpenAI(base_url=f"{served.hosts.url}/v1", api_key="any") as client:
-        for model in "abc":
-            whole = await client.completions.create(model=model, prompt="Once", max_tokens=16, temperature=0)
-            stream = await client.completions.create(
-                model=model, prompt="Once", max_tokens=16, temperature=0, stream=True
-            )
-            pieces = [chunk.choices[0].text async for chunk in stream]
-            assert len(pieces) > 2
-            assert "".join(pieces) == whole.choices[0].text
-            assert whole.usage is not None
-            assert whole.usage.completion_tokens == 16
+    assert len(set(await official_answers(served.hosts.url))) == 3
 
 
 @pytest.mark.parametrize("kind", ["link down", "all lost"])
@@ -68,4 +59,26 @@ async def test_a_cut_network_heals_by_itself(served, kind):
     refused = [outcome for outcome in seen.during if outcome.kind == REFUSED]
     assert refused
     assert all("waiting for node 1" in outcome.detail for outcome in refused), refused
+    assert await official_answers(served.hosts.url)
     assert [len(launch.starts(rank)) for rank, launch in enumerate(served.launches)] == [1, 1]
+
+
+async def test_it_is_said_why_nodes_do_not_find_each_other(served):
+    hosts, clients = served.hosts, served.clients
+    async with clients.asking():
+        await clients.answered(0, PATIENCE, count=3)
+        hosts.unplug()
+        try:
+            hosts.close_ports()
+        except RuntimeError as error:
+            hosts.plug()
+            pytest.skip(str(error))
+        await clients.refused(PATIENCE, "waiting for node 1")
+        hosts.plug()
+        await clients.refused(PATIENCE, "the last attempt failed: node 1: ", "the leader's store at 10.77.0.1:")
+        attempts = served.launches[0].log.count("group_not_formed")
+        await asyncio.sleep(1)
+        assert served.launches[0].log.count("group_not_formed") - attempts < 10
+        hosts.open_ports()
+        await clients.answered(time.monotonic(), PATIENCE, count=3)
+    assert not clients.of(WRONG, HUNG, BROKEN)
