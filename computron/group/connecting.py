@@ -14,6 +14,8 @@ from computron.models.shard import Shard
 _PATIENCE = 5.0  # seconds that one address may take to answer
 _GREETING = 1.0  # seconds that a caller may take to say who it is
 _LOOK = 0.1  # seconds between two looks whether the attempt was given up
+_IDLE = 15  # seconds of silence after which the kernel asks whether the other end is there, and between its questions
+_QUESTIONS = 4  # without an answer, after which the connection has ended
 _TAKEN = b"\1"
 
 
@@ -32,7 +34,7 @@ def connect_sockets(meeting: Meeting) -> SocketLinks:
         for connection in calls.values():
             connection.settimeout(None)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            _keep_alive(connection)
     except BaseException:
         for connection in calls.values():
             connection.close()
@@ -49,6 +51,17 @@ def peers_of(shard: Shard) -> list[int]:
     stage = [rank for rank in range(first, first + shard.tensor_parallel) if rank != shard.rank]
     around = [shard.rank - shard.tensor_parallel, shard.rank + shard.tensor_parallel]
     return sorted([*stage, *(rank for rank in around if 0 <= rank < shard.world)])
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Models may be idle for hours, and firewalls forget connections that are. There is no limit for what is sent and
+    not taken: the other node may wait for minutes for a model before it reads.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _IDLE)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _QUESTIONS)
 
 
 def _call(meeting: Meeting, node: Arrival, secret: bytes) -> socket.socket:

@@ -145,11 +145,11 @@ async def launched_on(hosts: Hosts, config: Path, folder: Path) -> AsyncIterator
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What clients saw of it. `noticed`: seconds from the cut to the first refusal; `healed`: from the healing to the
-    first answer. `during`: outcomes of the time in between.
+    """What clients saw of it. `noticed`: seconds from the cut to the first refusal, None if there was none; `healed`:
+    from the healing to the first answer. `during`: outcomes of the time in between.
     """
 
-    noticed: float
+    noticed: float | None
     healed: float
     outcomes: list[Outcome]
     during: list[Outcome]
@@ -172,4 +172,4 @@ async def cut(hosts: Hosts, clients: Clients, kind: str, seconds: float, patienc
     outcomes = [outcome for outcome in clients.outcomes if outcome.ended >= at]
     refused = [outcome.ended for outcome in outcomes if outcome.kind == REFUSED]
     during = [o for o in outcomes if o.ended < healed and not (o.kind == RIGHT and o.asked <= at)]
-    return Cut(min(refused, default=healed) - at, back - healed, outcomes, during)
+    return Cut(min(refused) - at if refused else None, back - healed, outcomes, during)

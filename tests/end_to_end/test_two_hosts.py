@@ -52,6 +52,7 @@ async def test_the_official_client_is_served(served):
 @pytest.mark.parametrize("kind", ["link down", "all lost"])
 async def test_a_cut_network_heals_by_itself(served, kind):
     seen = await cut(served.hosts, served.clients, kind, SECONDS, PATIENCE)
+    assert seen.noticed is not None
     print(f"\n{kind}: refused after {seen.noticed:.2f} s, answers {seen.healed:.2f} s after it has healed;",
           f"{counted(seen.outcomes)}", end=" ")  # fmt: skip
     assert not served.clients.of(WRONG, HUNG, BROKEN)
