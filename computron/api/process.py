@@ -71,6 +71,8 @@ async def _serve(config: Config, place: Place | None, reporter: Callable[[], Rep
     finally:
         if heartbeat is not None:
             heartbeat.close()
+    if isinstance(node, Follower) and node.refusal is not None:
+        raise node.refusal
     if node.failure is not None and signal_number == 0:
         raise Unavailable(node.failure)
     return signal_number

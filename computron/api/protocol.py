@@ -118,3 +118,6 @@ class ServingNode(Protocol):
     async def startup(self, progress: Progress | None = None) -> None: ...
 
     async def shutdown(self, drain: float) -> None: ...
+
+    async def leave(self) -> None:
+        """The process will end at once, without `shutdown`."""

@@ -100,6 +100,7 @@ async def _startup(node: ServingNode, stop: _Stop, reporter: Reporter) -> None:
     stopped = asyncio.ensure_future(stop.wait())
     await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
     if stopped.done():
+        await node.leave()
         stop.end_now()  # nobody is served yet, and threads that load models cannot be interrupted
     stopped.cancel()
     await starting

@@ -42,7 +42,9 @@ def connect_sockets(meeting: Meeting) -> SocketLinks:
     first = shard.stage * shard.tensor_parallel
     stage = {peer - first: c for peer, c in calls.items() if first <= peer < first + shard.tensor_parallel}
     before, after = shard.rank - shard.tensor_parallel, shard.rank + shard.tensor_parallel
-    return SocketLinks(shard.tensor_rank, stage, calls.get(before), calls.get(after))
+    links = SocketLinks(shard.tensor_rank, stage, calls.get(before), calls.get(after))
+    links.watch(meeting.timeout)
+    return links
 
 
 def peers_of(shard: Shard) -> list[int]:

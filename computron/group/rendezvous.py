@@ -207,6 +207,7 @@ class Meeting:
         self.shard = shard
         self.epoch = epoch
         self.host = host
+        self.timeout = timeout
         self.doing = f"the leader's store at {host}:{port} did not answer"
         self._port = port
         self._deadline = time.monotonic() + timeout

@@ -2,12 +2,14 @@
 
 A step makes dozens of exchanges of a few kilobytes, so latency is what counts. An exchange is one system call to send
 and one to receive for each peer, made by the thread that needs the result; gloo hands each operation through three
-threads, takes many times as long, and an operation whose peer hangs can only be left behind with its threads. Nothing
-here has a timeout: `abort` shuts the connections, which wakes whoever waits at either end.
+threads, takes many times as long, and an operation whose peer hangs can only be left behind with its threads. No
+operation has a timeout: `abort` shuts the connections, which wakes whoever waits at either end. It comes by itself when
+the network has taken nothing for a while (`watch`), however long the other node computes.
 """
 
 from __future__ import annotations
 
+import logging
 import select
 import socket
 import threading
@@ -18,6 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from computron.group.paths import PathWatch
+
+log = logging.getLogger(__name__)
 
 WHOLE = 128 << 10  # bytes up to which more than two nodes reduce by sending everything to everyone
 KEPT = 64  # sizes of small tensors whose buffers are kept
@@ -45,6 +51,16 @@ class SocketLinks:
         self._outbox = None if after is None else Outbox(after)
         self._buffers: OrderedDict[tuple[int, torch.dtype], _Buffers] = OrderedDict()
         self._using = threading.Lock()
+        self._watch: PathWatch | None = None
+
+    def watch(self, timeout: float) -> None:
+        """End all connections if the network takes nothing on one of them for so many seconds."""
+
+        def dead() -> None:
+            log.error("network_silent seconds=%.1f", timeout)
+            self.abort()
+
+        self._watch = PathWatch(self._connections(), timeout, dead)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Summed in the order of ranks, float16 and bfloat16 in float32 and rounded once."""
@@ -108,6 +124,8 @@ class SocketLinks:
 
     def abort(self) -> None:
         """Whoever waits at either end gets an OSError now. The connections are closed when no thread uses them."""
+        if self._watch is not None:
+            self._watch.close()
         for connection in self._connections():
             try:
                 connection.shutdown(socket.SHUT_RDWR)

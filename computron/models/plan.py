@@ -18,6 +18,7 @@ from computron.models import skeleton
 from computron.models.checkpoint import Source, checkpoint_tensors, choose_dtype, naming, open_source
 from computron.models.custom import make_module
 from computron.models.embedding import EmbeddingSettings, embedding_settings
+from computron.models.fingerprint import checkpoint_fingerprint, custom_fingerprint
 from computron.models.geometry import CacheGeometry, cache_geometry
 from computron.models.images import StateImage
 from computron.models.layout import Layout, TensorSlot, lay_out, module_stages, persistent_tensors
@@ -37,10 +38,12 @@ class ModelPlan:
     """What a model is, and how its image is laid out: one segment for each stage.
 
     `max_model_len`: tokens that fit, 0 if it is not a text model. `labels`: of classes, in the order of the logits;
-    `activation` makes probabilities of these. `split`: how a part of a transformers model runs.
+    `activation` makes probabilities of these. `split`: how a part of a transformers model runs. `fingerprint`: hex, the
+    same for all parts, and another one for another source (`models.fingerprint` says what it sees).
     """
 
     config: ModelConfig
+    fingerprint: str
     architecture: str
     dtype: torch.dtype
     image: ImageSource
@@ -134,8 +137,10 @@ def _plan_pretrained(config: ModelConfig, shard: Shard) -> ModelPlan:
         layout, image = split_image(split, module, layout, image)
         if config.task == "generate":
             cache = split_cache(split, cache_geometry(config, source.config, dtype, split.prepare))
+    generation = generation_defaults(source.folder, source.config)
     plan = ModelPlan(
         config=config,
+        fingerprint=checkpoint_fingerprint(config, source, tensors, generation, embedding),
         architecture=type(module).__name__,
         dtype=dtype,
         image=image,
@@ -147,7 +152,7 @@ def _plan_pretrained(config: ModelConfig, shard: Shard) -> ModelPlan:
         cache=cache,
         max_model_len=max_model_len,
         vocabulary=int(getattr(source.config.get_text_config(), "vocab_size", 0) or 0),
-        generation=generation_defaults(source.folder, source.config),
+        generation=generation,
         embedding=embedding,
         labels=_labels(source.config) if classify else (),
         activation=_activation(source.config),
@@ -177,6 +182,7 @@ def _plan_custom(config: ModelConfig, shard: Shard) -> ModelPlan:
     floats = (tensor.dtype for tensor in held.values() if tensor.dtype.is_floating_point)
     return ModelPlan(
         config=config,
+        fingerprint=custom_fingerprint(config),
         architecture=type(first).__name__,
         dtype=next(floats, torch.float32),
         image=StateImage(layout, lambda: dict(persistent_tensors(make_module(config, shard))), held),

@@ -64,8 +64,9 @@ def load_tokenizer(model: ModelConfig, folder: Path | None, config: PretrainedCo
         tokenizer = byte_tokenizer(config.get_text_config().vocab_size)
     else:
         tokenizer = _read_tokenizer(model, folder)
-    if model.chat_template is not None:
-        tokenizer.chat_template = _template(model)
+    template = configured_template(model)
+    if template is not None:
+        tokenizer.chat_template = template
     return tokenizer
 
 
@@ -104,8 +105,11 @@ def render_chat(
     return str(rendered)
 
 
-def _template(model: ModelConfig) -> str:
-    text = model.chat_template or ""
+def configured_template(model: ModelConfig) -> str | None:
+    """The chat template that is to replace the checkpoint's. Raises CheckpointError if its file does not exist."""
+    text = model.chat_template
+    if text is None:
+        return None
     path = Path(text).expanduser()
     if "{" not in text:
         if not path.is_file():

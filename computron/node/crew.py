@@ -89,13 +89,28 @@ class Crew:
         if self.peers is not None:
             await self.peers.open(progress)
             progress = self.peers.own_progress
-        await load_all(self.worker, self._config, progress)
+        loading = asyncio.ensure_future(load_all(self.worker, self._config, progress))
         if self.peers is None:
+            await loading
             self._agree([self.worker.loaded()])
         else:
-            await self.peers.first_loaded()
+            await self._all_loaded(loading, asyncio.ensure_future(self.peers.first_loaded()))
             await self.recover()
         loop.add_reader(self.worker.completions_fd, self._on_transfers)
+
+    async def _all_loaded(self, own: asyncio.Future[None], others: asyncio.Future[None]) -> None:
+        """Wait for both; if one fails, the other is for nothing. Raises what it raised."""
+        try:
+            await asyncio.wait((own, others), return_when=asyncio.FIRST_EXCEPTION)
+            if others.done() and others.exception() is not None and not own.done():
+                await self.worker.stop_loading()
+                await asyncio.wait([own])
+                own.exception()
+                await others
+            await own
+            await others
+        finally:
+            others.cancel()
 
     async def recover(self) -> None:
         """Wait until all nodes are there, take everything off all devices, and let them find each other anew."""
@@ -160,6 +175,11 @@ class Crew:
         if self.peers is not None:
             await self.peers.close()
         await asyncio.get_running_loop().run_in_executor(None, self.worker.close)
+
+    async def leave(self) -> None:
+        """Let the other nodes know that this process ends at once."""
+        if self.peers is not None:
+            await self.peers.close()
 
     def cancel_transfers(self) -> None:
         """Free whoever waits for pages or for another node, and hear of no further swap."""
@@ -241,8 +261,8 @@ class Crew:
         self, peers: Peers, served: ServedModel, action: Run, gate: MeasuredGate
     ) -> tuple[StepResult, float]:
         executor, worker = served.executor, self.worker
-        if served.plan.task == "custom":  # its batch manager's code may take its time
-            step = await worker.compute(executor.plan, action.requests)
+        if served.plan.task == "custom":  # its batch manager's code may take its time, and use the module
+            step = await worker.plan(action.model, executor, action.requests, gate)
         else:
             step = executor.plan(action.requests)
         if step is None:

@@ -37,6 +37,7 @@ class Follower:
         self.metrics = metrics or Metrics()
         self.state = NodeState.STARTING
         self.failure: str | None = None
+        self.refusal: ConfigError | None = None  # why the leader does not take this node in
         self.ended = asyncio.Event()
         self._place = place
         self._worker: Worker | None = None
@@ -61,16 +62,34 @@ class Follower:
 
         self._spawn(self._follow())
         try:
-            self._worker = Worker(self.config, self._place)
-            await load_all(self._worker, self.config, report)
+            worker = self._worker = Worker(self.config, self._place)
+            ended = asyncio.ensure_future(self.ended.wait())
+            loading = asyncio.ensure_future(load_all(worker, self.config, report))
+            await asyncio.wait((loading, ended), return_when=asyncio.FIRST_COMPLETED)
+            ended.cancel()
+            if not loading.done():
+                await self._stop_loading(worker, loading)
+                return
+            await loading
         except (ConfigError, CheckpointError) as error:
             self.ended.set()
             await self._link.say_last(encode(wire.LoadFailed(error.message)))  # its operator looks there, not here
             raise
-        loop.add_reader(self._worker.completions_fd, self._on_transfers)
-        self._loaded = self._worker.loaded()
+        loop.add_reader(worker.completions_fd, self._on_transfers)
+        self._loaded = worker.loaded()
         self._send(self._loaded)
         self._spawn(self._tell_figures())
+
+    async def _stop_loading(self, worker: Worker, loading: asyncio.Future[None]) -> None:
+        """The leader has stopped the group, or does not want this node. Raises ConfigError with its reason."""
+        await worker.stop_loading()
+        await asyncio.wait([loading])
+        loading.exception()
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def leave(self) -> None:
+        """This process ends at once. The leader hears of it by the connection's end."""
 
     async def shutdown(self, drain: float) -> None:
         """Follow the leader until it stops, which may let its requests end, but no longer than `drain` seconds."""
@@ -97,6 +116,7 @@ class Follower:
             try:
                 await self._link.connect()
             except ConfigError as error:
+                self.refusal = error
                 self._fail(error.message)
                 return
             for model, (done, total) in self._progress.items():
@@ -123,8 +143,7 @@ class Follower:
             case wire.Reset(epoch):
                 self._spawn(self._reset(epoch))
                 return
-        if worker is None:
-            return
+        assert worker is not None, "nothing is ordered of a node that has not loaded"
         match order:
             case wire.Form():
                 self._spawn(self._form(worker, order))
@@ -145,7 +164,7 @@ class Follower:
         """Take everything off the device: whoever leads next starts from nothing."""
         if self.state is NodeState.READY:
             self.state = NodeState.RECOVERING
-        if self._worker is not None:
+        if self._worker is not None and self._loaded is not None:
             await self._worker.reset()
 
     async def _reset(self, epoch: int) -> None:
@@ -186,7 +205,11 @@ class Follower:
             log.exception("step_failed model=%s", model)
             report = wire.StepFailed(number, "model", error.message)
         worker.end_step(model)
-        self._send(report)
+        try:
+            self._send(report)
+        except (TypeError, ValueError) as error:  # a custom model's, which is no plain data or too much of it
+            report = wire.StepFailed(number, "model", f"its output cannot be sent: {error}")
+            self._send(report)
         reason = worker.device_error() if isinstance(report, wire.StepFailed) else None
         if reason is not None:
             self._fail(reason)
@@ -224,7 +247,7 @@ class Follower:
         self.failure = reason
         self.state = NodeState.FAILED
         log.critical("node_failed reason=%s", reason)
-        self._send(wire.DeviceFailed(reason))
+        self._send(wire.NodeFailed(reason))
         self.ended.set()
 
     def _spawn(self, job: asyncio._CoroutineLike[None]) -> None:

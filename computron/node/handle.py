@@ -36,6 +36,7 @@ class RequestHandle:
         "_waiter",
         "arrival",
         "last_output",
+        "lost_steps",
         "model",
         "number",
         "request_id",
@@ -50,6 +51,7 @@ class RequestHandle:
         self.model = model
         self.arrival = arrival
         self.last_output: float | None = None
+        self.lost_steps = 0  # in a row, with a group that broke
         self.timings = RequestTimings()
         self._outputs: deque[Output] = deque()
         self._waiter: asyncio.Future[None] | None = None

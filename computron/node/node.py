@@ -77,6 +77,11 @@ class Node:
         if self.state is NodeState.STARTING:
             self._resume()
 
+    async def leave(self) -> None:
+        """Tell the group's other nodes to stop: this process ends at once."""
+        if self._crew is not None:
+            await self._crew.leave()
+
     async def shutdown(self, drain: float) -> None:
         """Take no more requests, give those that are here `drain` seconds to end, then end the rest with an error."""
         if self.state in (NodeState.READY, NodeState.RECOVERING):
@@ -212,14 +217,14 @@ class Node:
         try:
             await self._steps.wait()
             await crew.recover()
+            self._recoveries += 1
+            self._recovery = None
+            self._resume()
         except Exception as error:
             self.failed(f"the group cannot be formed anew: {error}")
             raise
         finally:
             late.cancel()
-        self._recoveries += 1
-        self._recovery = None
-        self._resume()
 
     def _give_up_requests(self) -> None:
         """Nobody shall wait for longer for a node that does not come back."""
@@ -240,19 +245,20 @@ class Node:
             link_bandwidth_hint=agreement.link_bandwidth,
             max_steps_in_flight=self.config.group.pipeline_parallel,
         )
-        if self.state is not NodeState.DRAINING:
-            self.state = NodeState.READY
         arrivals = []
         for handle, request in self._requests.waiting():
             blocks = crew.models[handle.model].executor.preempt(handle.number)
             deadline = None if handle.timings.queue_seconds is not None else request.deadline
-            arrivals.append(events.RequestArrived(replace(request, cache_blocks=blocks, deadline=deadline)))
+            request = replace(request, cache_blocks=blocks, deadline=deadline, resumed=True)
+            arrivals.append(events.RequestArrived(request))
         for served in crew.models.values():
             served.executor.set_cache(0)
             served.executor.limit_cache(served.held.block_bytes, served.held.cache_blocks)
             self._handle(events.ModelAdded(self._spec(served)))
         for arrival in arrivals:
             self._handle(arrival)
+        if self.state is not NodeState.DRAINING and self._scheduler is not None:
+            self.state = NodeState.READY
 
     # The main loop
 

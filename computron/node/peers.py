@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -67,7 +68,7 @@ class Peers:
     """
 
     def __init__(self, config: Config, place: Place, commander: Commander) -> None:
-        self.epoch = 0
+        self.epoch = time.time_ns() // 1_000_000  # above those of leaders before this one
         self.why_not_formed: str | None = None
         self._place = place
         self._timeout = config.group.node_timeout
@@ -157,8 +158,8 @@ class Peers:
         own.add_done_callback(self._own_formed)
         try:
             async with asyncio.timeout(2 * self._timeout):
-                await self._wait(lambda: self._all_formed(epoch))
-            await own
+                await self._wait(lambda: self._all_formed(epoch) and own.done())
+            self._all_formed(epoch)
         except TimeoutError:
             late = [rank for rank in self._ranks if rank not in self._peers or self._peers[rank].formed != epoch]
             for rank in late:
@@ -241,8 +242,8 @@ class Peers:
             case wire.FormFailed(epoch, reason):
                 if epoch == self.epoch:
                     self._form_failure = f"node {rank}: {reason}"
-            case wire.DeviceFailed(reason):
-                self._hub.drop(rank, f"its device failed: {reason}")
+            case wire.NodeFailed(reason):
+                self._hub.drop(rank, f"it can do nothing more: {reason}")
                 return
         self._changed.set()
 

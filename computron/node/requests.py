@@ -7,14 +7,17 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from computron.errors import BadRequest, ComputronError, ExecutionFailed
+from computron.errors import BadRequest, ComputronError, ExecutionFailed, GroupBroken
 from computron.execution.requests import FailedOutput, StepResult, TextOutput
 from computron.memory.swapper import SwapOutcome
 from computron.metrics import Metrics
 from computron.node.handle import RequestHandle
+from computron.node.rejections import RETRY_AFTER
 from computron.scheduling.events import Request
 
 log = logging.getLogger(__name__)
+
+MAX_LOST_STEPS = 3  # in a row, of one request
 
 
 class Requests:
@@ -71,6 +74,17 @@ class Requests:
             if handle is not None:
                 self.end(handle, outcome="error", error=reason)
 
+    def lose_step(self, numbers: Iterable[int], error: GroupBroken) -> None:
+        """The group broke while it computed these. Whatever does that again and again shall not be tried for ever."""
+        for number in numbers:
+            handle = self._handles.get(number)
+            if handle is None:
+                continue
+            handle.lost_steps += 1
+            if handle.lost_steps >= MAX_LOST_STEPS:
+                words = f"the group broke {handle.lost_steps} times while it computed this request: {error.message}"
+                self.end(handle, outcome="error", error=GroupBroken(words, retry_after=RETRY_AFTER))
+
     def begin_step(self, numbers: Iterable[int]) -> None:
         """These requests are computed now, some for the first time."""
         now = time.monotonic()
@@ -87,6 +101,7 @@ class Requests:
             handle = self._handles.get(output.request)
             if handle is None:
                 continue
+            handle.lost_steps = 0
             if isinstance(output, FailedOutput):
                 log.error("request_failed request_id=%s model=%s error=%s", handle.request_id, model, output.message)
                 error = BadRequest(output.message) if output.refused else ExecutionFailed(output.message)

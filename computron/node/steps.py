@@ -72,6 +72,7 @@ class Steps:
             event = self._aborted(action, error)
         except GroupBroken as error:
             log.warning("step_lost model=%s error=%s", model, error)
+            self._requests.lose_step(action.requests, error)
             event = None  # the scheduler that ordered it is gone
         except Exception as error:
             log.exception("step_failed model=%s requests=%s", model, self._names(action.requests))

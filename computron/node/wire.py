@@ -158,8 +158,8 @@ class StepFailed(msgspec.Struct, tag=True, frozen=True):
     reason: str
 
 
-class DeviceFailed(msgspec.Struct, tag=True, frozen=True):
-    """The device can do nothing more; this node ends and has to be started anew."""
+class NodeFailed(msgspec.Struct, tag=True, frozen=True):
+    """The node can do nothing more, ends, and has to be started anew."""
 
     reason: str
 
@@ -186,7 +186,7 @@ Report = (
     | PagesCame
     | StepDone
     | StepFailed
-    | DeviceFailed
+    | NodeFailed
     | Figures
 )
 

@@ -127,6 +127,10 @@ class Worker:
         self.models[model_id] = held
         return held
 
+    async def stop_loading(self) -> None:
+        """Let `load` fail soon, in whatever thread it runs: the models will not be served."""
+        await self._in_thread(self.store.close)
+
     def loaded(self) -> wire.Loaded:
         """What this node holds, for those who put the shards together."""
         shards = tuple(
@@ -174,7 +178,7 @@ class Worker:
             while self.gates or self.swapper.swapping:
                 self.swapper.completions()
                 await asyncio.sleep(SETTLING)
-            for model in self.models:
+            for model in list(self.models):
                 self.swapper.evict(model, sorted(self.swapper.resident_pages(model)))
                 self._cache_wanted[model] = 0
                 if self.swapper.cache_frames(model):
@@ -204,10 +208,10 @@ class Worker:
         where this cannot.
         """
         self._cache_wanted[model] = frames
+        if moves:  # also where this node's frames stay: all nodes number blocks alike
+            self.models[model].runner.move_cache(moves)
         frames = self._cache_frames(model)
         if frames < self.swapper.cache_frames(model):
-            if moves:
-                self.models[model].runner.move_cache(moves)
             self.swapper.set_cache(model, frames)
 
     def _cache_frames(self, model: str) -> int:
@@ -235,6 +239,18 @@ class Worker:
         """
         held = self.models[model]
         return await self._in_compute(self._measured, held, gate, lambda: held.runner.run(step, gate))
+
+    async def plan(
+        self, model: str, executor: Executor, requests: Sequence[int], gate: MeasuredGate
+    ) -> StepInput | None:
+        """Plan a step on the compute thread. Raises what the executor does."""
+        held = self.models[model]
+
+        def plan() -> StepInput | None:
+            held.loaded.gate = gate
+            return executor.plan(requests)
+
+        return await self._in_compute(plan)
 
     async def run_alone(
         self, executor: Executor, model: str, requests: Sequence[int], gate: MeasuredGate

@@ -27,7 +27,11 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One unit of work for one model. `cache_blocks`: KV blocks that its first step will hold, 0 without a cache."""
+    """One unit of work for one model. `cache_blocks`: KV blocks that its first step will hold, 0 without a cache.
+
+    `resumed`: it was taken in before, by a scheduler whose device was lost, and finds its place in the queue however
+    full that is.
+    """
 
     id: int
     model: str
@@ -35,6 +39,7 @@ class Request:
     priority: int = 0  # higher is served first
     deadline: float | None = None  # absolute; not started by then: rejected
     cache_blocks: int = 0
+    resumed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

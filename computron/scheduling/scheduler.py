@@ -138,7 +138,7 @@ class Scheduler(Views):
             return RejectReason.UNKNOWN_MODEL
         if not self._fits_alone(model, request.cache_blocks):
             return RejectReason.TOO_LARGE
-        if len(model.waiting) >= model.spec.max_queue:
+        if len(model.waiting) >= model.spec.max_queue and not request.resumed:
             return RejectReason.QUEUE_FULL
         if request.deadline is not None and request.deadline <= now:
             return RejectReason.DEADLINE

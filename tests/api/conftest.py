@@ -207,6 +207,8 @@ class FakeNode:
         if progress is not None:
             progress("chat", 10, 10)
 
+    async def leave(self) -> None: ...
+
     async def shutdown(self, drain: float) -> None:
         self.state = NodeState.DRAINING
         with contextlib.suppress(TimeoutError):

@@ -64,18 +64,14 @@ async def test_a_cut_network_heals_by_itself(served, kind):
     assert [len(launch.starts(rank)) for rank, launch in enumerate(served.launches)] == [1, 1]
 
 
-async def test_it_is_said_why_nodes_do_not_find_each_other(served):
+async def test_it_is_said_when_only_a_part_of_the_network_works(served):
     hosts, clients = served.hosts, served.clients
     async with clients.asking():
         await clients.answered(0, PATIENCE, count=3)
-        hosts.unplug()
         try:
             hosts.close_ports()
         except RuntimeError as error:
-            hosts.plug()
             pytest.skip(str(error))
-        await clients.refused(PATIENCE, "waiting for node 1")
-        hosts.plug()
         await clients.refused(PATIENCE, "the last attempt failed: node 1: ", "the leader's store at 10.77.0.1:")
         attempts = served.launches[0].log.count("group_not_formed")
         await asyncio.sleep(1)
