@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from computron.config import Config
+from computron.config import Config, SchedulerConfig
 from computron.errors import ComputronError, ExecutionFailed, GroupBroken, SwapFailed
 from computron.execution.executor import make_executor
 from computron.execution.protocols import Executor
@@ -33,6 +33,7 @@ from computron.node.peers import Peers
 from computron.node.sizes import check_sizes
 from computron.node.worker import Progress, Worker, load_all
 from computron.scheduling.actions import CancelSwap, Evict, Preempt, RaiseUrgency, Run, SetCache, SwapIn
+from computron.scheduling.events import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,21 @@ class ServedModel:
     loaded: LoadedModel
     executor: Executor
     held: GroupModel
+
+
+def model_spec(served: ServedModel, scheduler: SchedulerConfig) -> ModelSpec:
+    """The model as the scheduler knows it."""
+    config = served.plan.config
+    return ModelSpec(
+        model=config.id,
+        pages=served.held.pages,
+        segments=(len(served.held.pages),),
+        max_batch_size=config.max_batch_size,
+        max_queue=scheduler.max_queue if config.max_queue is None else config.max_queue,
+        pinned=config.pinned,
+        continuous=config.task == "generate",
+        blocks_per_frame=served.executor.blocks_per_frame,
+    )
 
 
 class Listener(Protocol):
@@ -197,29 +213,30 @@ class Crew:
         match action:
             case SwapIn():
                 urgency = int(action.urgency)
-                for rank, pages in self._swaps.begin(model, action.pages).items():
+                ordered = self._swaps.begin(model, action.pages)
+                for rank, pages in _others_first(ordered):
                     if rank != LEADER:
                         self._send(rank, wire.BringPages(model, pages, urgency))
                     else:
                         worker.swap_in(model, pages, urgency)
             case RaiseUrgency():
-                worker.hasten(model, int(action.urgency))
                 self._broadcast(wire.HastenPages(model, int(action.urgency)))
+                worker.hasten(model, int(action.urgency))
             case CancelSwap():
-                worker.cancel(model)
                 self._broadcast(wire.StopPages(model))
+                worker.cancel(model)
             case Evict():
                 self._drop(model, self._swaps.pages_of(model, action.pages))
             case SetCache():
                 executor = self.models[model].executor
                 moves = executor.set_cache(action.frames) if action.frames < worker.cache_wanted(model) else {}
-                worker.set_cache(model, action.frames, moves)
                 self._broadcast(wire.ResizeCache(model, action.frames, dict(moves)))
+                worker.set_cache(model, action.frames, moves)
             case Preempt():
                 self.models[model].executor.preempt(action.request)
 
     def _drop(self, model: str, pages: Mapping[int, tuple[int, ...]]) -> None:
-        for rank, own in pages.items():
+        for rank, own in _others_first(pages):
             if rank != LEADER:
                 self._send(rank, wire.DropPages(model, own))
             else:
@@ -355,6 +372,11 @@ class Crew:
     def lost(self, rank: int, reason: str) -> None:
         """Another node has gone."""
         self.break_up(f"node {rank} was lost: {reason}")
+
+
+def _others_first(by_rank: Mapping[int, tuple[int, ...]]) -> list[tuple[int, tuple[int, ...]]]:
+    """What is on its way to other nodes takes its time while the leader does its own part."""
+    return sorted(by_rank.items(), reverse=True)
 
 
 _ERRORS: Mapping[str, type[ComputronError]] = {"swap": SwapFailed, "group": GroupBroken, "model": ExecutionFailed}

@@ -20,7 +20,7 @@ from computron.execution.requests import Job
 from computron.group.environment import Place
 from computron.memory.swap import SwapOutcome
 from computron.metrics import Metrics
-from computron.node.crew import Crew, ServedModel
+from computron.node.crew import Crew, ServedModel, model_spec
 from computron.node.handle import RequestHandle
 from computron.node.rejections import RETRY_AFTER, rejection
 from computron.node.requests import Requests
@@ -254,7 +254,7 @@ class Node:
         for served in crew.models.values():
             served.executor.set_cache(0)
             served.executor.limit_cache(served.held.block_bytes, served.held.cache_blocks)
-            self._handle(events.ModelAdded(self._spec(served)))
+            self._handle(events.ModelAdded(model_spec(served, self.config.scheduler)))
         for arrival in arrivals:
             self._handle(arrival)
         if self.state is not NodeState.DRAINING and self._scheduler is not None:
@@ -316,26 +316,24 @@ class Node:
     # Transfers
 
     def swap_ended(self, outcome: SwapOutcome) -> None:
-        """A swap of the whole group is over."""
+        """A swap of the whole group is over. The scheduler hears of it first: a step may wait for it."""
         model = outcome.image_id
-        event: events.Event
         match outcome.state:
             case "done":
+                self._requests.charge_swap(outcome)
+                self._handle(events.SwapFinished(model, outcome.pages, outcome.seconds))
                 hidden = self._hidden_share(outcome)
                 self.metrics.swap_finished(model, outcome.seconds, hidden, outcome.bytes_moved)
-                self._requests.charge_swap(outcome)
                 log.info(
                     "swap_in model=%s pages=%d bytes=%d seconds=%.4f hidden=%.2f",
                     model, len(outcome.pages), outcome.bytes_moved, outcome.seconds, hidden,
                 )  # fmt: skip
-                event = events.SwapFinished(model, outcome.pages, outcome.seconds)
             case "cancelled":
-                event = events.SwapCancelled(model, outcome.pages, outcome.arrived)
+                self._handle(events.SwapCancelled(model, outcome.pages, outcome.arrived))
             case _:
                 log.error("swap_failed model=%s error=%s", model, outcome.error)
                 self._swap_errors[model] = outcome.error or "unknown"
-                event = events.SwapFailed(model, outcome.pages)
-        self._handle(event)
+                self._handle(events.SwapFailed(model, outcome.pages))
 
     def _hidden_share(self, outcome: SwapOutcome) -> float:
         now = time.monotonic()
@@ -396,17 +394,3 @@ class Node:
             if crew.peers is None:
                 assert resident == round(scheduler.resident_fraction(model) * len(held.image.pages)) or not resident
             assert worker.swapper.cache_frames(model) <= scheduler.cache_frames(model)
-
-    def _spec(self, served: ServedModel) -> events.ModelSpec:
-        config = served.plan.config
-        limit = config.max_queue
-        return events.ModelSpec(
-            model=config.id,
-            pages=served.held.pages,
-            segments=(len(served.held.pages),),
-            max_batch_size=config.max_batch_size,
-            max_queue=self.config.scheduler.max_queue if limit is None else limit,
-            pinned=config.pinned,
-            continuous=config.task == "generate",
-            blocks_per_frame=served.executor.blocks_per_frame,
-        )

@@ -78,10 +78,10 @@ class Group:
         self.signal(rank, signal.SIGKILL)
         self._processes[rank].join()
 
-    async def ended(self, rank: int) -> int:
+    async def ended(self, rank: int, timeout: float = 60.0) -> int:
         """The node's exit code, once it has ended."""
         process = self._processes[rank]
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(timeout):
             while process.exitcode is None:
                 await asyncio.sleep(0.02)
         return int(process.exitcode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -84,3 +85,21 @@ class Meeting(nn.Module):
 
 def make_meeting(folder: str, own: str, other: str, shard: Shard) -> nn.Module:
     return Meeting(Path(folder), own, other, shard)
+
+
+class Deadly(nn.Module):
+    """Gives its input back, but for negative numbers, of which its second node dies."""
+
+    def __init__(self, shard: Shard) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self._rank = shard.rank
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        if self._rank == 1 and (given < 0).any():
+            os._exit(9)
+        return given * self.weight
+
+
+def make_deadly(shard: Shard) -> nn.Module:
+    return Deadly(shard)
