@@ -25,6 +25,7 @@ from computron.config import Config, DeviceConfig, HostConfig, ModelConfig
 from computron.execution.requests import GenerateJob, SamplingParams
 from computron.memory.swapper import Gate
 from computron.node.node import Node
+from computron.node.worker import Worker
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,6 +83,11 @@ class Bench:
         ends = [0, *served.plan.image.segment_ends]
         self.segment_bytes = [b - a for a, b in itertools.pairwise(ends)]
 
+    @property
+    def worker(self) -> Worker:
+        assert self.node._crew is not None
+        return self.node._crew.worker
+
     async def ask(self) -> float:
         """Seconds from submission to the first token."""
         job = GenerateJob(
@@ -102,7 +108,7 @@ class Bench:
 
     async def stage_seconds(self, repeats: int) -> list[float]:
         """Median time of each stage while the model is resident; the last one includes the step's end."""
-        runner = self.node.models[MODEL].runner
+        runner = self.worker.models[MODEL].runner
         run = runner.run
         runs: list[list[float]] = []
 
@@ -155,10 +161,8 @@ async def measure(report: Report, quick: bool, cuda: bool, seed: int) -> None:
         for _ in range(repeats):
             stages = await bench.stage_seconds(3)  # beside each swap, for the machine's speed changes
             await bench.evict()
-            worker = bench.node._worker
-            assert worker is not None
             seconds = await bench.ask()
-            link = bandwidth if bandwidth is not None else link_speed(worker.backend)
+            link = bandwidth if bandwidth is not None else link_speed(bench.worker.backend)
             bound = perfect_pipeline(bench.segment_bytes, link, stages)
             shares.append(seconds / bound)
             times.append((seconds, bound, sum(stages) + total / link))

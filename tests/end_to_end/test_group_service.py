@@ -162,7 +162,10 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"model": "base", "prompt": "x", "seed": 1, "logit_bias": {"65": 100}, "stop": ["bbb"]}),
     ("/v1/completions", {"model": "base", "prompt": "x", "seed": 1, "frequency_penalty": 1.5, "min_tokens": 3}),
     ("/v1/chat/completions", {"model": "tuned", "messages": MESSAGES, "temperature": 0, "max_tokens": 12}),
-    ("/v1/chat/completions", {"model": "tuned", "messages": MESSAGES, "seed": 3, "logprobs": True, "top_logprobs": 2}),
+    (
+        "/v1/chat/completions",
+        {"model": "tuned", "messages": MESSAGES, "seed": 3, "max_tokens": 9, "logprobs": True, "top_logprobs": 2},
+    ),
     ("/v1/embeddings", {"model": "embed", "input": ["one", "another one", "x" * 90]}),
     ("/v1/classify", {"model": "texts", "input": ["one", "another one"]}),
     ("/v1/classify", {"model": "images", "image": picture()}),
