@@ -36,14 +36,18 @@ class Agreement:
         return {name: model.pages[: model.page_counts[rank]] for name, model in self.models.items()}
 
 
+class NodeDiffers(ConfigError):
+    """What a node has loaded does not belong to what the leader has. `rank`: the node's."""
+
+    def __init__(self, rank: int, message: str, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.rank = rank
+
+
 def agree(nodes: Sequence[Loaded]) -> Agreement:
-    """From what each node has loaded, by rank. Raises ConfigError if pages have different sizes."""
-    sizes = {node.page_bytes for node in nodes}
-    if len(sizes) > 1:
-        listed = ", ".join(f"node {rank}: {node.page_bytes}" for rank, node in enumerate(nodes))
-        raise ConfigError(
-            f"all nodes must have pages of one size, set device.page_size ({listed})", param="device.page_size"
-        )
+    """From what each node has loaded, by rank. Raises NodeDiffers for the first that is not like the leader."""
+    for rank, node in enumerate(nodes):
+        _require_alike(nodes[0], rank, node)
     identities: dict[tuple[int | None, ...], int] = {}
     models = {}
     for shards in zip(*(node.shards for node in nodes), strict=True):
@@ -63,7 +67,24 @@ def agree(nodes: Sequence[Loaded]) -> Agreement:
         )
     return Agreement(
         frames=min(node.frames for node in nodes),
-        page_bytes=sizes.pop(),
+        page_bytes=nodes[0].page_bytes,
         link_bandwidth=min(node.link_bandwidth for node in nodes),
         models=models,
     )
+
+
+def _require_alike(leader: Loaded, rank: int, node: Loaded) -> None:
+    if node.page_bytes != leader.page_bytes:
+        raise NodeDiffers(
+            rank,
+            f"node {rank} has pages of {node.page_bytes} bytes and the leader of {leader.page_bytes}: set "
+            "device.page_size, the same for all nodes",
+            param="device.page_size",
+        )
+    for own, other in zip(leader.shards, node.shards, strict=True):
+        if own.fingerprint != other.fingerprint:
+            raise NodeDiffers(
+                rank,
+                f'model "{own.model}": its source on node {rank} is not the one that the leader has; put the same '
+                "checkpoint on all hosts (and give the revision of one that is fetched from a hub)",
+            )

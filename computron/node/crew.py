@@ -25,7 +25,7 @@ from computron.memory.swap import SwapOutcome
 from computron.models.loading import LoadedModel
 from computron.models.plan import ModelPlan
 from computron.node import wire
-from computron.node.agreement import Agreement, GroupModel, agree
+from computron.node.agreement import Agreement, GroupModel, NodeDiffers, agree
 from computron.node.group_steps import GroupStep
 from computron.node.group_swaps import GroupSwaps, Merged
 from computron.node.measured_gate import MeasuredGate
@@ -139,6 +139,11 @@ class Crew:
                 agreement = self._agree([self.worker.loaded(), *peers.loaded()])
                 self.worker.identify(agreement.identities(LEADER))
                 await peers.form(self.worker, agreement)
+            except NodeDiffers as error:
+                if self._agreement is None:  # the first start: whoever made it wants to know
+                    raise
+                peers.refuse(error.rank, error.message)
+                continue
             except GroupBroken as error:
                 log.warning("group_not_formed reason=%s", error.message)
                 peers.why_not_formed = error.message

@@ -116,8 +116,7 @@ class Follower:
             try:
                 await self._link.connect()
             except ConfigError as error:
-                self.refusal = error
-                self._fail(error.message)
+                self._refused(error)
                 return
             for model, (done, total) in self._progress.items():
                 self._send(wire.Loading(model, done, total))
@@ -137,6 +136,9 @@ class Follower:
         if isinstance(order, wire.Stop):
             log.info("stopped_by_leader")
             self.ended.set()
+            return
+        if isinstance(order, wire.Refuse):
+            self._refused(ConfigError(order.reason))
             return
         worker = self._worker
         match order:
@@ -239,6 +241,10 @@ class Follower:
         while (worker := self._worker) is not None:
             self._send(worker.figures())
             await asyncio.sleep(FIGURES_PAUSE)
+
+    def _refused(self, error: ConfigError) -> None:
+        self.refusal = error
+        self._fail(error.message)
 
     def _fail(self, reason: str) -> None:
         """This process can do nothing more; whoever started it starts it again."""

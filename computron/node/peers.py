@@ -134,6 +134,13 @@ class Peers:
         """What each of the others has loaded, by rank. All must be there."""
         return [loaded for rank in self._ranks if (loaded := self._peers[rank].loaded) is not None]
 
+    def refuse(self, rank: int, reason: str) -> None:
+        """This node cannot be one of the group as it is now. It ends, and may come again."""
+        log.error("node_refused node=%d reason=%s", rank, reason)
+        self.send(rank, encode(wire.Refuse(reason)))
+        self._peers[rank].loaded = None
+        self._failures[rank] = reason
+
     def reset(self) -> None:
         """All nodes that are there shall come to rest, for a new epoch."""
         self.epoch += 1

@@ -71,22 +71,30 @@ class RunStep(msgspec.Struct, tag=True, frozen=True):
     step: StepInput
 
 
+class Refuse(msgspec.Struct, tag=True, frozen=True):
+    """This node does not belong to the group as it is: end."""
+
+    reason: str
+
+
 class Stop(msgspec.Struct, tag=True, frozen=True):
     """The group is shut down: end, and do not come back."""
 
 
-Order = Reset | Form | BringPages | HastenPages | StopPages | DropPages | ResizeCache | RunStep | Stop
+Order = Reset | Form | BringPages | HastenPages | StopPages | DropPages | ResizeCache | RunStep | Refuse | Stop
 
 # Reports
 
 
 class ShardInfo(msgspec.Struct, frozen=True):
-    """A model's shard as a node holds it. `pages`: their content ids in this node's host store.
+    """A model's shard as a node holds it. `pages`: their content ids in this node's host store. `fingerprint`: of the
+    model's source, the same on all nodes that have the same.
 
     `block_bytes`, `cache_blocks`: size of a block of the KV cache, and how many the node can address; 0: no cache.
     """
 
     model: str
+    fingerprint: str
     nbytes: int
     pages: tuple[int, ...]
     block_bytes: int

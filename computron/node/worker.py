@@ -134,7 +134,14 @@ class Worker:
     def loaded(self) -> wire.Loaded:
         """What this node holds, for those who put the shards together."""
         shards = tuple(
-            wire.ShardInfo(name, held.image.nbytes, held.image.pages, held.runner.block_bytes, held.runner.capacity)
+            wire.ShardInfo(
+                model=name,
+                fingerprint=held.plan.fingerprint,
+                nbytes=held.image.nbytes,
+                pages=held.image.pages,
+                block_bytes=held.runner.block_bytes,
+                cache_blocks=held.runner.capacity,
+            )
             for name, held in self.models.items()
         )
         return wire.Loaded(self.frames, self.page_bytes, float(self.link_bandwidth_hint), shards)

@@ -179,6 +179,21 @@ async def test_a_node_that_cannot_load_its_shard_any_more_is_waited_for(config, 
         assert await answers(group) == expected
 
 
+async def test_a_node_that_comes_back_with_other_weights_is_not_let_in(config, tmp_path):
+    async with group_of(config, tmp_path) as group:
+        expected = await answers(group)
+        group.kill(1)
+        other = replace(config.models[0], source=config.models[0].source.replace("llama", "other"))
+        LlamaConfig.from_pretrained(tmp_path / "llama", initializer_range=0.5).save_pretrained(tmp_path / "other")
+        group.start(1, replace(config, models=(other, *config.models[1:])))
+        await group.ended(1)
+        assert "its source on node 1 is not the one" in group.log(1)
+        assert "its source on node 1 is not the one" in (await group.state())[1]["reason"]
+        group.start(1)
+        await group.ready()
+        assert await answers(group) == expected
+
+
 async def test_a_group_that_is_never_complete_says_so_and_refuses(config, tmp_path):
     group = Group(config, tmp_path)
     async with aiohttp.ClientSession() as group.session:

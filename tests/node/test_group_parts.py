@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
-from computron.errors import ConfigError, ExecutionFailed, GroupBroken, SwapFailed
+from computron.errors import ExecutionFailed, GroupBroken, SwapFailed
 from computron.execution.steps import TokensOutput
 from computron.memory.swap import SwapOutcome
 from computron.node import group_steps
-from computron.node.agreement import agree
+from computron.node.agreement import NodeDiffers, agree
 from computron.node.group_steps import GroupStep
 from computron.node.group_swaps import GroupSwaps
 from computron.node.wire import Loaded, ShardInfo
@@ -18,8 +18,12 @@ from computron.node.wire import Loaded, ShardInfo
 OUTPUT = TokensOutput(tokens=None)  # type: ignore[arg-type]
 
 
-def loaded(frames: int, *shards: tuple[str, tuple[int, ...], int, int], page_bytes: int = 64) -> Loaded:
-    infos = tuple(ShardInfo(name, 10 * len(pages), pages, block, blocks) for name, pages, block, blocks in shards)
+def loaded(
+    frames: int, *shards: tuple[str, tuple[int, ...], int, int], page_bytes: int = 64, fingerprint: str = "f"
+) -> Loaded:
+    infos = tuple(
+        ShardInfo(name, fingerprint, 10 * len(pages), pages, block, blocks) for name, pages, block, blocks in shards
+    )
     return Loaded(frames, page_bytes, 1e9, infos)
 
 
@@ -47,8 +51,16 @@ def test_pages_are_shared_by_the_group_where_all_its_nodes_share_them():
 
 
 def test_pages_of_different_sizes_are_refused_with_both():
-    with pytest.raises(ConfigError, match="node 0: 64, node 1: 128"):
+    with pytest.raises(NodeDiffers, match="node 1 has pages of 128 bytes and the leader of 64") as refused:
         agree([loaded(1, ("a", (1,), 0, 0)), loaded(1, ("a", (1,), 0, 0), page_bytes=128)])
+    assert refused.value.rank == 1
+
+
+def test_a_model_from_another_source_is_refused_by_its_name():
+    same = loaded(1, ("a", (1,), 0, 0))
+    with pytest.raises(NodeDiffers, match='model "a": its source on node 2') as refused:
+        agree([same, same, loaded(1, ("a", (1,), 0, 0), fingerprint="g")])
+    assert refused.value.rank == 2
 
 
 # Swaps
