@@ -12,9 +12,11 @@ from __future__ import annotations
 import logging
 import select
 import socket
+import struct
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -58,6 +60,9 @@ class SocketLinks:
 
         def dead() -> None:
             log.error("network_silent seconds=%.1f", timeout)
+            for connection in self._connections():
+                with suppress(OSError):  # what is unsent shall not hold up the news of the end
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.abort()
 
         self._watch = PathWatch(self._connections(), timeout, dead)
