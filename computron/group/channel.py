@@ -23,13 +23,19 @@ class Channel(asyncio.Protocol):
     """One end of a connection. It belongs to the event loop's thread, and one task at a time receives.
 
     `last_heard`: when anything came in, by time.monotonic(). A channel that has ended sends nothing, silently:
-    `receive` tells of its end, and `closed` does.
+    `receive` tells of its end, and `closed` does. `size_limit`: of a message that comes in.
     """
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, unsent_limit: int = UNSENT_LIMIT
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        unsent_limit: int = UNSENT_LIMIT,
+        size_limit: int = SIZE_LIMIT,
     ) -> None:
         """Takes the connection over from these two, with what they have read."""
+        self.size_limit = size_limit
         self.last_heard = time.monotonic()
         self._writer = writer
         self._transport: asyncio.Transport = writer.transport  # type: ignore[assignment]
@@ -129,8 +135,9 @@ class Channel(asyncio.Protocol):
                 self._in_body, self._missing = False, 4
                 continue
             size = int.from_bytes(piece, "little")
-            if size > SIZE_LIMIT:
-                self._end(f"a message of {size} bytes was announced, more than {SIZE_LIMIT}: is that a Computron node?")
+            if size > self.size_limit:
+                limit = self.size_limit
+                self._end(f"a message of {size} bytes was announced, more than {limit}: is that a Computron node?")
                 return
             self._in_body, self._missing = True, size
         if at < end:

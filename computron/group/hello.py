@@ -10,13 +10,16 @@ PING = b""  # a message that only says: I am here
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A node to the leader. `settings`: what all nodes of a group must agree on, by the name of the setting."""
+    """A node to the leader. `settings`: what all nodes of a group must agree on, by the name of the setting.
+    `incarnation`: tells this process from all others that ever have the same rank.
+    """
 
     rank: int
     world_size: int
     settings: dict[str, str]
     host: str
     pid: int
+    incarnation: str = ""
 
 
 class Welcome(msgspec.Struct, tag=True, frozen=True):

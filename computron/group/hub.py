@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
 
 from computron.errors import ConfigError
-from computron.group.channel import Body, Channel
+from computron.group.channel import SIZE_LIMIT, Body, Channel
 from computron.group.environment import Place
 from computron.group.hello import PING, Hello, Refusal, Welcome, decode_hello, encode, why_refused
+from computron.group.rendezvous import is_loopback
 
 log = logging.getLogger(__name__)
 
 LAST_WORDS = 1.0  # seconds that nodes have to hear what was said last
 HELLO_TIMEOUT = 10.0  # seconds that a new connection has to say who it is
+HELLO_LIMIT = 1 << 20  # bytes in which it has to say so: half a kilobyte for each model, and nobody is known yet
+ANSWER = 1.0  # seconds that a connected node has to answer before another process takes its place
+ANSWER_LOOK = 0.01  # seconds between two looks whether it has
 BEATS = 5  # signs of life in the time after which a silent node counts as lost
 
 
@@ -43,13 +46,9 @@ class Hub:
         self._timeout = timeout
         self._listener = listener
         self._channels: dict[int, Channel] = {}
+        self._hellos: dict[int, Hello] = {}  # the last of each rank
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def ranks(self) -> frozenset[int]:
-        """The nodes that are connected."""
-        return frozenset(self._channels)
 
     async def open(self) -> None:
         """Raises ConfigError if the control port cannot be listened on."""
@@ -80,8 +79,8 @@ class Hub:
         if channel is not None:
             channel.send(body)
 
-    def broadcast(self, body: Body, ranks: Sequence[int] | None = None) -> None:
-        for rank in self._channels if ranks is None else ranks:
+    def broadcast(self, body: Body) -> None:
+        for rank in self._channels:
             self.send(rank, body)
 
     def drop(self, rank: int, reason: str) -> None:
@@ -96,7 +95,7 @@ class Hub:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        channel = Channel(reader, writer)
+        channel = Channel(reader, writer, size_limit=HELLO_LIMIT)
         try:
             hello = await self._introduced(channel)
             if hello is not None:
@@ -116,16 +115,43 @@ class Hub:
             return None
         reason = why_refused(hello, self._place.world_size, self._settings)
         if reason is None:
+            reason = await self._why_taken(hello)
+        if reason is None:
+            channel.size_limit = SIZE_LIMIT
             return hello
         log.error("node_refused node=%d reason=%s", hello.rank, reason)
         channel.send(encode(Refusal(reason)))
         await channel.drain_and_close(LAST_WORDS)
         return None
 
+    async def _why_taken(self, hello: Hello) -> str | None:
+        """Why this node cannot have its rank: another process that has it is alive. One that is not loses it."""
+        rank = hello.rank
+        while (channel := self._channels.get(rank)) is not None:
+            known = self._hellos[rank]
+            if known.incarnation != hello.incarnation and await self._answers(channel):
+                return (
+                    f"rank {rank} is already served by process {known.pid} on {known.host}: this one, process "
+                    f"{hello.pid} on {hello.host}, was started with the same rank; check --host-rank, or RANK"
+                )
+            if self._channels.get(rank) is channel:
+                self.drop(rank, "it was started anew")
+        return None
+
+    async def _answers(self, channel: Channel) -> bool:
+        """Whether the node at the other end is alive. At once where the connection ends or the node is idle."""
+        asked = channel.last_heard
+        channel.send(PING)
+        deadline = time.monotonic() + ANSWER
+        while not channel.closed and time.monotonic() < deadline:
+            if channel.last_heard > asked:
+                return True
+            await asyncio.sleep(ANSWER_LOOK)
+        return False
+
     async def _listen(self, channel: Channel, hello: Hello) -> None:
         rank = hello.rank
-        self.drop(rank, "it was started anew")
-        self._channels[rank] = channel
+        self._channels[rank], self._hellos[rank] = channel, hello
         channel.send(encode(Welcome(self._timeout)))
         log.info("node_joined node=%d host=%s pid=%d", rank, hello.host, hello.pid)
         self._listener.joined(hello)
@@ -139,6 +165,9 @@ class Hub:
                     self._listener.received(rank, body)
         except ConnectionError as error:
             reason = str(error) or reason
+        except Exception as error:
+            log.exception("message_failed node=%d", rank)
+            reason = f"the leader failed at what it said ({type(error).__name__}: {error})"
         finally:
             if self._channels.get(rank) is channel:
                 self.drop(rank, reason)
@@ -161,12 +190,3 @@ class Hub:
         task = asyncio.get_running_loop().create_task(job)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+import uuid
 from collections.abc import AsyncIterator, Mapping
 
 import msgspec
@@ -29,7 +30,8 @@ class Link:
 
     def __init__(self, place: Place, settings: Mapping[str, str]) -> None:
         self._place = place
-        self._hello = encode(Hello(place.rank, place.world_size, dict(settings), socket.gethostname(), os.getpid()))
+        host, incarnation = socket.gethostname(), uuid.uuid4().hex
+        self._hello = encode(Hello(place.rank, place.world_size, dict(settings), host, os.getpid(), incarnation))
         self._channel: Channel | None = None
         self._timeout = HELLO_TIMEOUT
         self._watch: asyncio.Task[None] | None = None
@@ -87,6 +89,8 @@ class Link:
                 return
             if body != PING:
                 yield body
+            else:
+                channel.send(PING)
 
     def send(self, body: Body) -> None:
         """To the leader; nothing happens if it is lost."""

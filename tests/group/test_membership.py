@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 
 from computron.errors import ConfigError
 from computron.group.environment import Place
-from computron.group.hub import Hub
+from computron.group.hub import HELLO_LIMIT, Hub
 from computron.group.link import Link
 
 SETTINGS = {"models": "a, b"}
@@ -87,11 +88,40 @@ async def test_a_node_that_closes_its_connection_has_left(hub, link):
     await heard.next()
     node.close()
     assert (await heard.next())[:2] == ("left", 1)
-    assert not hub.ranks
     hub.send(1, b"nobody hears this")
 
 
-async def test_a_node_that_comes_again_replaces_itself(hub, link):
+async def test_a_node_that_connects_anew_replaces_its_old_connection(hub, link):
+    _, heard = hub
+    node = link(1)
+    await node.connect()
+    await heard.next()
+    lost, node._channel = node._channel, None  # as if it had broken here and not there
+    await node.connect()
+    assert await heard.next() == ("left", 1, "it was started anew")
+    assert (await heard.next())[0] == "joined"
+    node.send(b"here")
+    assert await heard.next() == ("received", 1, b"here")
+    lost.close()
+
+
+async def test_a_second_process_with_the_rank_of_a_living_one_is_told_so(hub, link):
+    hub, heard = hub
+    first, second = link(1), link(1)
+    await first.connect()
+    await heard.next()
+    obeying = asyncio.ensure_future(anext(first.messages()))
+    for _ in range(3):
+        with pytest.raises(ConfigError, match=rf"rank 1 is already served by process {os.getpid()} on .*--host-rank"):
+            await second.connect()
+    hub.send(1, b"go on")
+    assert await obeying == b"go on"
+    first.send(b"here")
+    assert await heard.next() == ("received", 1, b"here")
+
+
+async def test_a_restarted_node_takes_the_place_of_one_that_does_not_answer(hub, link, monkeypatch):
+    monkeypatch.setattr("computron.group.hub.ANSWER", 0.05)
     hub, heard = hub
     first, second = link(1), link(1)
     await first.connect()
@@ -161,12 +191,40 @@ async def test_who_does_not_belong_here_is_told_why(hub, link, rank, settings, w
         await link(rank, settings, world_size).connect()
 
 
-@pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\n\r\n", b"\x03\x00\x00\x00abc", b"\x01\x00\x00\x00\x90"])
+@pytest.mark.parametrize(
+    "words", [b"GET / HTTP/1.1\r\n\r\n", b"\x03\x00\x00\x00abc", b"\x01\x00\x00\x00\x90", b"\0\0\0\x20"]
+)
 async def test_strangers_are_sent_away(hub, place, words):
-    hub, _ = hub
+    _, heard = hub
     reader, writer = await asyncio.open_connection(place.master_host, place.control_port)
     writer.write(words)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(5):
         assert await reader.read() == b""
     writer.close()
-    assert not hub.ranks
+    assert heard.events.empty()
+
+
+async def test_a_message_that_the_leader_fails_at_ends_the_connection_with_its_words(hub, link, caplog):
+    hub, heard = hub
+    node = link(1)
+    await node.connect()
+    await heard.next()
+
+    def fail(rank, body) -> None:
+        raise ZeroDivisionError("no such number")
+
+    heard.received = fail
+    node.send(b"divide")
+    event = await heard.next()
+    assert event == ("left", 1, "the leader failed at what it said (ZeroDivisionError: no such number)")
+    assert "Traceback" in caplog.text
+
+
+async def test_after_its_hello_a_node_may_say_more_at_once(hub, link):
+    hub, heard = hub
+    node = link(1)
+    await node.connect()
+    await heard.next()
+    long = bytes(HELLO_LIMIT + 1)
+    node.send(long)
+    assert await heard.next() == ("received", 1, long)
