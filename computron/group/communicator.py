@@ -53,6 +53,7 @@ class GroupCommunicator:
         self._lock = threading.Lock()
         self._links: Links | None = None
         self._attempt: _Attempt | None = None
+        self._epoch = -1  # the latest that was to be formed
         self._why = "the group has not been formed yet"
         self._closed = False
 
@@ -60,15 +61,21 @@ class GroupCommunicator:
         """Connect to the other nodes, which all call this with the same arguments: `host` and `port` are those of the
         store that the leader has made for this epoch. Ends the epoch before, or another attempt that still waits.
 
-        Raises GroupBroken, saying who is missing where that is known, after `timeout` seconds or on `abort`.
+        Raises GroupBroken, saying who is missing where that is known, after `timeout` seconds or on `abort`; at once,
+        and changing nothing, if a later epoch has been called for: threads may come here out of order.
         """
-        self.abort(f"epoch {epoch} is being formed")
         if self._shard.whole:
             return
         with self._lock:
             if self._closed:
                 raise GroupBroken("the communicator is closed")
+            if epoch < self._epoch:
+                raise GroupBroken(f"epoch {epoch} is over: epoch {self._epoch} was called for since")
+            self._epoch = epoch
+            reason = f"epoch {epoch} is being formed"
+            before = self._take(reason)
             attempt = self._attempt = _Attempt(Meeting(self._shard, epoch, host, port, timeout), self._device)
+        _end(*before, reason)
         try:
             links = attempt.wait(timeout)
         except GroupBroken as error:
@@ -89,14 +96,16 @@ class GroupCommunicator:
         node, raises GroupBroken; so does every later operation here until the next `form`. Returns at once.
         """
         with self._lock:
-            links, self._links = self._links, None
-            attempt, self._attempt = self._attempt, None
-            if links is not None or attempt is not None:
-                self._why = reason
-        if attempt is not None:
-            attempt.give_up(reason)
-        if links is not None:
-            links.abort()
+            before = self._take(reason)
+        _end(*before, reason)
+
+    def _take(self, reason: str) -> tuple[Links | None, _Attempt | None]:
+        """What there is to be ended. The lock must be held."""
+        before = self._links, self._attempt
+        self._links = self._attempt = None
+        if before != (None, None):
+            self._why = reason
+        return before
 
     def close(self) -> None:
         """Abort for good."""
@@ -172,6 +181,13 @@ class GroupCommunicator:
         if ours:
             links.abort()
         return GroupBroken(why)
+
+
+def _end(links: Links | None, attempt: _Attempt | None, reason: str) -> None:
+    if attempt is not None:
+        attempt.give_up(reason)
+    if links is not None:
+        links.abort()
 
 
 class _Attempt:

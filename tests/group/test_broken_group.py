@@ -171,10 +171,10 @@ def test_a_store_that_is_not_there_is_named() -> None:
 def test_abort_ends_an_attempt_to_form(threads: Callable[..., Any]) -> None:
     group = threads(2, 1)
     store, port = make_store(HOST)
-    forming = group.start(0, group.communicators[0].form, 50, HOST, port, 30.0)
+    forming = group.start(0, group.communicators[0].form, 2, HOST, port, 30.0)
     time.sleep(0.1)
     group.communicators[0].abort("never mind")
-    with pytest.raises(GroupBroken, match="epoch 50 was not formed: never mind"):
+    with pytest.raises(GroupBroken, match="epoch 2 was not formed: never mind"):
         forming.result(30)
     with pytest.raises(GroupBroken, match="never mind"):
         group.communicators[0].all_reduce(torch.ones(1))
@@ -199,6 +199,14 @@ def test_nodes_that_lag_behind_form_with_the_others(threads: Callable[..., Any])
             lagging.result(30)
     assert [t.item() for t in group.each(lambda c, _: c.all_reduce(torch.ones(())))] == [2.0, 2.0]
     del old, new
+
+
+def test_an_order_that_comes_late_does_not_end_a_later_epoch(threads: Callable[..., Any]) -> None:
+    group = threads(2, 1)
+    group.form()
+    with pytest.raises(GroupBroken, match="epoch 1 is over: epoch 2 was called for since"):
+        group.each(lambda c, _: c.form(1, HOST, 1, 30.0))
+    assert [t.item() for t in group.each(lambda c, _: c.all_reduce(torch.ones(())))] == [2.0, 2.0]
 
 
 def test_a_closed_communicator_stays_closed(threads: Callable[..., Any]) -> None:
