@@ -33,7 +33,7 @@ class ServerConfig:
 class DeviceConfig:
     kind: Literal["auto", "cuda", "host"] = "auto"
     index: Annotated[int, Bounds(low=0)] = 0
-    memory: Annotated[Size, Bounds(above=0)] | None = None  # None: 90 % of a GPU's free memory; host: required
+    memory: Annotated[Size, Bounds(above=0)] | None = None  # None: 90 % of a GPU's free memory (85 % in a group)
     page_size: Annotated[Size, Bounds(above=0)] | None = None  # None: 16 MiB on CUDA, 1 MiB on host
     chunk_size: Annotated[Size, Bounds(above=0)] | None = None  # None: 4 MiB on CUDA, the page on host
     link_bandwidth: Annotated[Bandwidth, Bounds(above=0)] | None = None  # host only: emulated link

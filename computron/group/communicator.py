@@ -229,6 +229,7 @@ class _Attempt:
         error: Exception | None = None
         try:
             if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # NCCL makes threads and memory on the current one
                 links = connect_nccl(self._meeting, self._device)
             else:
                 links = connect_sockets(self._meeting)

@@ -38,7 +38,7 @@ def connect_nccl(meeting: Meeting, device: torch.device) -> NcclLinks:
     else:
         port = meeting.exchange(0).nodes[0].port
         store = TCPStore(meeting.host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    links = NcclLinks(shard.tensor_rank, shard.tensor_parallel, store)
+    links = NcclLinks(shard.tensor_rank, shard.tensor_parallel, store, device)
     try:
         if shard.tensor_parallel > 1:
             links.stage = _group(store, f"stage/{shard.stage}", shard.tensor_rank, shard.tensor_parallel, device)
@@ -63,8 +63,9 @@ def _group(store: Store, name: str, rank: int, size: int, device: torch.device) 
 class NcclLinks:
     """`stage`: the process group of the stage's nodes; `before` and `after`: of two nodes each; the first one sends."""
 
-    def __init__(self, tensor_rank: int, tensor_parallel: int, store: Store) -> None:
+    def __init__(self, tensor_rank: int, tensor_parallel: int, store: Store, device: torch.device) -> None:
         self._store = store
+        self._device = device
         self.stage: Any = None
         self.before: Any = None
         self.after: Any = None
@@ -99,9 +100,9 @@ class NcclLinks:
         return result
 
     def settle(self) -> None:
-        """Wait for the current stream."""
+        """Wait for the device's current stream."""
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         while not event.query():
             if self._aborted:
                 raise ConnectionAbortedError("the epoch was ended")

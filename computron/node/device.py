@@ -20,6 +20,7 @@ DEFAULT_PAGE = {"host": 1 * MIB, "cuda": 16 * MIB}
 DEFAULT_CHUNK = {"host": 1 * MIB, "cuda": 4 * MIB}
 LINK_BANDWIDTH = {"host": 8e9, "cuda": 25e9}  # bytes a second, until the first swaps have been measured
 GPU_SHARE = 0.9  # of the free memory of a GPU, where the configuration names no amount: the rest is for activations
+GROUP_GPU_SHARE = 0.85  # likewise on one of several nodes, whose NCCL connections have buffers on the GPU too
 HOST_STORE_SHARE = 0.5  # of the machine's memory, likewise
 
 
@@ -80,13 +81,18 @@ def open_store(config: Config, backend: _transfer.Backend, page_bytes: int, node
         raise ConfigError(f"host.memory of {budget} bytes cannot be had: {error}", param="host.memory") from error
 
 
-def open_swapper(config: DeviceConfig, backend: _transfer.Backend, store: HostStore, page_bytes: int) -> Swapper:
-    """The device's memory. Raises ConfigError if it is not given, holds no page, or cannot be had."""
+def open_swapper(
+    config: DeviceConfig, backend: _transfer.Backend, store: HostStore, page_bytes: int, share: float = GPU_SHARE
+) -> Swapper:
+    """The device's memory: `share` of a GPU's that is free, unless the configuration names an amount.
+
+    Raises ConfigError if it is not given, holds no page, or cannot be had.
+    """
     memory = config.memory
     if memory is None:
         if backend.kind == "host":
             raise ConfigError('set device.memory, for example "2GiB", on the host backend', param="device.memory")
-        memory = int(backend.free_memory * GPU_SHARE)
+        memory = int(backend.free_memory * share)
     if memory < page_bytes:
         raise ConfigError(f"device.memory is {memory} bytes, less than one page of {page_bytes}", param="device.memory")
     try:

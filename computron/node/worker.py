@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,8 +19,9 @@ from torch.utils.dlpack import from_dlpack
 
 from computron import _transfer
 from computron.config import Config
-from computron.errors import SwapFailed
+from computron.errors import ExecutionFailed, SwapFailed
 from computron.execution.attention import IMPLEMENTATION
+from computron.execution.batching import execution_error
 from computron.execution.blocks import BLOCK_TOKENS, blocks_for
 from computron.execution.executor import make_runner, run_step
 from computron.execution.protocols import Executor, Runner
@@ -34,7 +36,15 @@ from computron.models.loading import LoadedModel, load_model
 from computron.models.plan import ModelPlan, plan_model
 from computron.models.shard import WHOLE, Shard
 from computron.node import wire
-from computron.node.device import LINK_BANDWIDTH, open_backend, open_store, open_swapper, page_size
+from computron.node.device import (
+    GPU_SHARE,
+    GROUP_GPU_SHARE,
+    LINK_BANDWIDTH,
+    open_backend,
+    open_store,
+    open_swapper,
+    page_size,
+)
 from computron.node.measured_gate import MeasuredGate
 from computron.node.sizes import Need, check_sizes, pinned_beside
 
@@ -84,13 +94,15 @@ class Worker:
         self.backend = open_backend(config.device, 0 if place is None else place.local_rank)
         self.page_bytes = page_size(config.device, self.backend)
         self.store = open_store(config, self.backend, self.page_bytes, 1 if place is None else place.local_world_size)
-        self.swapper: Swapper = open_swapper(config.device, self.backend, self.store, self.page_bytes)
+        self.swapper: Swapper = open_swapper(
+            config.device, self.backend, self.store, self.page_bytes, GPU_SHARE if self.shard.whole else GROUP_GPU_SHARE
+        )
         self.link_bandwidth_hint = config.device.link_bandwidth or LINK_BANDWIDTH[self.backend.kind]
         self.models: dict[str, HeldModel] = {}
         self.gates: dict[str, MeasuredGate] = {}  # of the steps that have begun
         self.needs: tuple[Need, ...] = ()
         self._cache_wanted: dict[str, int] = {}  # frames, as last ordered
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute", initializer=self._use_device)
         self._resetting = asyncio.Lock()
         self._communicator: GroupCommunicator | None = None
         if not self.shard.whole:
@@ -115,6 +127,7 @@ class Worker:
 
         Raises CheckpointError if it cannot be read.
         """
+        self._use_device()
         model_id = plan.config.id
         report = None if progress is None else _LoadProgress(progress, model_id, plan.image.nbytes)
         image = self.store.add(model_id, plan.image, report)
@@ -273,14 +286,36 @@ class Worker:
         held.loaded.gate = gate  # also for a batch manager, which may use the module before its forward
         try:
             result = function()
-            if self._communicator is not None:
-                self._communicator.settle()
+            self._settle()
+        except BaseException:
+            with suppress(ExecutionFailed):  # what was raised first is told; `device_error` tells of the device
+                self._synchronize()
+            raise
+        else:
+            self._synchronize()
             return result
         finally:
-            if self.backend.kind == "cuda":
-                # Nothing may read pages or cache after the step, also if it raised half way or gave no token.
-                torch.cuda.current_stream(self.backend.device_index).synchronize()
             gate.end()
+
+    def _settle(self) -> None:
+        if self._communicator is not None:
+            try:
+                self._communicator.settle()
+            except RuntimeError as error:
+                raise execution_error(error) from error
+
+    def _synchronize(self) -> None:
+        """Nothing may read pages or cache after the step, also if it raised half way or gave no token."""
+        if self.backend.kind == "cuda":
+            try:
+                torch.cuda.current_stream(self.backend.device_index).synchronize()
+            except RuntimeError as error:
+                raise execution_error(error) from error
+
+    def _use_device(self) -> None:
+        """What this thread does from now on without naming a device, it does on this node's."""
+        if self.backend.kind == "cuda":
+            torch.cuda.set_device(self.backend.device_index)
 
     def end_step(self, model: str) -> None:
         """The step reads nothing any more."""
