@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from computron.errors import GroupBroken
 from computron.group.connecting import connect_sockets
-from computron.group.nccl import connect_nccl
+from computron.group.nccl import NcclHangs, connect_nccl
 from computron.group.rendezvous import Meeting, Store, make_store
 from computron.models.shard import Shard
 
 __all__ = ["GroupCommunicator", "Store", "make_store"]
+
+_LOOK = 0.05  # seconds between two looks whether a meeting was given up
 
 
 class Links(Protocol):
@@ -62,7 +65,8 @@ class GroupCommunicator:
         store that the leader has made for this epoch. Ends the epoch before, or another attempt that still waits.
 
         Raises GroupBroken, saying who is missing where that is known, after `timeout` seconds or on `abort`; at once,
-        and changing nothing, if a later epoch has been called for: threads may come here out of order.
+        and changing nothing, if a later epoch has been called for: threads may come here out of order. Raises NcclHangs
+        if this process has to end before it can be part of a group.
         """
         if self._shard.whole:
             return
@@ -78,10 +82,10 @@ class GroupCommunicator:
         _end(*before, reason)
         try:
             links = attempt.wait(timeout)
-        except GroupBroken as error:
+        except (GroupBroken, NcclHangs) as error:
             with self._lock:
                 if self._attempt is attempt:
-                    self._attempt, self._why = None, error.message
+                    self._attempt, self._why = None, str(error)
             raise
         with self._lock:
             current = self._attempt is attempt
@@ -205,15 +209,18 @@ class _Attempt:
 
     def wait(self, timeout: float) -> Links:
         """The links. Raises GroupBroken if there are none after so many seconds, or if the attempt is given up."""
-        self._ended.wait(timeout)
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and not self._meeting.given_up:
+            if self._ended.wait(_LOOK):
+                break
         self.give_up("")
         with self._lock:
             links, error, reason = self._links, self._error, self._reason
         if links is not None:
             return links
-        if isinstance(error, GroupBroken):
+        if isinstance(error, GroupBroken | NcclHangs):
             raise error
-        problem = reason or self._meeting.doing
+        problem = reason or self._meeting.doing + (f" ({error})" if error is not None else "")
         raise GroupBroken(f"epoch {self._meeting.epoch} was not formed: {problem}") from error
 
     def give_up(self, reason: str) -> None:

@@ -7,44 +7,54 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from computron.group.rendezvous import Arrival, Meeting, listen, named
+from computron.group.pulse import keep_alive
+from computron.group.rendezvous import Arrival, Complete, Meeting, listen, named
 from computron.group.sockets import SocketLinks
 from computron.models.shard import Shard
 
 _PATIENCE = 5.0  # seconds that one address may take to answer
 _GREETING = 1.0  # seconds that a caller may take to say who it is
 _LOOK = 0.1  # seconds between two looks whether the attempt was given up
-_IDLE = 15  # seconds of silence after which the kernel asks whether the other end is there, and between its questions
-_QUESTIONS = 4  # without an answer, after which the connection has ended
 _TAKEN = b"\1"
 
 
 def connect_sockets(meeting: Meeting) -> SocketLinks:
-    """Meet the other nodes, and connect to those that this one talks to: of each pair the later calls the earlier."""
+    """Meet the other nodes and connect."""
     shard = meeting.shard
-    calls: dict[int, socket.socket] = {}
+    _, connections = connect(meeting)
+    first = shard.stage * shard.tensor_parallel
+    stage = {peer - first: c for peer, c in connections.items() if first <= peer < first + shard.tensor_parallel}
+    before, after = shard.rank - shard.tensor_parallel, shard.rank + shard.tensor_parallel
+    links = SocketLinks(shard.tensor_rank, stage, connections.get(before), connections.get(after))
+    links.watch(meeting.timeout)
+    return links
+
+
+def connect(meeting: Meeting, store_port: int = 0) -> tuple[Complete, dict[int, socket.socket]]:
+    """Meet the other nodes, telling them `store_port`, and connect to those that this one talks to: of each pair the
+    later calls the earlier. The connections, by rank, end when the other host has been out of reach for the meeting's
+    timeout.
+    """
+    shard = meeting.shard
+    connections: dict[int, socket.socket] = {}
     try:
         with listen(meeting.host) as listener:
-            met = meeting.exchange(listener.getsockname()[1])
+            met = meeting.exchange(listener.getsockname()[1], store_port)
             peers = peers_of(shard)
             for peer in peers:
                 if peer < shard.rank:
-                    calls[peer] = _call(meeting, met.nodes[peer], met.secret)
-            _answer(meeting, listener, [peer for peer in peers if peer > shard.rank], met.secret, calls)
-        for connection in calls.values():
+                    connections[peer] = _call(meeting, met.nodes[peer], met.secret)
+            _answer(meeting, listener, [peer for peer in peers if peer > shard.rank], met.secret, connections)
+        meeting.doing = "the nodes have connected, but not become a group"
+        for connection in connections.values():
             connection.settimeout(None)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _keep_alive(connection)
+            keep_alive(connection, meeting.timeout)
     except BaseException:
-        for connection in calls.values():
+        for connection in connections.values():
             connection.close()
         raise
-    first = shard.stage * shard.tensor_parallel
-    stage = {peer - first: c for peer, c in calls.items() if first <= peer < first + shard.tensor_parallel}
-    before, after = shard.rank - shard.tensor_parallel, shard.rank + shard.tensor_parallel
-    links = SocketLinks(shard.tensor_rank, stage, calls.get(before), calls.get(after))
-    links.watch(meeting.timeout)
-    return links
+    return met, connections
 
 
 def peers_of(shard: Shard) -> list[int]:
@@ -53,17 +63,6 @@ def peers_of(shard: Shard) -> list[int]:
     stage = [rank for rank in range(first, first + shard.tensor_parallel) if rank != shard.rank]
     around = [shard.rank - shard.tensor_parallel, shard.rank + shard.tensor_parallel]
     return sorted([*stage, *(rank for rank in around if 0 <= rank < shard.world)])
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    """Models may be idle for hours, and firewalls forget connections that are. There is no limit for what is sent and
-    not taken: the other node may wait for minutes for a model before it reads.
-    """
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_KEEPIDLE"):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _IDLE)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _QUESTIONS)
 
 
 def _call(meeting: Meeting, node: Arrival, secret: bytes) -> socket.socket:

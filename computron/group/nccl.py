@@ -7,10 +7,11 @@ looks at results. After `abort` the GPU's work ends and its results mean nothing
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,10 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from computron.group.connecting import connect
+from computron.group.pulse import Pulse
 from computron.group.rendezvous import Meeting
 
 _LONGEST = timedelta(hours=24)  # that an operation may take: a stage may wait for a swap-in of the one before it
 _LOOK = 0.0001  # seconds between two looks at the device
+_GATE_LOOK = 0.005  # seconds between two looks at who has come
+STUCK_LIMIT = 3  # attempts that may hang within NCCL, each with a thread and memory, before there are no more
 
 
 def connect_nccl(meeting: Meeting, device: torch.device) -> NcclLinks:
@@ -30,49 +35,121 @@ def connect_nccl(meeting: Meeting, device: torch.device) -> NcclLinks:
     # The watchdog would end the process when another node has died; here the group is formed anew instead.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    if _initializing.count >= STUCK_LIMIT:
+        raise NcclHangs(f"{_initializing.count} attempts to form the group hang within NCCL: this process must end")
     shard = meeting.shard
-    timeout = timedelta(seconds=meeting.remaining)
-    if shard.rank == 0:
-        store = TCPStore(meeting.host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
-        meeting.exchange(store.port)
-    else:
-        port = meeting.exchange(0).nodes[0].port
-        store = TCPStore(meeting.host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    links = NcclLinks(shard.tensor_rank, shard.tensor_parallel, store, device)
+    links = NcclLinks(shard.tensor_rank, shard.tensor_parallel, device)
     try:
+        store = links.meet(meeting)
         if shard.tensor_parallel > 1:
-            links.stage = _group(store, f"stage/{shard.stage}", shard.tensor_rank, shard.tensor_parallel, device)
+            name = f"stage/{shard.stage}"
+            links.stage = links.add(_group(store, name, shard.tensor_rank, shard.tensor_parallel, device, meeting))
         if not shard.first:
-            links.before = _group(store, f"link/{shard.stage - 1}/{shard.tensor_rank}", 1, 2, device)
+            name = f"link/{shard.stage - 1}/{shard.tensor_rank}"
+            links.before = links.add(_group(store, name, 1, 2, device, meeting))
         if not shard.last:
-            links.after = _group(store, f"link/{shard.stage}/{shard.tensor_rank}", 0, 2, device)
+            name = f"link/{shard.stage}/{shard.tensor_rank}"
+            links.after = links.add(_group(store, name, 0, 2, device, meeting))
     except BaseException:
         links.abort()
         raise
     return links
 
 
-def _group(store: Store, name: str, rank: int, size: int, device: torch.device) -> Any:
+def _group(store: Store, name: str, rank: int, size: int, device: torch.device, meeting: Meeting) -> Any:
+    """NCCL's own meeting cannot be interrupted: in its blocking mode a communicator can be aborted once it is made, and
+    each operation takes a thread of its own in the other mode. So this begins when all are about to begin.
+    """
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = _LONGEST
-    group = dist.ProcessGroupNCCL(PrefixStore(name, store), rank, size, options)
-    group.eager_connect_single_device(device)
+    own = PrefixStore(name, store)
+    group = dist.ProcessGroupNCCL(own, rank, size, options)
+    await_all(own, rank, size, meeting)
+    with _initializing:
+        group.eager_connect_single_device(device)
     return group
+
+
+def await_all(store: Store, rank: int, size: int, meeting: Meeting) -> None:
+    """Wait until this has been called with all ranks below `size`. Raises GroupBroken as the meeting says."""
+    meeting.doing = "NCCL has not connected the nodes"
+    store.set(f"here/{rank}", "")
+    everyone = [f"here/{other}" for other in range(size)]
+    while not store.check(everyone):
+        time.sleep(min(_GATE_LOOK, meeting.remaining))
+
+
+class NcclHangs(Exception):
+    """NCCL has not come back from attempts that were given up; this process cannot be one of a group any more."""
+
+
+class _Counter:
+    """How many threads are within."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.count -= 1
+
+
+_initializing = _Counter()
 
 
 class NcclLinks:
     """`stage`: the process group of the stage's nodes; `before` and `after`: of two nodes each; the first one sends."""
 
-    def __init__(self, tensor_rank: int, tensor_parallel: int, store: Store, device: torch.device) -> None:
-        self._store = store
+    def __init__(self, tensor_rank: int, tensor_parallel: int, device: torch.device) -> None:
         self._device = device
+        self._store: Store | None = None
+        self._groups: list[Any] = []  # not aborted
         self.stage: Any = None
         self.before: Any = None
         self.after: Any = None
         self._rank = tensor_rank
         self._nodes = tensor_parallel
         self._sending: deque[tuple[Any, Tensor]] = deque()  # what is under way, with its memory
-        self._aborted = False
+        self._pulse: Pulse | None = None
+        self._aborted: str | None = None  # why
+
+    def meet(self, meeting: Meeting) -> Store:
+        """Meet the other nodes; the store that they share, which is the leader's."""
+        timeout = timedelta(seconds=meeting.remaining)
+        if meeting.shard.rank == 0:
+            store = TCPStore(meeting.host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+            _, pulses = connect(meeting, store.port)
+            self.watch(pulses, meeting)
+        else:
+            met, pulses = connect(meeting)
+            self.watch(pulses, meeting)
+            port = met.nodes[0].store_port
+            store = TCPStore(meeting.host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        self._store = store
+        return store
+
+    def watch(self, pulses: Mapping[int, socket.socket], meeting: Meeting) -> None:
+        """Abort when one of these connections ends or the meeting is given up. NCCL may not notice that another node
+        has died or is out of reach.
+        """
+        meeting.when_given_up(self.abort)
+
+        def lost(reason: str) -> None:
+            self.abort(reason)
+            meeting.doing = reason
+            meeting.give_up()
+
+        self._pulse = Pulse(pulses, lost)
+
+    def add(self, group: Any) -> Any:
+        """The group, which `abort` will end."""
+        self._groups.append(group)
+        return group
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         result = tensor.contiguous()
@@ -104,12 +181,14 @@ class NcclLinks:
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         while not event.query():
-            if self._aborted:
-                raise ConnectionAbortedError("the epoch was ended")
+            if self._aborted is not None:
+                raise ConnectionAbortedError(self._aborted)
             time.sleep(_LOOK)
 
-    def abort(self) -> None:
-        self._aborted = True
-        for group in (self.stage, self.before, self.after):
-            if group is not None:
-                threading.Thread(target=group.abort, name="abort-nccl", daemon=True).start()
+    def abort(self, reason: str = "the epoch was ended") -> None:
+        if self._aborted is None:
+            self._aborted = reason
+        if self._pulse is not None:
+            self._pulse.close()
+        while self._groups:
+            threading.Thread(target=self._groups.pop().abort, name="abort-nccl", daemon=True).start()

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
@@ -26,13 +27,16 @@ _WORLD_LIMIT = 1 << 12
 
 
 class Arrival(msgspec.Struct):
-    """What a node says: it is there, and may be called at `port` of one of the `addresses`, best first."""
+    """What a node says: it is there, and may be called at `port` of one of the `addresses`, best first.
+    `store_port`: where the leader has a store for NCCL.
+    """
 
     epoch: int
     rank: int
     world: int
     addresses: list[str]
     port: int
+    store_port: int = 0
 
 
 class Missing(msgspec.Struct, tag=True):
@@ -212,10 +216,23 @@ class Meeting:
         self._port = port
         self._deadline = time.monotonic() + timeout
         self._ended = threading.Event()
+        self._calls: list[Callable[[], None]] = []
 
     def give_up(self) -> None:
         """Whatever waits here raises GroupBroken soon. From any thread."""
         self._ended.set()
+        while self._calls:
+            self._calls.pop()()
+
+    def when_given_up(self, call: Callable[[], None]) -> None:
+        """Call this then, on whichever thread; now, if it has been. It may be called more than once."""
+        self._calls.append(call)
+        if self._ended.is_set():
+            call()
+
+    @property
+    def given_up(self) -> bool:
+        return self._ended.is_set()
 
     @property
     def remaining(self) -> float:
@@ -225,13 +242,13 @@ class Meeting:
             raise GroupBroken(f"epoch {self.epoch} was not formed: {self.doing}")
         return remaining
 
-    def exchange(self, port: int) -> Complete:
+    def exchange(self, port: int, store_port: int = 0) -> Complete:
         """Tell all nodes that this one listens at `port`; returns what they tell when all have come.
 
         Raises GroupBroken if they do not come in time, or if the leader closes its store.
         """
         world, rank = self.shard.world, self.shard.rank
-        arrival = Arrival(self.epoch, rank, world, addresses(self.host), port)
+        arrival = Arrival(self.epoch, rank, world, addresses(self.host), port, store_port)
         try:
             with socket.create_connection((self.host, self._port), timeout=self.remaining) as connection:
                 connection.sendall(_framed(arrival))

@@ -48,7 +48,7 @@ def links(monkeypatch) -> NcclLinks:
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
-    return NcclLinks(0, 2, None, GPU)  # type: ignore[arg-type]
+    return NcclLinks(0, 2, GPU)
 
 
 def test_results_are_waited_for_on_the_nodes_own_gpu(links):
