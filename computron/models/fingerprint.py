@@ -68,8 +68,12 @@ def checkpoint_fingerprint(
 
 
 def custom_fingerprint(model: ModelConfig) -> str:
-    """Of a custom model, in hex. Tensors do not count: each part has its own."""
-    code = [_code(path, model.id) for path in (model.factory, model.batch_manager) if path is not None]
+    """Of a custom model, in hex. Tensors do not count: each part has its own.
+
+    Raises ConfigError if there is no such factory or batch manager.
+    """
+    paths = {"factory": model.factory, "batch_manager": model.batch_manager}
+    code = {name: path and _code(path, f'model "{model.id}": {name}') for name, path in paths.items()}
     return _digest([model.factory, model.batch_manager, model.arguments, model.seed, model.dtype, code])
 
 
@@ -107,10 +111,10 @@ def _file(file: Path) -> str:
         raise CheckpointError(f"{file}: {error.strerror}; {FETCH_AGAIN}") from error
 
 
-def _code(path: str, model_id: str) -> str | None:
-    """Of the file that defines what "package.module:name" names, if it is one in Python."""
+def _code(path: str, where: str) -> str | None:
+    """Of the file that defines what "package.module:name" names, if it is one in Python. Raises ConfigError."""
     try:
-        file = inspect.getsourcefile(inspect.unwrap(import_object(path, f'model "{model_id}"')))
+        file = inspect.getsourcefile(inspect.unwrap(import_object(path, where)))
     except TypeError:
         return None
     return None if file is None or not Path(file).is_file() else _file(Path(file))

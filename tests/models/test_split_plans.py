@@ -157,9 +157,8 @@ def make_whole(width):
 
 
 @pytest.fixture
-def custom(config, monkeypatch):
-    monkeypatch.setattr("computron.models.custom.import_object", lambda path, where: globals()[path])
-    return lambda name: config(task="custom", factory=name, arguments={"width": 6})
+def custom(config):
+    return lambda name: config(task="custom", factory=f"{__name__}:{name}", arguments={"width": 6})
 
 
 def test_a_custom_factory_that_takes_shard_gives_parts(custom, filled, new_group):
