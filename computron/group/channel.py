@@ -13,7 +13,7 @@ Buffer = bytes | bytearray | memoryview
 Body = Buffer | Sequence[Buffer]
 
 SIZE_LIMIT = 1 << 30  # of one message
-UNSENT_LIMIT = 256 << 20  # that may wait for a peer which does not read
+UNSENT_LIMIT = 512 << 20  # that may wait for a peer which does not read
 UNREAD_LIMIT = 64 << 20  # that may wait for `receive` before the peer has to
 JOINED = 64 << 10  # buffers below this size are copied together
 UNANSWERED = 60  # seconds after which the kernel gives up a peer that acknowledges nothing

@@ -154,7 +154,10 @@ class Peers:
         )
 
     async def form(self, worker: Worker, agreement: Agreement) -> None:
-        """Let all nodes find each other. Raises GroupBroken if one of them does not; all are told to rest then."""
+        """Let all nodes find each other. Raises GroupBroken if one of them does not; all are told to rest then.
+
+        Anything else that it raises, no further attempt would mend.
+        """
         self._form_failure = None
         epoch = self.epoch
         store, port = make_store(self._place.master_host)
@@ -165,7 +168,8 @@ class Peers:
         own.add_done_callback(self._own_formed)
         try:
             async with asyncio.timeout(2 * self._timeout):
-                await self._wait(lambda: self._all_formed(epoch) and own.done())
+                await self._wait(lambda: _has_failed(own) or (self._all_formed(epoch) and own.done()))
+            await own
             self._all_formed(epoch)
         except TimeoutError:
             late = [rank for rank in self._ranks if rank not in self._peers or self._peers[rank].formed != epoch]
@@ -183,8 +187,8 @@ class Peers:
             del store
 
     def _own_formed(self, own: asyncio.Future[None]) -> None:
-        if not own.cancelled() and (error := own.exception()) is not None:
-            self._form_failure = str(error)
+        if not own.cancelled() and isinstance(error := own.exception(), GroupBroken):
+            self._form_failure = error.message
         self._changed.set()
 
     def _all_formed(self, epoch: int) -> bool:
@@ -257,3 +261,7 @@ class Peers:
     def figures(self) -> Mapping[int, wire.Figures]:
         """The last ones of each node that is there."""
         return {rank: peer.figures for rank, peer in sorted(self._peers.items()) if peer.figures is not None}
+
+
+def _has_failed(job: asyncio.Future[None]) -> bool:
+    return job.done() and job.exception() is not None
