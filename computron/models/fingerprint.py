@@ -73,8 +73,8 @@ def custom_fingerprint(model: ModelConfig) -> str:
     Raises ConfigError if there is no such factory or batch manager.
     """
     paths = {"factory": model.factory, "batch_manager": model.batch_manager}
-    code = {name: path and _code(path, f'model "{model.id}": {name}') for name, path in paths.items()}
-    return _digest([model.factory, model.batch_manager, model.arguments, model.seed, model.dtype, code])
+    code = [path and _code(path, f'model "{model.id}": {setting}') for setting, path in paths.items()]
+    return _digest([code, model.arguments, model.seed, model.dtype])
 
 
 def _digest(value: Any) -> str:
@@ -111,13 +111,17 @@ def _file(file: Path) -> str:
         raise CheckpointError(f"{file}: {error.strerror}; {FETCH_AGAIN}") from error
 
 
-def _code(path: str, where: str) -> str | None:
-    """Of the file that defines what "package.module:name" names, if it is one in Python. Raises ConfigError."""
+def _code(path: str, where: str) -> list[str | None]:
+    """The name in "package.module:name" and what the file holds that defines it, if it is one in Python.
+
+    Where the module lies is left out. Raises ConfigError if there is no such thing.
+    """
+    defined = inspect.unwrap(import_object(path, where))
     try:
-        file = inspect.getsourcefile(inspect.unwrap(import_object(path, where)))
-    except TypeError:
-        return None
-    return None if file is None or not Path(file).is_file() else _file(Path(file))
+        file = inspect.getsourcefile(defined)
+    except TypeError:  # not written in Python
+        file = None
+    return [path.rpartition(":")[2], _file(Path(file)) if file is not None and Path(file).is_file() else None]
 
 
 def _tensors(tensors: Mapping[str, FileTensor]) -> list[Any]:

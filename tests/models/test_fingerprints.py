@@ -187,14 +187,16 @@ def test_a_custom_model_is_its_factory_and_arguments(tmp_path, monkeypatch):
     assert len({of(other) for other in (model, *others)}) == 5
 
 
-def test_another_version_of_a_factorys_file_is_seen(tmp_path, monkeypatch):
+def test_a_factorys_file_may_lie_elsewhere_but_must_hold_the_same(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    file = tmp_path / "factory_of_this_test.py"
-    model = ModelConfig(id="m", task="custom", factory="factory_of_this_test:make")
-    file.write_text("from torch import nn\ndef make(): return nn.Linear(2, 2)\n")
-    before = of(model)
-    file.write_text("from torch import nn\ndef make(): return nn.Linear(2, 2) \n")
-    assert of(model) != before
+    code = "from torch import nn\ndef make(): return nn.Linear(2, 2)\n"
+
+    def written(module: str, text: str) -> str:
+        (tmp_path / f"{module}.py").write_text(text)
+        return of(ModelConfig(id="m", task="custom", factory=f"{module}:make"))
+
+    assert written("one_factory", code) == written("same_factory", code)
+    assert written("one_factory", code) != written("changed_factory", code + "\n")
 
 
 def test_of_very_many_tensors_some_are_sampled_and_all_names_count(tmp_path, checkpoint, config, monkeypatch):
