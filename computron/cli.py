@@ -155,6 +155,9 @@ def launch(
 
     try:
         settings = load_config(config)
+    except ComputronError as error:
+        fail(error.message, CANNOT_START)
+    try:
         names = [name.strip() for name in hosts.split(",")] if hosts is not None else []
         share = share_of(settings.group.nodes, asked=nodes, hosts=names, host_rank=host_rank, rendezvous=rendezvous)
         set_up_logging(log_level or settings.server.log_level, settings.server.log_format)

@@ -164,7 +164,7 @@ void bind_memory(py::module_& m) {
   });
   py::class_<HostMemory>(m, "HostMemory", py::is_final())
       .def(py::init<std::shared_ptr<Backend>, size_t, int, size_t>(), "backend"_a, "nbytes"_a, py::kw_only(),
-           "numa_node"_a = -1, "slab_bytes"_a = 0)
+           "numa_node"_a = -1, "slab_bytes"_a = 0, Unlocked())
       .def_property_readonly("address", [](const HostMemory& memory) { return memory.region()->address(); })
       .def_property_readonly("nbytes", [](const HostMemory& memory) { return memory.region()->nbytes(); })
       .def_property_readonly("committed", [](const HostMemory& memory) { return memory.region()->committed(); })

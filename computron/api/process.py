@@ -10,7 +10,7 @@ from dataclasses import replace
 import uvloop
 
 from computron.api.logs import flush_logs, set_up_logging
-from computron.api.server import Reporter, serve
+from computron.api.server import CannotListen, Reporter, serve
 from computron.config import Config, ServerConfig
 from computron.errors import CheckpointError, ConfigError, Unavailable
 from computron.group.environment import Place
@@ -49,7 +49,7 @@ def run(config: Config, reporter: Callable[[], Reporter]) -> int:
         set_up_logging(config.server.log_level, config.server.log_format, node=node)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(config, place, reporter))
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, CannotListen) as error:
         if os.environ.get(RESTARTS) != "0":
             raise
         raise CannotStart(error.message, param=error.param) from error

@@ -21,6 +21,7 @@ from computron.group.hub import BEATS, HELLO_TIMEOUT
 log = logging.getLogger(__name__)
 
 LAST_WORDS = 5.0  # seconds that the leader has to come within reach, and again to hear the last words
+REPEAT = 30.0  # seconds between two log lines that say the same
 RETRY = (0.1, 1.0)  # seconds between two attempts, at first and at most
 CONNECTING = 2.0  # seconds that one attempt to connect may take; the kernel asks less and less often in a longer one
 
@@ -45,15 +46,20 @@ class Link:
         """Wait for the leader for as long as it takes. Raises ConfigError if it refuses this node."""
         self.close()
         pause, longest = RETRY
+        told = "", 0.0  # the last reason in the log, and when
         while True:
             try:
                 async with asyncio.timeout(HELLO_TIMEOUT):
                     channel = await self._introduce()
                 break
             except (OSError, TimeoutError, msgspec.MsgspecError) as error:
-                if pause >= longest:
-                    log.info("waiting_for_leader host=%s port=%d reason=%s", self._place.master_host,
-                             self._place.control_port, error or type(error).__name__)  # fmt: skip
+                reason, now = str(error) or type(error).__name__, time.monotonic()
+                if pause >= longest and (reason != told[0] or now - told[1] > REPEAT):
+                    told = reason, now
+                    log.warning(
+                        "waiting_for_leader host=%s port=%d reason=%s",
+                        self._place.master_host, self._place.control_port, reason,
+                    )  # fmt: skip
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
         self._channel = channel

@@ -79,12 +79,14 @@ class Listener(Protocol):
 
 
 class Crew:
-    """All methods belong to the event loop's thread. `place`: the leader's; None: there are no other nodes."""
+    """All methods belong to the event loop's thread. `worker`: this node's; `place`: its own, the leader's; None: there
+    are no other nodes.
+    """
 
-    def __init__(self, config: Config, place: Place | None, listener: Listener) -> None:
+    def __init__(self, config: Config, worker: Worker, place: Place | None, listener: Listener) -> None:
         self._config = config
         self._listener = listener
-        self.worker = Worker(config, place)
+        self.worker = worker
         self.peers = None if place is None else Peers(config, place, self)
         self.models: dict[str, ServedModel] = {}
         self._agreement: Agreement | None = None

@@ -21,7 +21,7 @@ from computron.node import wire
 from computron.node.handle import RequestHandle
 from computron.node.measured_gate import MeasuredGate
 from computron.node.snapshot import NodeSnapshot, NodeState
-from computron.node.worker import Progress, Worker, load_all
+from computron.node.worker import Progress, Worker, load_all, open_worker
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Follower:
 
         self._spawn(self._follow())
         try:
-            worker = self._worker = Worker(self.config, self._place)
+            worker = self._worker = await open_worker(self.config, self._place)
             ended = asyncio.ensure_future(self.ended.wait())
             loading = asyncio.ensure_future(load_all(worker, self.config, report))
             await asyncio.wait((loading, ended), return_when=asyncio.FIRST_COMPLETED)
@@ -181,7 +181,7 @@ class Follower:
             self._send(wire.FormFailed(order.epoch, error.message))
             return
         self.state = NodeState.READY
-        log.info("group_formed node=%d epoch=%d", self._place.rank, order.epoch)
+        log.info("group_formed epoch=%d", order.epoch)
         self._send(wire.Formed(order.epoch))
 
     # Steps

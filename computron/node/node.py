@@ -26,7 +26,7 @@ from computron.node.rejections import RETRY_AFTER, rejection
 from computron.node.requests import Requests
 from computron.node.snapshot import NodeSnapshot, NodeState, model_snapshots
 from computron.node.steps import Steps
-from computron.node.worker import Progress
+from computron.node.worker import Progress, open_worker
 from computron.scheduling import actions, events
 from computron.scheduling.scheduler import Scheduler
 
@@ -72,7 +72,8 @@ class Node:
                 "`computron launch`",
                 param="group",
             )
-        crew = self._crew = Crew(self.config, self._place if self.config.group.nodes > 1 else None, self)
+        place = self._place if self.config.group.nodes > 1 else None
+        crew = self._crew = Crew(self.config, await open_worker(self.config, place), place, self)
         await crew.start(progress)
         if self.state is NodeState.STARTING:
             self._resume()

@@ -376,6 +376,11 @@ class Worker:
         self.store.close()
 
 
+async def open_worker(config: Config, place: Place | None) -> Worker:
+    """In a thread, since taking much memory takes long, and whoever watches this process wants signs of life."""
+    return await asyncio.get_running_loop().run_in_executor(None, Worker, config, place)
+
+
 async def load_all(worker: Worker, config: Config, progress: Progress | None) -> None:
     """Plan and load this node's shards of all models. Raises ConfigError or CheckpointError, naming the model."""
     loop = asyncio.get_running_loop()
