@@ -21,3 +21,9 @@ def demo() -> DemoModels:
         return demo_models()
     except CheckpointError as error:
         pytest.skip(f"the real models cannot be fetched: {error}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes seconds comes after what takes milliseconds."""
+    slow = ("group", "end_to_end")  # they start processes
+    items.sort(key=lambda item: max((slow.index(part) + 1 for part in item.path.parts if part in slow), default=0))
