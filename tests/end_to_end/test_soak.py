@@ -129,7 +129,7 @@ async def test_every_request_ends_and_nothing_leaks(serving, random_model) -> No
         snapshot = server.node.snapshot()
         assert snapshot.nodes[0].device_memory["cache"] == 0
         assert all(model.queue_depth == model.running == 0 for model in snapshot.models)
-        assert snapshot.swaps["failed"] == len(ROUNDS)
+        assert snapshot.nodes[0].swaps["failed"] == len(ROUNDS)
         assert [sum(counted.values()) for counted in outcomes] == list(ROUNDS)
         (_, _), (files, memory), (last_files, last_memory) = figures
         assert last_files <= files, figures
