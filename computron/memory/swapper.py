@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from computron import _transfer
 from computron.errors import CheckpointError, OutOfMemory, SwapFailed
+from computron.memory.device_statistics import DeviceStatistics
 from computron.memory.gate import OPEN, Gate
 from computron.memory.host_store import HostStore
 from computron.memory.images import StoredImage
@@ -29,24 +30,6 @@ class Registered:
     image: StoredImage
     parameters: _transfer.AddressRange
     cache: _transfer.AddressRange | None
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceStatistics:
-    """Frames by use, and totals since the start."""
-
-    frames: int
-    free_frames: int
-    parameter_frames: int
-    cache_frames: int
-    arriving_frames: int  # of parameter_frames: with a transfer under way
-    shared_frames: int  # of parameter_frames: mapped at several places
-    bytes_moved: int
-    bytes_shared: int  # bytes of swap-ins that did not move, their content being on the device
-    swaps_done: int
-    swaps_failed: int
-    swaps_cancelled: int
-    link_seconds: float  # in which the link was busy
 
 
 class Swapper:
