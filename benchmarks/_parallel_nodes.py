@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -18,9 +17,10 @@ from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from _processes import HOST, free_port
+
 from computron.config import Config
 
-HOST = "127.0.0.1"
 LIBRARIES = ["torch", "transformers.models.opt.modeling_opt", "computron.api.process"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 START_SECONDS = 300
@@ -137,7 +137,7 @@ def running(config: Config, *, early_start: bool) -> Iterator[Group]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     nodes = config.group.nodes
-    port, master = _free_port(), _free_port()
+    port, master = free_port(), free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes: list[BaseProcess] = []
         for rank in range(nodes):
@@ -181,9 +181,3 @@ def _stop(processes: list[BaseProcess]) -> None:
         if process.is_alive():
             process.kill()
             process.join()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])

@@ -6,25 +6,21 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
+from _processes import HOST, free_port, post, wait_until_ready
 
 from computron.models.demo import cache_folder
 
 ROOT = Path(__file__).parents[1]
-HOST = "127.0.0.1"
 EXTRAS = ("fastapi", "uvicorn", "starlette", "openai", "pydantic")
 START_SECONDS = 180
 END_SECONDS = 30
@@ -62,7 +58,7 @@ class Server:
 
         def one(chat: Chat) -> int:
             body = {"model": self._model, "messages": chat, "max_tokens": max_tokens, "temperature": 0.0}
-            return int(_post(self._url, {**body, "stream": False})["usage"]["completion_tokens"])
+            return int(post(self._url, {**body, "stream": False})["usage"]["completion_tokens"])
 
         self._process.send_signal(signal.SIGCONT)
         try:
@@ -75,7 +71,7 @@ class Server:
 @contextmanager
 def transformers_serve(folder: str, *, dtype: str, device: str) -> Iterator[Server]:
     """`transformers serve --continuous-batching`. Raises Unavailable, or RuntimeError if it does not start."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--continuous-batching"]
     command += ["--port", str(port), "--host", HOST, "--device", device, "--dtype", dtype]
     with _running(command, port, "/health", {"PYTHONPATH": str(_extras())}) as process:
@@ -93,7 +89,7 @@ def computron_serve(folder: str, *, dtype: str, device: str, batch: int) -> Iter
         dtype=dtype,
         batch=batch,
     )
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as temporary:
         config = Path(temporary) / "serve.toml"
         config.write_text(text)
@@ -112,7 +108,7 @@ def _running(
             command, cwd=ROOT, env={**os.environ, **threads, **environment}, stdout=output, stderr=subprocess.STDOUT
         )
         try:
-            _wait_for(process, f"http://{HOST}:{port}{ready}", output)
+            wait_until_ready(f"http://{HOST}:{port}{ready}", START_SECONDS, lambda: _require_alive(process, output))
             yield process
         finally:
             process.terminate()
@@ -138,33 +134,10 @@ def _extras() -> Path:
     return folder
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_for(process: subprocess.Popen[bytes], url: str, output: IO[bytes]) -> None:
+def _require_alive(process: subprocess.Popen[bytes], output: IO[bytes]) -> None:
+    if process.poll() is None:
+        return
     name = " ".join(map(str, process.args[2:4])) if isinstance(process.args, list) else str(process.args)
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            output.seek(0)
-            lines = output.read().decode(errors="replace").strip().splitlines()
-            raise RuntimeError(f"{name} ended at once: {(lines or ['without a word'])[-1]}")
-        try:
-            with urllib.request.urlopen(url, timeout=2) as response:
-                if response.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise RuntimeError(f"{name} was not ready after {START_SECONDS} s")
-
-
-def _post(url: str, body: Mapping[str, Any]) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=600) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        raise RuntimeError(f"{url} answered {error.code}: {error.read().decode(errors='replace')[:300]}") from error
+    output.seek(0)
+    lines = output.read().decode(errors="replace").strip().splitlines()
+    raise RuntimeError(f"{name} ended at once: {(lines or ['without a word'])[-1]}")

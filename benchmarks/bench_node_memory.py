@@ -17,20 +17,17 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from _common import Report, arguments
+from _processes import HOST, free_port, post, wait_until_ready
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +35,6 @@ if TYPE_CHECKING:
 GROUPS = ((4, 1), (2, 2), (1, 4))
 NAMES = tuple(f"memory.{tensor}x{pipeline}.share" for tensor, pipeline in GROUPS)
 ROOT = Path(__file__).parents[1]
-HOST = "127.0.0.1"
 MIB = 1 << 20
 START_SECONDS = 300
 END_SECONDS = 30
@@ -106,17 +102,19 @@ def measure(text: str, models: int, tensor: int, pipeline: int) -> list[Memory]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         config = Path(folder) / "serve.toml"
         config.write_text(text)
-        port, master = _free_port(), _free_port()
+        port, master = free_port(), free_port()
         nodes = range(tensor * pipeline)
         processes = [
             running.enter_context(_node(config, rank, len(nodes), port, master, Path(folder) / f"{rank}.log"))
             for rank in reversed(nodes)
         ][::-1]
-        _wait_for(processes, f"http://{HOST}:{port}/health/ready", Path(folder))
+        wait_until_ready(
+            f"http://{HOST}:{port}/health/ready", START_SECONDS, lambda: _require_alive(processes, Path(folder))
+        )
         starts = [peak_of(process.pid) for process in processes]
         for number in range(models):
             body = {"model": f"model-{number}", "prompt": [1, 2, 3], "max_tokens": 2, "ignore_eos": True}
-            _post(f"http://{HOST}:{port}/v1/completions", body)
+            post(f"http://{HOST}:{port}/v1/completions", body)
         return [memory_of(process.pid, start) for process, start in zip(processes, starts, strict=True)]
 
 
@@ -141,31 +139,10 @@ def _node(config: Path, rank: int, nodes: int, port: int, master: int, log: Path
             process.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_for(processes: Sequence[subprocess.Popen[bytes]], url: str, logs: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        for rank, process in enumerate(processes):
-            if process.poll() is not None:
-                raise RuntimeError(f"node {rank} ended at once: {(logs / f'{rank}.log').read_text()[-500:]}")
-        try:
-            with urllib.request.urlopen(url, timeout=2) as response:
-                if response.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise RuntimeError(f"the server was not ready after {START_SECONDS} s")
-
-
-def _post(url: str, body: dict[str, Any]) -> None:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120):
-        pass
+def _require_alive(processes: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
+    for rank, process in enumerate(processes):
+        if process.poll() is not None:
+            raise RuntimeError(f"node {rank} ended at once: {(logs / f'{rank}.log').read_text()[-500:]}")
 
 
 def save(folder: Path, shape: dict[str, int], layers: int) -> Path:

@@ -10,24 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import uvloop
 from _common import Report, arguments
 from _load import Load, load
+from _processes import HOST, free_port, wait_until_ready
 
 NAMES = ("overhead.rps_share", "overhead.added_p50_ms")
 ROOT = Path(__file__).parents[1]
-HOST = "127.0.0.1"
 PATH = "/v1/models/echo/infer"
 BODY = json.dumps({"text": "What is the capital of France?", "numbers": list(range(16))}).encode()
 CONFIG = """
@@ -62,10 +58,9 @@ web.run_app(app, host="{HOST}", port=PORT, loop=uvloop.new_event_loop(), access_
 START_SECONDS = 60.0
 
 
-def free_port() -> int:
-    with socket.create_server((HOST, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+def _require_alive(process: subprocess.Popen[bytes], command: list[str]) -> None:
+    if process.poll() is not None:
+        raise RuntimeError(f"the server did not start: {' '.join(command[:5])}")
 
 
 @contextlib.contextmanager
@@ -73,15 +68,7 @@ def server(command: list[str], port: int) -> Iterator[int]:
     """Run until the block ends; the port is yielded once the server is ready."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://{HOST}:{port}/health/ready", timeout=1):
-                    break
-            except (urllib.error.URLError, OSError):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"the server did not start: {' '.join(command[:5])}") from None
-                time.sleep(0.05)
+        wait_until_ready(f"http://{HOST}:{port}/health/ready", START_SECONDS, lambda: _require_alive(process, command))
         yield port
     finally:
         process.terminate()

@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 PROMISED = {
     "bench_transfer": {"transfer.memcpy_share", "transfer.emulated_error"},
     "bench_swap": {"swap.over_bound", "swap.partial.over_bound", "swap.vs_write_back"},
+    "bench_exchange": {f"exchange.{nodes}_nodes.{width}.ratio" for nodes in (2, 4) for width in (576, 4096)},
     "bench_first_token": {"first_token.over_pipeline_bound"},
     "bench_generate": {"generate.equal.ratio", "generate.mixed.ratio"},
     "bench_node_memory": {"memory.4x1.share", "memory.2x2.share", "memory.1x4.share"},

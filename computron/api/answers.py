@@ -209,14 +209,3 @@ class Tokens(Struct, kw_only=True):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None = None
-
-
-class ErrorBody(Struct, kw_only=True):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(Struct):
-    error: ErrorBody

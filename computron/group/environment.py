@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from computron.errors import ConfigError
 
+LEADER = 0  # its rank
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -25,7 +27,7 @@ class Place:
 
     @property
     def leader(self) -> bool:
-        return self.rank == 0
+        return self.rank == LEADER
 
     @property
     def control_port(self) -> int:

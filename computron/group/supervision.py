@@ -11,7 +11,8 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LEADER = 0
+from computron.group.environment import LEADER
+
 CANNOT_START = 3  # exit code: the configuration or a checkpoint is wrong, so starting again would not help
 
 PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the first, second, ... start after a death

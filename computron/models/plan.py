@@ -38,12 +38,12 @@ class ModelPlan:
     """What a model is, and how its image is laid out: one segment for each stage.
 
     `max_model_len`: tokens that fit, 0 if it is not a text model. `labels`: of classes, in the order of the logits;
-    `activation` makes probabilities of these. `split`: how a part of a transformers model runs. `fingerprint`: hex, the
-    same for all parts, and another one for another source (`models.fingerprint` says what it sees).
+    `activation` makes probabilities of these. `split`: how a part of a transformers model runs. `identify` makes
+    the fingerprint.
     """
 
     config: ModelConfig
-    fingerprint: str
+    identify: Callable[[], str]
     architecture: str
     dtype: torch.dtype
     image: ImageSource
@@ -60,6 +60,14 @@ class ModelPlan:
     labels: tuple[str, ...] = ()
     activation: Literal["softmax", "sigmoid"] = "softmax"
     takes_images: bool = False
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex, the same for all parts, and another one for another source (`models.fingerprint` says what it sees).
+
+        Made when it is first asked for, which reads a little of every tensor. Raises CheckpointError.
+        """
+        return self.identify()
 
     @property
     def task(self) -> Task:
@@ -140,7 +148,7 @@ def _plan_pretrained(config: ModelConfig, shard: Shard) -> ModelPlan:
     generation = generation_defaults(source.folder, source.config)
     plan = ModelPlan(
         config=config,
-        fingerprint=checkpoint_fingerprint(config, source, tensors, generation, embedding),
+        identify=functools.partial(checkpoint_fingerprint, config, source, tensors, generation, embedding),
         architecture=type(module).__name__,
         dtype=dtype,
         image=image,
@@ -180,9 +188,10 @@ def _plan_custom(config: ModelConfig, shard: Shard) -> ModelPlan:
     described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items() if name not in aliases}
     layout = lay_out(module_stages(first, described), described, aliases)
     floats = (tensor.dtype for tensor in held.values() if tensor.dtype.is_floating_point)
+    fingerprint = custom_fingerprint(config)  # at once: a batch manager that is not there is better said now
     return ModelPlan(
         config=config,
-        fingerprint=custom_fingerprint(config),
+        identify=lambda: fingerprint,
         architecture=type(first).__name__,
         dtype=next(floats, torch.float32),
         image=StateImage(layout, lambda: dict(persistent_tensors(make_module(config, shard))), held),

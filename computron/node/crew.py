@@ -20,7 +20,7 @@ from computron.execution.protocols import Executor
 from computron.execution.requests import StepResult
 from computron.execution.steps import StepInput
 from computron.group.codec import encode
-from computron.group.environment import Place
+from computron.group.environment import LEADER, Place
 from computron.memory.swap import SwapOutcome
 from computron.models.loading import LoadedModel
 from computron.models.plan import ModelPlan
@@ -37,7 +37,6 @@ from computron.scheduling.events import ModelSpec
 
 log = logging.getLogger(__name__)
 
-LEADER = 0
 LONGEST_PAUSE = 1.0  # seconds between two attempts to form the group
 
 
@@ -367,8 +366,8 @@ class Crew:
     def reported(self, rank: int, report: wire.PagesCame | wire.StepDone | wire.StepFailed) -> None:
         """Another node tells how an order ended."""
         match report:
-            case wire.PagesCame():
-                self._swap_ended(rank, wire.outcome_of(report))
+            case wire.PagesCame(outcome):
+                self._swap_ended(rank, wire.as_of_now(outcome))
             case wire.StepDone(number, waited, output):
                 if (step := self._steps.get(number)) is not None:
                     step.succeed(rank, output, waited)

@@ -221,7 +221,7 @@ class Follower:
         if worker is None:
             return
         for outcome in worker.completions():
-            self._send(wire.pages_came(outcome))
+            self._send(wire.PagesCame(outcome))
         if worker.backend.failed is not None:
             self._fail(worker.backend.failed)
 

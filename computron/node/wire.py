@@ -6,11 +6,12 @@ Orders are carried out in the order in which they were given. Pages are the node
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import msgspec
 
 from computron.execution.steps import StepInput, StepOutput
-from computron.memory.swap import SwapOutcome, SwapState
+from computron.memory.swap import SwapOutcome
 
 # Orders
 
@@ -138,16 +139,9 @@ class FormFailed(msgspec.Struct, tag=True, frozen=True):
 
 
 class PagesCame(msgspec.Struct, tag=True, frozen=True):
-    """A swap has ended: see `SwapOutcome`."""
+    """A swap has ended."""
 
-    model: str
-    pages: tuple[int, ...]
-    state: SwapState
-    arrived: tuple[int, ...]
-    seconds: float
-    bytes_moved: int
-    error: str | None
-    lasted: float  # seconds from the order to the end
+    outcome: SwapOutcome
 
 
 class StepDone(msgspec.Struct, tag=True, frozen=True):
@@ -199,30 +193,7 @@ Report = (
 )
 
 
-def pages_came(outcome: SwapOutcome) -> PagesCame:
-    return PagesCame(
-        model=outcome.image_id,
-        pages=outcome.pages,
-        state=outcome.state,
-        arrived=outcome.arrived,
-        seconds=outcome.seconds,
-        bytes_moved=outcome.bytes_moved,
-        error=outcome.error,
-        lasted=outcome.finished - outcome.started,
-    )
-
-
-def outcome_of(report: PagesCame) -> SwapOutcome:
-    """As if it had ended here and now: clocks of different hosts have nothing in common."""
+def as_of_now(outcome: SwapOutcome) -> SwapOutcome:
+    """Another host's swap as if it had ended here and now: clocks of different hosts have nothing in common."""
     now = time.monotonic()
-    return SwapOutcome(
-        image_id=report.model,
-        pages=report.pages,
-        state=report.state,
-        arrived=report.arrived,
-        seconds=report.seconds,
-        bytes_moved=report.bytes_moved,
-        error=report.error,
-        started=now - report.lasted,
-        finished=now,
-    )
+    return replace(outcome, started=now - (outcome.finished - outcome.started), finished=now)

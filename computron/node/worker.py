@@ -72,9 +72,10 @@ class _LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class HeldModel:
-    """This node's shard of a model."""
+    """This node's shard of a model. `fingerprint`: of its source; empty where no other node has a part to compare."""
 
     plan: ModelPlan
+    fingerprint: str
     image: StoredImage
     loaded: LoadedModel
     runner: Runner
@@ -136,7 +137,8 @@ class Worker:
         cache = from_dlpack(registered.cache.dlpack()) if registered.cache is not None else None
         attention = IMPLEMENTATION if plan.cache is not None else None
         loaded = load_model(plan, parameters, attention=attention, communicator=self._communicator)
-        held = HeldModel(plan, image, loaded, make_runner(loaded, cache))
+        fingerprint = "" if self.shard.whole else plan.fingerprint
+        held = HeldModel(plan, fingerprint, image, loaded, make_runner(loaded, cache))
         self.models[model_id] = held
         return held
 
@@ -149,7 +151,7 @@ class Worker:
         shards = tuple(
             wire.ShardInfo(
                 model=name,
-                fingerprint=held.plan.fingerprint,
+                fingerprint=held.fingerprint,
                 nbytes=held.image.nbytes,
                 pages=held.image.pages,
                 block_bytes=held.runner.block_bytes,
