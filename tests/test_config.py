@@ -8,7 +8,7 @@ import pytest
 from computron._toml import key_lines
 from computron.config import POLICIES, Config, ModelConfig, load_config, with_place
 from computron.errors import CheckpointError, ConfigError
-from computron.scheduling import scheduler
+from computron.scheduling import policies
 
 MODEL = '[[models]]\nid = "m"\nsource = "org/m"\n'
 
@@ -259,7 +259,7 @@ k = 3
 
 
 def test_every_policy_of_the_scheduler_can_be_configured():
-    assert set(POLICIES) == set(scheduler.POLICIES)
+    assert set(POLICIES) == set(policies.POLICIES)
 
 
 def test_a_models_queue_is_as_long_as_the_schedulers_unless_it_says_otherwise(write):

@@ -31,7 +31,7 @@ from computron.scheduling.board import Board
 from computron.scheduling.frames import Reach
 from computron.scheduling.models import ModelState
 from computron.scheduling.orders import Orders
-from computron.scheduling.policy import Policy
+from computron.scheduling.policies.policy import Policy
 
 
 class Decisions:

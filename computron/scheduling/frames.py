@@ -8,7 +8,7 @@ from itertools import islice
 
 from computron.scheduling.board import Board
 from computron.scheduling.models import ModelState
-from computron.scheduling.policy import Policy
+from computron.scheduling.policies.policy import Policy
 from computron.scheduling.room import RoomPlan
 from computron.scheduling.waiting import Ticket
 

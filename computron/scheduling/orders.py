@@ -19,7 +19,7 @@ from computron.scheduling.actions import (
 from computron.scheduling.board import Board
 from computron.scheduling.frames import Reach, plan_room, preemption_order
 from computron.scheduling.models import ModelState, Step, frames_for
-from computron.scheduling.policy import Policy
+from computron.scheduling.policies.policy import Policy
 
 REASONS = {
     Urgency.DEMAND: EvictionReason.DEMAND,

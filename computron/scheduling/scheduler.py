@@ -8,7 +8,6 @@ from collections.abc import Callable
 from computron.scheduling.actions import Action, Reject, RejectReason
 from computron.scheduling.board import Board
 from computron.scheduling.decisions import Decisions
-from computron.scheduling.default_policy import Default
 from computron.scheduling.estimates import Link
 from computron.scheduling.events import (
     Event,
@@ -28,14 +27,12 @@ from computron.scheduling.events import (
     UnloadAsked,
 )
 from computron.scheduling.ledger import Ledger, Swap
-from computron.scheduling.lru_policy import Lru
 from computron.scheduling.models import ModelState, Step, frames_for
-from computron.scheduling.policy import Policy
+from computron.scheduling.policies import POLICIES
+from computron.scheduling.policies.policy import Policy
 from computron.scheduling.tuning import Tuning
 from computron.scheduling.views import Views
 from computron.scheduling.waiting import Ticket
-
-POLICIES: dict[str, Callable[[], Policy]] = {"default": Default, "lru": Lru}
 
 
 class InvalidTransition(Exception):

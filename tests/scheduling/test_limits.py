@@ -7,7 +7,7 @@ from driver import Driver, spec
 
 from computron.scheduling.actions import Evict, EvictionReason, Run, SwapIn, Urgency
 from computron.scheduling.events import LoadAsked, ModelAdded, ModelRemoved, Request, RequestArrived, UnloadAsked
-from computron.scheduling.scheduler import POLICIES
+from computron.scheduling.policies import POLICIES
 
 
 @pytest.fixture(params=sorted(POLICIES))

@@ -7,7 +7,7 @@ from driver import PAGE_SECONDS, Driver, spec
 
 from computron.scheduling.actions import CancelSwap, Run, SwapIn
 from computron.scheduling.events import UnloadAsked
-from computron.scheduling.scheduler import POLICIES
+from computron.scheduling.policies import POLICIES
 from computron.scheduling.tuning import Tuning
 
 

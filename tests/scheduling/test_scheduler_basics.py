@@ -6,7 +6,7 @@ import pytest
 from driver import Driver, spec
 
 from computron.scheduling.actions import Evict, Preempt, Reject, Run, SetCache, SwapIn
-from computron.scheduling.scheduler import POLICIES
+from computron.scheduling.policies import POLICIES
 
 
 @pytest.fixture(params=sorted(POLICIES))

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from computron.scheduling.events import LoadAsked, ModelSpec, UnloadAsked
-from computron.scheduling.scheduler import POLICIES
+from computron.scheduling.policies import POLICIES
 from computron.scheduling.tuning import Tuning
 
 MODERATE = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

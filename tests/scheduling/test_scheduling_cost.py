@@ -7,7 +7,7 @@ import sys
 import pytest
 from driver import Driver, spec
 
-from computron.scheduling.scheduler import POLICIES
+from computron.scheduling.policies import POLICIES
 
 
 def cost(idle_models: int, policy: str) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from computron.scheduling.board import Board
 from computron.scheduling.models import ModelState
-from computron.scheduling.policy import Offer
+from computron.scheduling.policies.policy import Offer
 
 
 class Default:
