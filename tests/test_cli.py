@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from computron import cli
 from computron.api.version import installed_version
+from computron.cli import serving
 from computron.config import Config, ModelConfig
 from computron.errors import ConfigError
 
@@ -175,14 +176,14 @@ def test_an_error_at_the_start_finds_its_line(tmp_path: Path, monkeypatch):
     def run_server(config):
         raise ConfigError("device.memory is too small", param="device.memory")
 
-    monkeypatch.setattr(cli, "_run_server", run_server)
+    monkeypatch.setattr(serving, "_run_server", run_server)
     result = run("serve", str(path))
     assert (result.exit_code, result.stderr) == (1, f"error: {path}:5: device.memory is too small\n")
 
 
 @pytest.mark.parametrize(("models", "said"), [(("a",), "1 model "), (("a", "b"), "2 models "), ((), "0 models ")])
 def test_what_is_loaded_is_counted(models, said, capsys):
-    display = cli.LoadingDisplay(Config(models=tuple(ModelConfig(id=name) for name in models)))
+    display = serving.LoadingDisplay(Config(models=tuple(ModelConfig(id=name) for name in models)))
     display.ready("http://here")
     assert capsys.readouterr().err.startswith(said)
 
@@ -220,6 +221,6 @@ def test_options_win_over_the_file(tmp_path: Path, monkeypatch):
         seen.append(config.server)
         return 15
 
-    monkeypatch.setattr(cli, "_run_server", run_server)
+    monkeypatch.setattr(serving, "_run_server", run_server)
     assert run("serve", str(path), "--port", "9", "--log-level", "debug").exit_code == 0
     assert (seen[0].host, seen[0].port, seen[0].log_level) == ("h", 9, "debug")

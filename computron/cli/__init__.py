@@ -1,0 +1,50 @@
+"""Commands. Errors are one line on standard error; exit code 1: it failed, 2: it was asked wrongly."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from computron.api.version import installed_version
+from computron.cli import models, serving
+from computron.cli.output import output
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Serve many models from little GPU memory.",
+)
+
+
+def main() -> None:
+    """The `computron` command."""
+    app()
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version of Computron.")
+    ] = False,
+) -> None:
+    pass
+
+
+def version() -> None:
+    """Show the version of Computron."""
+    output.print(f"computron {installed_version()}")
+
+
+app.command()(serving.serve)
+app.command()(serving.launch)
+app.add_typer(models.app, name="models")
+app.command()(version)
