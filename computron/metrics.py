@@ -52,7 +52,10 @@ class DeviceFigures(Protocol):
 
 
 class NodeFigures(Protocol):
-    """The models and the nodes, by rank, that serve them. `recoveries`: times that the group was formed anew."""
+    """The models and the nodes, by rank, that serve them. `recoveries`: times that the group was formed anew.
+
+    `frames` of `page_bytes` each: what every node's device is cut into. `stages`: of the pipeline. 0: not known yet.
+    """
 
     @property
     def models(self) -> Sequence[ModelFigures]: ...
@@ -62,6 +65,12 @@ class NodeFigures(Protocol):
     def missing_nodes(self) -> int: ...
     @property
     def recoveries(self) -> int: ...
+    @property
+    def frames(self) -> int: ...
+    @property
+    def page_bytes(self) -> int: ...
+    @property
+    def stages(self) -> int: ...
 
 
 class Metrics:
@@ -87,6 +96,9 @@ class Metrics:
             "computron_inter_token_seconds", "Between two outputs of one request", TOKEN_BUCKETS
         )
         self._batch_size = self._histogram("computron_batch_size", "Requests in one step", BATCH_BUCKETS)
+        self._step_seconds = self._histogram(
+            "computron_step_seconds", "Time in which a step computed, beside waiting for pages", TOKEN_BUCKETS
+        )
         self._swap_seconds = self._histogram("computron_swap_in_seconds", "Length of a swap-in", SWAP_BUCKETS)
         self._swap_hidden = self._histogram(
             "computron_swap_hidden_ratio", "Share of a swap-in during which the device computed", SHARE_BUCKETS
@@ -114,8 +126,10 @@ class Metrics:
     def inter_token(self, model: str, seconds: float) -> None:
         self._inter_token.observe(model, seconds)
 
-    def batch(self, model: str, size: int) -> None:
+    def step(self, model: str, size: int, seconds: float) -> None:
+        """A step of `size` requests has ended, which computed for `seconds` beside waiting for pages."""
         self._batch_size.observe(model, size)
+        self._step_seconds.observe(model, seconds)
 
     def swap_finished(self, model: str, seconds: float, hidden_ratio: float, nbytes: int) -> None:
         """A swap-in has arrived. `hidden_ratio`: share of its `seconds` in which the device computed, 0 to 1."""
@@ -186,6 +200,13 @@ class _SnapshotCollector(Collector):
         yield depth
         yield resident
         yield from _node_metrics(figures.nodes)
+        yield GaugeMetricFamily(
+            "computron_device_frames", "Pages that the device of each node has room for", value=figures.frames
+        )
+        yield GaugeMetricFamily("computron_page_bytes", "Size of a page, and of a frame", value=figures.page_bytes)
+        yield GaugeMetricFamily(
+            "computron_pipeline_stages", "Stages that the models are split into", value=figures.stages
+        )
         yield GaugeMetricFamily(
             "computron_nodes_missing", "Nodes of the group that are not there", value=figures.missing_nodes
         )

@@ -193,6 +193,10 @@ class Model(Struct, kw_only=True):
     task: str
     state: str
     bytes: int
+    pages: int
+    segments: int
+    cache_bytes_per_token: float
+    max_batch_size: int
     resident_ratio: float
     pinned: bool
     queue_depth: int

@@ -374,6 +374,9 @@ class Node:
             nodes=crew.figures(),
             missing_nodes=0 if crew.peers is None else len(crew.peers.missing()),
             recoveries=self._recoveries,
+            frames=crew.agreement.frames,
+            page_bytes=crew.agreement.page_bytes,
+            stages=self.config.group.pipeline_parallel,
         )
 
     def check(self) -> None:

@@ -93,10 +93,10 @@ class Requests:
             if handle is not None and handle.timings.queue_seconds is None:
                 handle.timings.queue_seconds = now - handle.arrival
 
-    def deliver(self, model: str, result: StepResult) -> None:
-        """Hand out what a step gave. Requests that have been cancelled meanwhile are passed over."""
+    def deliver(self, model: str, result: StepResult, seconds: float) -> None:
+        """Hand out what a step gave, which computed for so long. Requests cancelled meanwhile are passed over."""
         now = time.monotonic()
-        self._metrics.batch(model, result.batch_size)
+        self._metrics.step(model, result.batch_size, seconds)
         for output in result.outputs:
             handle = self._handles.get(output.request)
             if handle is None:

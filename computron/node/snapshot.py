@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from computron.execution.blocks import BLOCK_TOKENS
 from computron.node.crew import ServedModel
 from computron.node.wire import Figures
 from computron.scheduling.scheduler import Scheduler
@@ -23,20 +24,29 @@ class NodeState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelSnapshot:
-    """`state`: absent, partial, loading, resident or running. `resident_ratio`: share of its pages, 0 to 1."""
+    """`state`: absent, partial, loading, resident or running. `resident_ratio`: share of its pages, 0 to 1.
+
+    `pages`: of the node that holds most. `segments`: pieces that a run can wait for one by one, on this node.
+    `cache_bytes_per_token`: of the KV cache, on the node where it is largest; 0 without a cache.
+    """
 
     model: str
     task: str
     state: str
     nbytes: int
-    resident_ratio: float
-    queue_depth: int
-    running: int
+    pages: int
+    segments: int
+    cache_bytes_per_token: float
+    resident_ratio: float = 0.0
+    queue_depth: int = 0
+    running: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class NodeSnapshot:
     """`reason`: why it is in a state in which it takes no requests. `requests`: those not yet answered.
+
+    `frames` of `page_bytes` each: what every node's device is cut into; `stages`: of the pipeline; 0: not known yet.
 
     `nodes`: the devices of the group by rank, those that are there; `missing_nodes`: how many are not.
     """
@@ -48,6 +58,9 @@ class NodeSnapshot:
     nodes: Mapping[int, Figures] = field(default_factory=dict)
     missing_nodes: int = 0
     recoveries: int = 0
+    frames: int = 0
+    page_bytes: int = 0
+    stages: int = 0
 
 
 def model_snapshots(models: Mapping[str, ServedModel], scheduler: Scheduler | None) -> tuple[ModelSnapshot, ...]:
@@ -56,14 +69,21 @@ def model_snapshots(models: Mapping[str, ServedModel], scheduler: Scheduler | No
 
 
 def _snapshot(model: str, served: ServedModel, scheduler: Scheduler | None) -> ModelSnapshot:
-    task, nbytes = served.plan.config.task, served.held.nbytes
-    if scheduler is None:
-        return ModelSnapshot(model, task, "absent", nbytes, 0.0, 0, 0)
-    return ModelSnapshot(
+    plan, held = served.plan, served.held
+    at_rest = ModelSnapshot(
         model=model,
-        task=task,
+        task=plan.config.task,
+        state="absent",
+        nbytes=held.nbytes,
+        pages=len(held.pages),
+        segments=len(plan.image.segment_ends),
+        cache_bytes_per_token=held.block_bytes / BLOCK_TOKENS,
+    )
+    if scheduler is None:
+        return at_rest
+    return replace(
+        at_rest,
         state=scheduler.state(model),
-        nbytes=nbytes,
         resident_ratio=scheduler.resident_fraction(model),
         queue_depth=scheduler.queue_depth(model),
         running=scheduler.running_count(model),

@@ -83,7 +83,7 @@ class Steps:
                 self._failed(reason)
         else:
             self._aborts.pop(model, None)
-            self._requests.deliver(model, result)
+            self._requests.deliver(model, result, seconds)
             event = events.StepFinished(model, result.finished, seconds, result.cache_blocks)
         self._busy.add(gate.computing(time.monotonic()))
         del self._tasks[model]

@@ -181,7 +181,7 @@ class FakeNode:
 
     def snapshot(self) -> NodeSnapshot:
         models = tuple(
-            ModelSnapshot(name, model.plan.config.task, "partial", 1000, 0.25, 3, 1)
+            ModelSnapshot(name, model.plan.config.task, "partial", 1000, 8, 4, 64.0, 0.25, 3, 1)
             for name, model in self.models.items()
         )
         failure = "the link is broken" if self.state is NodeState.FAILED else None
@@ -201,6 +201,9 @@ class FakeNode:
                     host_pages_on_disk=6,
                 )
             },
+            frames=32,
+            page_bytes=128,
+            stages=1,
         )
 
     async def startup(self, progress: Any = None) -> None:

@@ -123,7 +123,7 @@ async def test_metrics_have_their_fixed_names(server):
     metrics.request_finished("chat", "ok", 0.1)
     metrics.first_token("chat", 0.05)
     metrics.inter_token("chat", 0.01)
-    metrics.batch("chat", 4)
+    metrics.step("chat", 4, 0.02)
     metrics.swap_finished("chat", 0.2, 0.5, 1000)
     metrics.eviction("chat", "demand", 3)
     await server.post("/v1/chat/completions", {"model": "chat", "messages": []})
@@ -136,6 +136,7 @@ async def test_metrics_have_their_fixed_names(server):
         'computron_time_to_first_token_seconds_count{model="chat"} 1.0',
         'computron_inter_token_seconds_count{model="chat"} 1.0',
         'computron_batch_size_sum{model="chat"} 4.0',
+        'computron_step_seconds_sum{model="chat"} 0.02',
         'computron_swap_in_seconds_sum{model="chat"} 0.2',
         'computron_swap_hidden_ratio_sum{model="chat"} 0.5',
         'computron_swap_in_bytes_total{model="chat"} 1000.0',
@@ -151,5 +152,8 @@ async def test_metrics_have_their_fixed_names(server):
         'computron_swaps_total{node="0",outcome="cancelled"} 1.0',
         'computron_link_busy_seconds_total{node="0"} 1.5',
         "computron_host_pages_on_disk 6.0",
+        "computron_device_frames 32.0",
+        "computron_page_bytes 128.0",
+        "computron_pipeline_stages 1.0",
     ):
         assert line in text.splitlines()
