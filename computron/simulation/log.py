@@ -56,3 +56,9 @@ class Log:
         self.steps: list[StepRow] = []
         self.evictions: list[EvictionRow] = []
         self.ended = 0.0  # when nothing was left to do
+
+    def forget_rows(self) -> None:
+        """What has happened so far does not count."""
+        self.swaps.clear()
+        self.steps.clear()
+        self.evictions.clear()

@@ -1,0 +1,11 @@
+"""What can be simulated, by name: Computron's policies, other systems, and bounds."""
+
+from __future__ import annotations
+
+from computron.simulation.systems.bounds import ALL_RESIDENT
+from computron.simulation.systems.ours import OURS
+from computron.simulation.systems.system import Setup, System
+
+SYSTEMS: dict[str, System] = {system.name: system for system in (*OURS, ALL_RESIDENT)}
+
+__all__ = ["SYSTEMS", "Setup", "System"]
