@@ -1,1 +1,1 @@
-"""The real scheduler on a virtual clock: hardware, workloads, traces, bounds, and what came of it. Never imports torch."""
+"""The real scheduler on a virtual clock: hardware, workloads, traces, bounds, and what came of it."""

@@ -19,7 +19,7 @@ class Clock:
         self._numbers = count()
 
     def at(self, time: float, call: Callable[..., None], *arguments: Any) -> None:
-        """Call it at this time, or now if that has passed. A plan cannot be withdrawn: `call` must see that it is void."""
+        """Call it at this time, or now if that has passed. A plan cannot be withdrawn."""
         heapq.heappush(self._planned, (max(time, self.now), next(self._numbers), call, arguments))
 
     @property

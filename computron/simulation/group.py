@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from computron.scheduling.actions import (
     Action,
@@ -39,13 +39,10 @@ from computron.simulation.surroundings import EvictionFinished, FirstStageEnded,
 from computron.simulation.workload import Arrival
 
 
-Told = Event | EvictionFinished | FirstStageEnded
-
-
 class Decider(Protocol):
     """The scheduler, or another that understands the same events and gives the same orders."""
 
-    def handle(self, event: Told, now: float) -> list[Action]: ...
+    def handle(self, event: Any, now: float) -> list[Action]: ...
 
 
 class Live:
@@ -129,7 +126,7 @@ class VirtualGroup:
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._hardware.block_tokens)
 
-    def _tell(self, event: Told) -> None:
+    def _tell(self, event: Event | EvictionFinished | FirstStageEnded) -> None:
         for action in self._decider.handle(event, self._clock.now):
             self._perform(action)
 

@@ -1,4 +1,4 @@
-"""The link between host and device as a fluid: the most urgent transfer has it, and gives it up at once to a more urgent.
+"""The link between host and device as a fluid: the most urgent transfer has it, and yields to more urgent ones.
 
 A copy in the other direction, by a system that writes weights back, slows both (`Link.duplex`).
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from computron.scheduling.policies import POLICIES
-from computron.simulation.systems.system import Setup, System
+from computron.simulation.systems.system import System
 
 
 def _with(policy: str) -> System:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from computron.scheduling.events import ModelSpec
 from computron.scheduling.policies.policy import Policy
@@ -47,5 +47,5 @@ class System:
 
     name: str
     build: Callable[[Setup], Decider]
-    surroundings: Surroundings = Surroundings()
+    surroundings: Surroundings = field(default_factory=Surroundings)
     hardware: Callable[[Hardware, Sequence[SimulatedModel]], Hardware] = _as_it_is
