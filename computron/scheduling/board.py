@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from computron.scheduling.actions import Urgency
 from computron.scheduling.agenda import Agenda
@@ -71,7 +71,7 @@ class Board:
     def remove_model(self, model: ModelState) -> None:
         for ticket in model.tickets():
             self.forget(ticket)
-        self.evict(model, model.residency.mapped_pages())
+        self.evict(model, model.residency.last_pages(model.residency.count))
         self.complete -= model.residency.complete
         self.set_cache(model, 0)
         self.ledger.remove(model.residency)
@@ -173,7 +173,7 @@ class Board:
         self.file(model)
         return swap
 
-    def end_swap(self, model: ModelState, arrived: Iterable[int]) -> None:
+    def end_swap(self, model: ModelState, arrived: Sequence[int]) -> None:
         """To be filed by the caller, who knows how it ended."""
         self.ledger.finish(model.residency, arrived)
         self.complete += model.residency.complete

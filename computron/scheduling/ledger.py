@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import compress
 
 from computron.scheduling.actions import Urgency
 
@@ -29,9 +31,12 @@ class Swap:
 
 
 class Residency:
-    """What of one model is on the device. `swap`: its transfer, whose pages do not count as mapped yet."""
+    """What of one model is on the device. `swap`: its transfer, whose pages do not count as mapped yet.
 
-    __slots__ = ("cache", "contents", "count", "mapped", "name", "private", "swap")
+    shared: those of its pages whose content another page, here or elsewhere, has or once had, in ascending order.
+    """
+
+    __slots__ = ("_numbers", "cache", "contents", "count", "mapped", "name", "shared", "swap")
 
     def __init__(self, name: str, contents: tuple[int, ...]) -> None:
         self.name = name
@@ -40,39 +45,77 @@ class Residency:
         self.count = 0
         self.cache = 0
         self.swap: Swap | None = None
-        self.private = True  # no other page, here or elsewhere, has a content of this model
+        self.shared: list[int] = []
+        self._numbers = _numbers(len(contents))
 
     @property
     def complete(self) -> bool:
         return self.count == len(self.contents)
 
     def unmapped(self) -> tuple[int, ...]:
+        if self._ends_at_count():
+            return self._numbers[self.count :]
         return tuple(page for page, mapped in enumerate(self.mapped) if not mapped)
 
-    def mapped_pages(self) -> list[int]:
-        return [page for page, mapped in enumerate(self.mapped) if mapped]
+    def mapped_pages(self) -> tuple[int, ...]:
+        if self._ends_at_count():
+            return self._numbers[: self.count]
+        return tuple(compress(self._numbers, self.mapped))
+
+    def last_pages(self, count: int) -> tuple[int, ...]:
+        """The last `count` of the pages that are mapped, the last one first."""
+        return self.mapped_pages()[self.count - count :][::-1]
+
+    def _ends_at_count(self) -> bool:
+        """Are the pages mapped that come first, and no others? So it is unless a transfer ended before its time."""
+        return self.mapped.find(0) in (self.count, -1)
+
+
+@cache
+def _numbers(count: int) -> tuple[int, ...]:
+    """The numbers of so many pages: slices of one tuple cost much less than counting anew."""
+    return tuple(range(count))
 
 
 class Ledger:
+    """Only shared contents are counted one by one. Of all others a model's count of pages says what they take."""
+
     def __init__(self, frames: int) -> None:
         self.frames = frames
         self.free = frames
         self.pinned: Counter[int] = Counter()  # contents that stay, by the number of pinned pages with that content
-        self._holders: dict[int, int] = {}
-        self._in_flight: dict[int, Residency] = {}
+        self._holders: dict[int, int] = {}  # of shared contents
+        self._in_flight: dict[int, Residency] = {}  # shared contents
         self._owner: dict[int, Residency | None] = {}  # None: shared, once and for ever, which is only a loss of speed
 
     def add(self, residency: Residency) -> None:
-        """Learn of a model, and of the contents that it shares."""
-        for content in residency.contents:
-            owner = self._owner.setdefault(content, residency)
-            if owner is not residency:
-                residency.private = False
-                self._owner[content] = None
-                if owner is not None:
-                    owner.private = False
-        if len(set(residency.contents)) < len(residency.contents):
-            residency.private = False
+        """Learn of a model, and of the contents that it shares. Those of other models may be on the device already."""
+        contents = residency.contents
+        shared = self._owner.keys() & contents
+        if len(set(contents)) < len(contents):
+            shared |= {content for content, count in Counter(contents).items() if count > 1}
+        for content in shared:
+            owner = self._owner.get(content)
+            if owner is not None:
+                self._share(owner, shared)
+        self._owner.update(dict.fromkeys(contents, residency))
+        self._owner.update(dict.fromkeys(shared))
+        residency.shared = [page for page, content in enumerate(contents) if content in shared] if shared else []
+
+    def _share(self, owner: Residency, contents: set[int]) -> None:
+        """Count from now on those of the model's pages that have these contents."""
+        on_the_way = set(owner.swap.pages) if owner.swap is not None else set()
+        pages = [
+            page for page, content in enumerate(owner.contents) if content in contents and self._owner[content] is owner
+        ]
+        for page in pages:
+            content = owner.contents[page]
+            self._owner[content] = None
+            if owner.mapped[page] or page in on_the_way:
+                self._holders[content] = 1
+            if page in on_the_way:
+                self._in_flight[content] = owner
+        owner.shared = sorted(owner.shared + pages)
 
     def remove(self, residency: Residency) -> None:
         """Forget a model that holds nothing any more."""
@@ -82,30 +125,27 @@ class Ledger:
                 del self._owner[content]
 
     def holders(self, content: int) -> int:
-        return self._holders.get(content, 0)
+        """How many pages hold a content that is on the device."""
+        return self._holders.get(content, 1)
 
     def lacking(self, residency: Residency) -> int:
         """Frames that a swap-in of the whole model would fill now."""
-        if residency.private:
-            return len(residency.contents) - residency.count
-        return len(self.absent_contents(residency))
-
-    def absent_contents(self, residency: Residency) -> set[int]:
-        holders = self._holders
-        return {content for content in residency.contents if content not in holders}
+        missing = len(residency.contents) - residency.count
+        if not residency.shared:
+            return missing
+        unmapped = [residency.contents[page] for page in residency.shared if not residency.mapped[page]]
+        return missing - len(unmapped) + len(set(unmapped) - self._holders.keys())
 
     def wanted_contents(self, residency: Residency) -> set[int]:
-        """Contents that are on the device, for others, and that a swap-in of this model would map."""
-        if residency.private:
-            return set()
-        return {content for page, content in enumerate(residency.contents) if not residency.mapped[page]}
+        """Contents that may be on the device, for others, and that a swap-in of this model would map."""
+        return {residency.contents[page] for page in residency.shared if not residency.mapped[page]}
 
     def awaited(self, residency: Residency) -> Residency | None:
         """Another model whose transfer is bringing a content that this one lacks; its end must be waited for."""
-        if residency.private or not self._in_flight:
+        if not self._in_flight:
             return None
-        for content in residency.contents:
-            owner = self._in_flight.get(content)
+        for page in residency.shared:
+            owner = self._in_flight.get(residency.contents[page])
             if owner is not None and owner is not residency:
                 return owner
         return None
@@ -119,39 +159,58 @@ class Ledger:
         assert residency.swap is None
         assert self.awaited(residency) is None
         pages = residency.unmapped()
-        frames = 0
-        for page in pages:
+        frames = len(pages)
+        for page in residency.shared:
+            if residency.mapped[page]:
+                continue
             content = residency.contents[page]
             count = self._holders.get(content, 0)
-            if count == 0:
+            if count:
+                frames -= 1
+            else:
                 self._in_flight[content] = residency
-                frames += 1
             self._holders[content] = count + 1
         assert frames <= self.free, f"{residency.name} needs {frames} frames, {self.free} are free"
         self.free -= frames
         residency.swap = Swap(pages, frames, urgency, now, expected_end)
         return residency.swap
 
-    def finish(self, residency: Residency, arrived: Iterable[int]) -> None:
+    def finish(self, residency: Residency, arrived: Sequence[int]) -> None:
         """The transfer is over: the pages that arrived are mapped, the others give back what they held."""
         swap = residency.swap
         assert swap is not None
         residency.swap = None
-        for page in arrived:
-            residency.mapped[page] = 1
-            residency.count += 1
-        for page in swap.pages:
-            content = residency.contents[page]
-            self._in_flight.pop(content, None)
-            if not residency.mapped[page]:
-                self._release(content)
+        shared = [page for page in residency.shared if not residency.mapped[page]]
+        lost = len(swap.pages) - len(arrived)
+        if lost == 0:
+            residency.mapped = bytearray(b"\x01" * len(residency.contents))
+        else:
+            for page in arrived:
+                residency.mapped[page] = 1
+        residency.count += len(arrived)
+        for page in shared:
+            self._in_flight.pop(residency.contents[page], None)
+        self._give_back(residency, shared, lost)
 
     def evict(self, residency: Residency, pages: Sequence[int]) -> None:
-        for page in pages:
-            assert residency.mapped[page], f"page {page} of {residency.name} is not mapped"
-            residency.mapped[page] = 0
-            self._release(residency.contents[page])
+        shared = [page for page in residency.shared if residency.mapped[page]]
+        if pages and pages == residency.last_pages(len(pages)):
+            first = pages[-1]
+            residency.mapped[first:] = bytes(len(residency.contents) - first)
+        else:
+            for page in pages:
+                assert residency.mapped[page], f"page {page} of {residency.name} is not mapped"
+                residency.mapped[page] = 0
         residency.count -= len(pages)
+        self._give_back(residency, shared, len(pages))
+
+    def _give_back(self, residency: Residency, shared: list[int], count: int) -> None:
+        """So many pages let go of what they held; `shared` are those that held shared contents before."""
+        for page in shared:
+            if not residency.mapped[page]:
+                count -= 1
+                self._release(residency.contents[page])
+        self.free += count
 
     def set_cache(self, residency: Residency, frames: int) -> None:
         self.free += residency.cache - frames
@@ -170,17 +229,21 @@ class Ledger:
         """Count everything anew. Raises AssertionError where the books disagree."""
         holders: Counter[int] = Counter()
         in_flight: set[int] = set()
+        shared = {content for content, owner in self._owner.items() if owner is None}
         cache = 0
         for residency in residencies:
-            pages = residency.mapped_pages()
+            pages = [page for page, mapped in enumerate(residency.mapped) if mapped]
             assert len(pages) == residency.count, f"{residency.name}: {len(pages)} mapped, {residency.count} counted"
             if residency.swap is not None:
                 assert not set(pages) & set(residency.swap.pages)
                 pages += residency.swap.pages
             holders.update(residency.contents[page] for page in pages)
             in_flight.update(content for content, owner in self._in_flight.items() if owner is residency)
+            assert residency.shared == [page for page, content in enumerate(residency.contents) if content in shared]
             cache += residency.cache
-        assert holders == self._holders, "the holders of contents disagree with what models map"
+        counted = {content: count for content, count in holders.items() if content in shared}
+        assert counted == self._holders, "the holders of contents disagree with what models map"
+        assert all(count == 1 or content in shared for content, count in holders.items()), "a content is shared unseen"
         assert in_flight == self._in_flight.keys()
         used = len(holders) + cache
         assert self.free == self.frames - used >= 0, f"{self.free} frames free, {used} of {self.frames} used"

@@ -23,6 +23,7 @@ class RoomPlan:
         self._offered: dict[int, list[tuple[ModelState, int]]] = {}  # content -> those asked for it so far
         self._rest: dict[str, list[int]] = {}  # model -> its pages not asked for yet, the last one last
         self._evictions: dict[str, list[int]] = {}
+        self._last: dict[str, int] = {}  # model without shared pages -> how many of its last ones leave
         self._caches: dict[str, int] = {}
         self._preempted: list[Ticket] = []
 
@@ -37,9 +38,12 @@ class RoomPlan:
     def take_pages(self, model: ModelState, limit: int | None = None, whole: bool = False) -> None:
         """Pages from the end of the model, as many as are needed and at most `limit`; all of them if `whole`."""
         residency = model.residency
+        if not residency.shared:
+            self._take_last(model, limit, whole)
+            return
         rest = self._rest.get(model.name)
         if rest is None:
-            rest = self._rest[model.name] = residency.mapped_pages()
+            rest = self._rest[model.name] = list(residency.mapped_pages())
         taken = self._evictions.setdefault(model.name, [])
         stop = 0 if limit is None else max(0, len(rest) - limit)
         holders = self._board.ledger.holders
@@ -59,6 +63,18 @@ class RoomPlan:
                 self.gained += 1
                 for holder, shared in asked:
                     self._evictions[holder.name].append(shared)
+
+    def _take_last(self, model: ModelState, limit: int | None, whole: bool) -> None:
+        """Each of its pages is the only one with its content, so that counting them is enough."""
+        taken = self._last.get(model.name, 0)
+        count = model.residency.count - taken
+        if limit is not None:
+            count = min(count, limit)
+        if not whole:
+            count = min(count, self._need - self.gained)
+        if count > 0:
+            self._last[model.name] = taken + count
+            self.gained += count
 
     def take_sequence(self, ticket: Ticket) -> None:
         """Drop a paused sequence's cache; it will be computed anew."""
@@ -85,6 +101,11 @@ class RoomPlan:
             actions.append(SetCache(name, frames))
         for name, pages in self._evictions.items():
             if pages:
-                board.evict(board.models[name], pages)
-                actions.append(Evict(name, tuple(sorted(pages, reverse=True)), reason))
+                actions.append(self._evict(name, tuple(sorted(pages, reverse=True)), reason))
+        for name, count in self._last.items():
+            actions.append(self._evict(name, board.models[name].residency.last_pages(count), reason))
         return actions
+
+    def _evict(self, name: str, pages: tuple[int, ...], reason: EvictionReason) -> Evict:
+        self._board.evict(self._board.models[name], pages)
+        return Evict(name, pages, reason)

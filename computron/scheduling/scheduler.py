@@ -251,9 +251,10 @@ class Scheduler(Views):
         swap = self._ended_swap(event, model, event.pages, whole=True)
         if not swap.cancelled:
             raise self._invalid(event, "this transfer was not cancelled")
-        if not set(event.arrived) <= set(swap.pages):
+        arrived = event.arrived
+        if arrived != swap.pages[: len(arrived)] and not set(arrived) <= set(swap.pages):
             raise self._invalid(event, "pages arrived that were not on their way")
-        self._pages_came(model, swap, event.arrived, now)
+        self._pages_came(model, swap, arrived, now)
         return []
 
     def _pages_came(self, model: ModelState, swap: Swap, pages: tuple[int, ...], now: float) -> None:
@@ -290,7 +291,7 @@ class Scheduler(Views):
         swap = model.residency.swap
         if swap is None:
             raise self._invalid(event, "no transfer of this model is under way")
-        if set(pages) - set(swap.pages) or (whole and len(pages) != len(swap.pages)):
+        if pages != swap.pages and (set(pages) - set(swap.pages) or (whole and len(pages) != len(swap.pages))):
             raise self._invalid(event, f"the transfer under way is of pages {swap.pages}")
         return swap
 
