@@ -200,9 +200,8 @@ class Board:
 
     # Forecasts
 
-    def foresee(self, model: ModelState) -> None:
+    def foresee(self, model: ModelState, expected: float | None) -> None:
         """Note when the model should be fetched for its next request, if that can be foretold."""
-        expected = model.arrivals.regular_next()
         if expected is not None and not model.spec.pinned:
             start = expected - self.tuning.fetch_lead * self.link.seconds(len(model.spec.pages))
             heapq.heappush(self._foretold, (start, model.number, model.arrivals.count, model))

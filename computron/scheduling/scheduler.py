@@ -119,7 +119,7 @@ class Scheduler(Views):
         if model is None or reason is not None:
             return [Reject(request.id, request.model, reason or RejectReason.UNKNOWN_MODEL)]
         model.arrivals.add(now)
-        board.foresee(model)
+        board.foresee(model, self.policy.next_request(model, now))
         board.enqueue(request, model)
         board.file(model)
         return []

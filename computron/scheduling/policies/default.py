@@ -28,6 +28,13 @@ class Default:
     name = "default"
     whole_models = False
 
+    def next_request(self, model: ModelState, now: float) -> float | None:
+        return model.arrivals.regular_next()
+
+    def next_in(self, model: ModelState, now: float) -> float:
+        """Expected seconds until the model's next request."""
+        return model.arrivals.next_in(now)
+
     def next_to_run(self, board: Board, ready: Sequence[ModelState], now: float) -> ModelState:
         return ready[0]
 
@@ -46,7 +53,7 @@ class Default:
     def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Iterable[Offer]:
         offers: list[tuple[float, ModelState, int | None]] = []
         for model in idle:
-            worth = 1.0 / max(model.arrivals.next_in(now), 1e-9)
+            worth = 1.0 / max(self.next_in(model, now), 1e-9)
             hidden = self._hidden_pages(board, model)
             if hidden:
                 offers.append((worth * board.tuning.hidden_value, model, hidden))
@@ -68,8 +75,8 @@ class Default:
         link_free = max(board.transfer_ends(), default=now)
         usable = max(link_free - now, 0.0) + swap_seconds(board, target)
         if not target.has_work:
-            usable = max(usable, target.arrivals.next_in(now))
-        return [model for model in idle if model.arrivals.next_in(now) > usable]
+            usable = max(usable, self.next_in(target, now))
+        return [model for model in idle if self.next_in(model, now) > usable]
 
 
 def swap_seconds(board: Board, model: ModelState) -> float:

@@ -21,6 +21,9 @@ class Lru:
     name = "lru"
     whole_models = True
 
+    def next_request(self, model: ModelState, now: float) -> float | None:
+        return None
+
     def next_to_run(self, board: Board, ready: Sequence[ModelState], now: float) -> ModelState:
         return ready[0]
 

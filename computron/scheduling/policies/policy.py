@@ -17,6 +17,9 @@ class Policy(Protocol):
     name: str
     whole_models: bool  # who leaves, leaves with all its pages
 
+    def next_request(self, model: ModelState, now: float) -> float | None:
+        """When the model's next request will come, if that can be said so well that fetching for it pays."""
+
     def next_to_run(self, board: Board, ready: Sequence[ModelState], now: float) -> ModelState:
         """One of `ready`: resident models with work, in order of rank."""
 

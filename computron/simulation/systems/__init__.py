@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from computron.simulation.systems.bounds import ALL_RESIDENT
+from computron.simulation.systems.bounds import ALL_RESIDENT, CLAIRVOYANT, CLAIRVOYANT_PREFETCH
 from computron.simulation.systems.ours import OURS
 from computron.simulation.systems.system import Setup, System
 
-SYSTEMS: dict[str, System] = {system.name: system for system in (*OURS, ALL_RESIDENT)}
+SYSTEMS: dict[str, System] = {system.name: system for system in (*OURS, ALL_RESIDENT, CLAIRVOYANT, CLAIRVOYANT_PREFETCH)}
 
 __all__ = ["SYSTEMS", "Setup", "System"]

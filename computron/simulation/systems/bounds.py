@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from computron.scheduling.models import ModelState
+from computron.scheduling.policies.default import Default
+from computron.simulation.future import Future
 from computron.simulation.hardware import Hardware, SimulatedModel
 from computron.simulation.systems.system import System
 
@@ -13,4 +17,26 @@ def _room_for_all(hardware: Hardware, models: Sequence[SimulatedModel]) -> Hardw
     return hardware.with_frames(hardware.frames + sum(model.pages(hardware.frame_bytes) for model in models))
 
 
+class Clairvoyant(Default):
+    """The default policy, except that it knows when each model's next request comes.
+
+    So pages leave where they are wanted latest: Belady's rule (A study of replacement algorithms for a virtual-storage
+    computer, 1966), on pages.
+    """
+
+    name = "clairvoyant"
+
+    def __init__(self, future: Future) -> None:
+        self._future = future
+
+    def next_in(self, model: ModelState, now: float) -> float:
+        return self._future.next_arrival(model.name, now) - now
+
+    def next_request(self, model: ModelState, now: float) -> float | None:
+        expected = self._future.next_arrival(model.name, now)
+        return expected if math.isfinite(expected) else None
+
+
 ALL_RESIDENT = System("all-resident", lambda setup: setup.scheduler("default"), hardware=_room_for_all)
+CLAIRVOYANT = System("clairvoyant", lambda setup: setup.scheduler(Clairvoyant(setup.future), prefetch=False))
+CLAIRVOYANT_PREFETCH = System("clairvoyant-prefetch", lambda setup: setup.scheduler(Clairvoyant(setup.future)))
