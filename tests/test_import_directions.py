@@ -16,6 +16,8 @@ BELOW: dict[str, set[str]] = {
     "models": {"memory", *COMMON},
     "execution": {"models", "memory", *COMMON},
     "scheduling": set(),
+    "routing": set(),
+    "simulation": {"scheduling", "routing", "errors"},
     "group": {"models", *COMMON},
     "node": {"group", "scheduling", "execution", "models", "memory", "_transfer", *COMMON},
     "api": {"node", "group", "scheduling", "execution", "models", "memory", *COMMON},
@@ -55,10 +57,24 @@ def test_a_part_imports_only_from_the_parts_below_it(path: Path) -> None:
     assert ours - {part} <= BELOW[part]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scheduling").rglob("*.py")), ids=lambda p: p.name)
-def test_scheduling_imports_only_the_standard_library(path: Path) -> None:
-    outside = {name.split(".")[0] for name in imports_of(path)} - {"computron"} - set(sys.stdlib_module_names)
-    assert not outside
+def outside(path: Path) -> set[str]:
+    """What is imported from other projects, by its top name."""
+    return {name.split(".")[0] for name in imports_of(path)} - {"computron"} - set(sys.stdlib_module_names)
+
+
+PURE = [path for path in FILES if part_of(path) in {"scheduling", "routing"}]
+SIMULATION = [path for path in FILES if part_of(path) == "simulation"]
+
+
+@pytest.mark.parametrize("path", PURE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_scheduling_and_routing_import_only_the_standard_library(path: Path) -> None:
+    assert not outside(path)
+
+
+@pytest.mark.parametrize("path", SIMULATION, ids=lambda p: str(p.relative_to(ROOT)))
+def test_simulation_computes_with_numbers_and_only_reports_draw(path: Path) -> None:
+    drawing = {"matplotlib", "rich"} if "report" in path.parts else set()
+    assert outside(path) <= {"numpy", "msgspec"} | drawing
 
 
 def test_every_part_is_covered() -> None:
