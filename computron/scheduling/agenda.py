@@ -50,6 +50,9 @@ class Agenda:
     def first(self) -> ModelState | None:
         return self._entries[0][2] if self._entries else None
 
+    def first_key(self) -> Key | None:
+        return self._entries[0][0] if self._entries else None
+
     def first_above(self, value: float, measure: Callable[[Key], float]) -> Key | None:
         """The first key whose measure, which must not fall along the order, is above `value`."""
         place = bisect_right(self._entries, value, key=lambda entry: measure(entry[0]))

@@ -38,6 +38,9 @@ class Board:
         self.due_absent = Agenda()
         self.ready = Agenda()
         self.absent = Agenda()
+        self._on_resident = (self.due_ready, self.ready)
+        self._on_absent = (self.due_absent, self.absent)
+        self._on_coming = (self.due_absent,)
         self.idle: dict[str, ModelState] = {}
         self.busy: dict[str, ModelState] = {}
         self.idle_pages = 0
@@ -48,8 +51,9 @@ class Board:
         self.unload_asked: dict[str, ModelState] = {}
         self.complete = 0  # models with every page on the device
         self._deadlines: list[tuple[float, int, Ticket]] = []
-        self._foretold: list[tuple[float, int, int, ModelState]] = []
+        self._foretold = Agenda()
         self._largest = 0  # pages of the largest model so far
+        self.lead = 0.0  # how long before its limit a request is due
         self._added = 0
         self._pinned_version = 0
 
@@ -59,6 +63,7 @@ class Board:
         model = ModelState(spec, self._added, self.tuning)
         self._added += 1
         self._largest = max(self._largest, len(spec.pages))
+        self._set_lead()
         self.models[spec.model] = model
         self.ledger.add(model.residency)
         if spec.pinned:
@@ -80,7 +85,7 @@ class Board:
             self.ledger.pinned = +self.ledger.pinned
             self._pinned_version += 1
         self.ask(model, load=False, unload=False)
-        model.arrivals.count += 1  # whatever is foretold of it is void
+        self._foretold.drop(model)
         del self.models[model.name]
 
     def room_alone(self, model: ModelState) -> int:
@@ -90,6 +95,16 @@ class Board:
             room = model.room_alone = (self._pinned_version, self.ledger.room_alone(model.residency))
         return room[1]
 
+    def link_took(self, frames: int, seconds: float) -> None:
+        """A transfer that had the link to itself took so long."""
+        self.link.add(frames, seconds)
+        self._set_lead()
+
+    def _set_lead(self) -> None:
+        """A swap-in, and the turn of another model, may lie between a request and its limit."""
+        swap = self.link.seconds(self._largest)
+        self.lead = min(self.tuning.lead_share * self.max_wait, (1.0 + self.tuning.keep) * swap)
+
     # Requests
 
     def limit(self, since: float, deadline: float | None = None) -> float:
@@ -97,18 +112,14 @@ class Board:
         limit = since + self.max_wait
         return limit if deadline is None else min(limit, deadline)
 
-    @property
-    def lead(self) -> float:
-        """How long before its limit a request is due: a swap-in, and the turn of another model, may lie between."""
-        swap = self.link.seconds(self._largest)
-        return min(self.tuning.lead_share * self.max_wait, (1.0 + self.tuning.keep) * swap)
-
     def is_due(self, model: ModelState, now: float) -> bool:
         """Has the time come from which on nothing with a later limit may delay the model?"""
         return model.limit - self.lead <= now
 
     def next_due(self, now: float) -> float | None:
         """When the next model that lacks pages will be due."""
+        if not self.due_absent:
+            return None
         lead = self.lead
         limit = self.due_absent.first_above(now, lambda key: key[0] - lead)
         return None if limit is None else limit[0] - lead
@@ -119,9 +130,13 @@ class Board:
         model.waiting.push(ticket)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id, ticket))
+            # Those of requests that have ended must not outnumber the others, or far deadlines would pile up.
+            if len(self._deadlines) > 2 * len(self.tickets) + 16:
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in self.tickets]
+                heapq.heapify(self._deadlines)
 
     def admit(self, ticket: Ticket) -> None:
-        ticket.model.waiting.remove(ticket)
+        ticket.model.waiting.withdraw(ticket)
         ticket.model.admitted[ticket.request.id] = ticket
 
     def requeue(self, ticket: Ticket) -> None:
@@ -134,7 +149,7 @@ class Board:
         """The request has ended, in whichever way."""
         del self.tickets[ticket.request.id]
         if ticket.waiting:
-            ticket.model.waiting.remove(ticket)
+            ticket.model.waiting.withdraw(ticket)
         else:
             ticket.model.admitted.pop(ticket.request.id, None)
 
@@ -202,20 +217,22 @@ class Board:
 
     def foresee(self, model: ModelState, expected: float | None) -> None:
         """Note when the model should be fetched for its next request, if that can be foretold."""
-        if expected is not None and not model.spec.pinned:
+        if expected is None or model.spec.pinned:
+            self._foretold.drop(model)
+        else:
             start = expected - self.tuning.fetch_lead * self.link.seconds(len(model.spec.pages))
-            heapq.heappush(self._foretold, (start, model.number, model.arrivals.count, model))
+            self._foretold.file(model, (start,))
 
     def next_foretold(self) -> tuple[float, ModelState] | None:
-        """The next model to be fetched ahead, and when. Forecasts that a later request has replaced are dropped."""
-        foretold = self._foretold
-        while foretold and foretold[0][2] != foretold[0][3].arrivals.count:
-            heapq.heappop(foretold)
-        return (foretold[0][0], foretold[0][3]) if foretold else None
+        """The next model to be fetched ahead, and when."""
+        model, key = self._foretold.first(), self._foretold.first_key()
+        return None if model is None or key is None else (key[0], model)
 
     def drop_foretold(self) -> None:
         """The next forecast has been used."""
-        heapq.heappop(self._foretold)
+        model = self._foretold.first()
+        if model is not None:
+            self._foretold.drop(model)
 
     def transfer_ends(self) -> list[float]:
         """When the transfers under way will probably end."""
@@ -225,27 +242,26 @@ class Board:
 
     def file(self, model: ModelState) -> None:
         """Put the model where it belongs after anything about it has changed."""
-        residency = model.residency
         self._file_holder(model)
         if model.step is not None or not model.has_work:
             model.limit = math.inf
-            for agenda in (self.due_ready, self.ready, self.due_absent, self.absent):
-                agenda.drop(model)
+            self._move(model, ())
             return
         model.limit, rank = self._keys(model)
-        if residency.complete:
-            self.due_absent.drop(model)
-            self.absent.drop(model)
-            self.due_ready.file(model, (model.limit,))
-            self.ready.file(model, rank)
-            return
-        self.due_ready.drop(model)
-        self.ready.drop(model)
-        self.due_absent.file(model, (model.limit,))
-        if model.loading:
-            self.absent.drop(model)
+        if model.residency.complete:
+            self._move(model, self._on_resident)
         else:
-            self.absent.file(model, rank)
+            self._move(model, self._on_coming if model.loading else self._on_absent)
+        for agenda, key in zip(model.agendas, ((model.limit,), rank), strict=False):
+            agenda.file(model, key)
+
+    def _move(self, model: ModelState, agendas: tuple[Agenda, ...]) -> None:
+        """Take the model off those agendas that it does not belong on any more."""
+        if model.agendas is not agendas:
+            for agenda in model.agendas:
+                if agenda not in agendas:
+                    agenda.drop(model)
+            model.agendas = agendas
 
     def rank(self, model: ModelState) -> tuple[float, float]:
         """Place of a model with work in the order of `ready` and `absent`; smaller comes first."""
@@ -253,29 +269,29 @@ class Board:
 
     def _keys(self, model: ModelState) -> tuple[float, tuple[float, float]]:
         """Its earliest limit, and its rank. What waits for a place in its own full batch does not count in either."""
-        limit = since = math.inf
-        priority: int | None = None
-        if model.admitted:
-            tickets = model.admitted.values()
-            limit = min(ticket.limit for ticket in tickets)
-            since = min(ticket.since for ticket in tickets)
-            priority = max(ticket.request.priority for ticket in tickets)
+        limit = since = priority = math.inf
+        for ticket in model.admitted.values():
+            limit, since = min(limit, ticket.limit), min(since, ticket.since)
+            priority = min(priority, -ticket.request.priority)
         if model.waiting and model.free_slots > 0:
             ticket = model.waiting.most_urgent()
             limit, since = min(limit, ticket.limit), min(since, ticket.since)
-            first = model.waiting.first_ranked().request.priority
-            priority = first if priority is None else max(priority, first)
-        assert priority is not None
-        return limit, (-priority, since)
+            priority = min(priority, -model.waiting.first_ranked().request.priority)
+        return limit, (priority, since)
 
     def _file_holder(self, model: ModelState) -> None:
         """Keep `idle`, `busy` and the count of pages that idle models hold."""
         residency = model.residency
-        takeable = residency.count > 0 and model.step is None and residency.swap is None and not model.spec.pinned
-        idle = takeable and not model.has_work
-        _keep(self.busy, model, takeable and not idle)
-        _keep(self.idle, model, idle)
-        pages = residency.count if idle else 0
+        holders: dict[str, ModelState] | None = None
+        if residency.count and model.step is None and residency.swap is None and not model.spec.pinned:
+            holders = self.busy if model.has_work else self.idle
+        if holders is not model.held_in:
+            if model.held_in is not None:
+                del model.held_in[model.name]
+            if holders is not None:
+                holders[model.name] = model
+            model.held_in = holders
+        pages = residency.count if holders is self.idle else 0
         self.idle_pages += pages - model.idle_pages
         model.idle_pages = pages
 

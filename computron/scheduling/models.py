@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from computron.scheduling.agenda import Agenda
 from computron.scheduling.estimates import Arrivals, Steps
 from computron.scheduling.events import ModelSpec
 from computron.scheduling.ledger import Residency
@@ -44,8 +45,10 @@ class ModelState:
 
     __slots__ = (
         "admitted",
+        "agendas",
         "arrivals",
         "failures",
+        "held_in",
         "idle_pages",
         "last_used",
         "limit",
@@ -78,6 +81,8 @@ class ModelState:
         self.turn_end = -math.inf  # until then it keeps its frames while it has work
         self.limit = math.inf  # the earliest of its requests' limits; never while it is in a step or has none
         self.failures = 0  # swap-ins that failed since the last one that did not
+        self.agendas: tuple[Agenda, ...] = ()  # those of the board that it is on
+        self.held_in: dict[str, ModelState] | None = None  # `idle` or `busy` of the board
         self.idle_pages = 0  # its share of the board's count
         self.room_alone: tuple[int, int] | None = None  # the board's memory of it, and for which set of pinned models
         self.load_asked = False
@@ -99,7 +104,7 @@ class ModelState:
         return len(self.waiting) + len(self.admitted)
 
     def tickets(self) -> list[Ticket]:
-        return [*self.admitted.values(), *self.waiting.tickets()]
+        return [*self.admitted.values(), *self.waiting.values()]
 
     @property
     def free_slots(self) -> int:

@@ -241,7 +241,7 @@ class Scheduler(Views):
         board, model = self._board, self._model(event, event.model)
         swap = self._ended_swap(event, model, event.pages, whole=True)
         if swap.alone and not swap.cancelled:
-            board.link.add(swap.frames, event.seconds)
+            board.link_took(swap.frames, event.seconds)
         model.failures = 0
         self._pages_came(model, swap, event.pages, now)
         return []

@@ -44,42 +44,43 @@ class Ticket:
         return (self.request.arrival, self.request.id)
 
 
-class WaitingQueue:
-    """One model's waiting requests. Push, pop and remove are O(log n); removed entries leave the heaps later."""
+class WaitingQueue(dict[int, Ticket]):
+    """One model's waiting requests by id; a dict, so that whether it is empty costs nothing to ask.
 
-    __slots__ = ("_limits", "_live", "_ranked", "_since_total")
+    `push` and `withdraw`, and nothing else, change it. Both are O(log n); what was withdrawn leaves the heaps later.
+    """
+
+    __slots__ = ("_limits", "_ranked", "_since_total")
 
     def __init__(self) -> None:
-        self._live: dict[int, Ticket] = {}
+        super().__init__()
         self._ranked: list[tuple[int, float, int, Ticket]] = []
         self._limits: list[tuple[float, int, Ticket]] = []
         self._since_total = 0.0
 
-    def __len__(self) -> int:
-        return len(self._live)
-
-    def tickets(self) -> list[Ticket]:
-        return list(self._live.values())
-
     def push(self, ticket: Ticket) -> None:
         request = ticket.request
         ticket.waiting = True
-        self._live[request.id] = ticket
+        self[request.id] = ticket
         self._since_total += ticket.since
         heapq.heappush(self._ranked, (-request.priority, request.arrival, request.id, ticket))
         heapq.heappush(self._limits, (ticket.limit, request.id, ticket))
         # Entries of removed requests must not outnumber the living, or a queue of cancelled ones would grow for ever.
-        if len(self._ranked) > 2 * len(self._live) + 16:
-            self._ranked = [(-t.request.priority, *t.seniority, t) for t in self._live.values()]
+        if len(self._ranked) > 2 * len(self) + 16:
+            self._ranked = [(-t.request.priority, *t.seniority, t) for t in self.values()]
             heapq.heapify(self._ranked)
-        if len(self._limits) > 2 * len(self._live) + 16:
-            self._limits = [(t.limit, t.request.id, t) for t in self._live.values()]
+        if len(self._limits) > 2 * len(self) + 16:
+            self._limits = [(t.limit, t.request.id, t) for t in self.values()]
             heapq.heapify(self._limits)
 
-    def remove(self, ticket: Ticket) -> None:
+    def withdraw(self, ticket: Ticket) -> None:
         ticket.waiting = False
-        del self._live[ticket.request.id]
-        self._since_total = self._since_total - ticket.since if self._live else 0.0
+        del self[ticket.request.id]
+        self._since_total -= ticket.since
+        if not self:
+            self._ranked.clear()
+            self._limits.clear()
+            self._since_total = 0.0
 
     def first_ranked(self) -> Ticket:
         """The highest priority, then the oldest. The queue is not empty."""
@@ -102,4 +103,4 @@ class WaitingQueue:
 
     def waited(self, now: float) -> float:
         """Seconds that all of them together have waited."""
-        return max(0.0, len(self._live) * now - self._since_total)
+        return max(0.0, len(self) * now - self._since_total)

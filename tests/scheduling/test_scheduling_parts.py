@@ -96,8 +96,8 @@ def test_queue_serves_by_priority_then_age_until_something_reaches_its_limit():
     queue, (old, urgent, young) = queue_of(Request(1, "a", 0.0), Request(2, "a", 5.0, priority=1), Request(3, "a", 1.0))
     assert queue.first(horizon=9.0) is urgent
     assert queue.first(horizon=10.0) is old
-    queue.remove(old)
-    queue.remove(urgent)
+    queue.withdraw(old)
+    queue.withdraw(urgent)
     assert queue.first(horizon=0.0) is young
     assert queue.waited(now=4.0) == pytest.approx(3.0)
 
@@ -112,7 +112,7 @@ def test_queue_agrees_with_a_sorted_list(steps):
             living.append(ticket)
             queue.push(ticket)
         else:
-            queue.remove(living.pop(number % len(living)))
+            queue.withdraw(living.pop(number % len(living)))
         assert len(queue) == len(living)
         if living:
             assert queue.first_ranked() is min(living, key=lambda t: (-t.request.priority, *t.seniority))
