@@ -45,16 +45,31 @@ class Decider(Protocol):
     def handle(self, event: Any, now: float) -> list[Action]: ...
 
 
-class Live:
-    """A request that has arrived and not ended. tokens: of its sequence so far. left: steps until it is answered."""
+class Observer(Protocol):
+    """Told what a router learns of a group."""
 
-    __slots__ = ("arrival", "holds_cache", "left", "number", "tokens")
+    def pages_came(self, group: int, model: str, pages: int) -> None: ...
+
+    def pages_left(self, group: int, model: str, pages: int) -> None: ...
+
+    def request_ended(self, group: int, model: str, seconds: float | None) -> None:
+        """seconds: of the steps that it was part of; None if it was rejected."""
+
+
+class Live:
+    """A request that has arrived and not ended. tokens: of its sequence so far. left: steps until it is answered.
+
+    seconds: of compute of the steps that it was part of.
+    """
+
+    __slots__ = ("arrival", "holds_cache", "left", "number", "seconds", "tokens")
 
     def __init__(self, number: int, arrival: Arrival, left: int) -> None:
         self.number = number
         self.arrival = arrival
         self.left = left
         self.tokens = arrival.prompt_tokens
+        self.seconds = 0.0
         self.holds_cache = False
 
 
@@ -82,6 +97,7 @@ class VirtualGroup:
         surroundings: Surroundings,
         log: Log,
         future: Future,
+        observer: Observer | None = None,
     ) -> None:
         self.number = number
         self._clock = clock
@@ -91,6 +107,7 @@ class VirtualGroup:
         self._surroundings = surroundings
         self._log = log
         self._future = future
+        self._observer = observer
         self._contents = Contents()
         self._link = VirtualLink(clock, hardware.link, hardware.frame_bytes)
         told = self._first_stage_ended if surroundings.tells_first_stage else None
@@ -148,9 +165,11 @@ class VirtualGroup:
             case Preempt(_, request):
                 self.live[request].holds_cache = False
             case Reject(request, _, reason):
-                self.live.pop(request)
+                live = self.live.pop(request)
                 if request >= 0:
                     self._log.rejected[request] = reason.value
+                if self._observer is not None:
+                    self._observer.request_ended(self.number, live.arrival.model, None)
             case SetCache():
                 pass  # the scheduler's ledger counts frames; tests hold it to that
 
@@ -176,6 +195,8 @@ class VirtualGroup:
             step.arrivals = self._segments(model, swap)
         self._let_go(model)
         self._pipeline.go_on()
+        if self._observer is not None:
+            self._observer.pages_came(self.number, model, len(swap.pages))
         self._tell(SwapFinished(model, swap.pages, self._clock.now - transfer.ordered))
 
     def _segments(self, model: str, swap: Swap) -> tuple[float, ...]:
@@ -216,6 +237,8 @@ class VirtualGroup:
         self._log_swap(model, swap.transfer, swap.transfer.arrived, cancelled=True)
         self._let_go(model)
         self._pipeline.go_on()
+        if self._observer is not None:
+            self._observer.pages_came(self.number, model, len(arrived))
         self._tell(SwapCancelled(model, swap.pages, arrived))
 
     def _log_swap(self, model: str, transfer: Transfer, frames: int, *, cancelled: bool) -> None:
@@ -232,6 +255,8 @@ class VirtualGroup:
         if self._surroundings.write_back:
             written = frames * self._link.frame_seconds
             self._link.write_back(frames, lambda transfer: self._tell(EvictionFinished(model)))
+        if self._observer is not None:
+            self._observer.pages_left(self.number, model, len(action.pages))
         self._log.evictions.append(EvictionRow(self.number, model, now - self._future.begin, frames, written))
 
     # Steps
@@ -281,6 +306,7 @@ class VirtualGroup:
             live = self.live[request]
             live.left -= 1
             live.tokens += 1
+            live.seconds += step.compute
             if request >= 0 and self._log.first_token[request] != self._log.first_token[request]:
                 self._log.first_token[request] = answered
             if live.left == 0:
@@ -288,6 +314,8 @@ class VirtualGroup:
                 del self.live[request]
                 if request >= 0:
                     self._log.finished[request] = answered
+                if self._observer is not None:
+                    self._observer.request_ended(self.number, step.model, live.seconds)
             elif continuous:
                 blocks[request] = self._blocks(live.tokens)
         event = StepFinished(step.model, tuple(finished), step.compute, blocks)

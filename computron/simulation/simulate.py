@@ -8,6 +8,7 @@ from itertools import count
 
 from computron.scheduling.events import ModelSpec
 from computron.simulation.clock import Clock
+from computron.simulation.cluster import Cluster, Reports, router_of
 from computron.simulation.future import Future
 from computron.simulation.group import VirtualGroup
 from computron.simulation.hardware import Hardware, SimulatedModel
@@ -22,13 +23,17 @@ def simulate(
     models: Sequence[SimulatedModel],
     *,
     system: str | System = "default",
+    groups: int = 1,
+    router: str = "resident",
     max_wait: float = 30.0,
     warm: bool = True,
 ) -> Log:
     """What the system makes of the workload.
 
-    warm: before the first arrival one request to each model has been served, in order, none of it in the log.
-    Raises ValueError for an unknown system or model, and for a model that does not fit the device.
+    hardware: of each of `groups`, before which `router`, a name of `ROUTERS`, decides; one group has none.
+    warm: before the first arrival one request to each model has been served, in order, none of it in the log; by
+    every group where all models are resident, else by the group that the router chose.
+    Raises ValueError for an unknown system, router or model, and for a model that does not fit the device.
     """
     if isinstance(system, str):
         if system not in SYSTEMS:
@@ -44,35 +49,59 @@ def simulate(
                 f"model {model.name!r} takes {model.bytes} bytes of a device that has "
                 f"{hardware.frames * hardware.frame_bytes}"
             )
-    return _Simulation(workload, hardware, models, system, max_wait).run(warm)
+    if groups < 1:
+        raise ValueError(f"a simulation needs at least one group, not {groups}")
+    return _Simulation(workload, hardware, models, system, max_wait, groups, router).run(warm)
 
 
 class _Simulation:
     def __init__(
-        self, workload: Workload, hardware: Hardware, models: Sequence[SimulatedModel], system: System, max_wait: float
+        self,
+        workload: Workload,
+        hardware: Hardware,
+        models: Sequence[SimulatedModel],
+        system: System,
+        max_wait: float,
+        groups: int,
+        router: str,
     ) -> None:
         self._arrivals = workload.arrivals
         self._models = models
+        self._everywhere = hardware.frames >= sum(model.pages(hardware.frame_bytes) for model in models)
         self._overhead = hardware.request_overhead
-        self._clock = Clock()
-        self._log = Log(len(workload.arrivals))
+        self._clock = clock = Clock()
+        self._log = Log(len(workload.arrivals), groups)
         self._future = Future(workload.arrivals, hardware.request_overhead)
         specs = model_specs(models, hardware)
         setup = Setup(hardware, models, specs, max_wait, self._future)
-        self._group = VirtualGroup(
-            0, self._clock, hardware, models, system.build(setup), system.surroundings, self._log, self._future
+        chooser = router_of(router, models, hardware, groups)
+        reports = Reports(clock, chooser, hardware.frame_bytes) if groups > 1 else None
+        self._cluster = Cluster(
+            clock,
+            [
+                VirtualGroup(
+                    number,
+                    clock,
+                    hardware,
+                    models,
+                    system.build(setup),
+                    system.surroundings,
+                    self._log,
+                    self._future,
+                    reports,
+                )
+                for number in range(groups)
+            ],
+            chooser if groups > 1 else None,
+            self._log,
         )
-        self._group.add_models(specs)
+        for group in self._cluster.groups:
+            group.add_models(specs)
 
     def run(self, warm: bool) -> Log:
-        clock, group, log = self._clock, self._group, self._log
+        clock, cluster, log = self._clock, self._cluster, self._log
         if warm:
-            for number, model in enumerate(self._models):
-                group.arrive(-1 - number, Arrival(0.0, model.name))
-                while group.live:
-                    clock.advance()
-            while group.at_work:
-                clock.advance()
+            self._warm_up()
         log.forget_rows()
         epoch = self._future.begin = clock.now
         for number, arrival in enumerate(self._arrivals):
@@ -81,11 +110,25 @@ class _Simulation:
             while (following := clock.next_time) is not None and following <= time:
                 clock.advance()
             clock.now = time
-            group.arrive(number, arrival)
-        while group.live or group.at_work:
+            cluster.arrive(number, arrival)
+        while cluster.busy:
             clock.advance()
         log.ended = clock.now - epoch
         return log
+
+    def _warm_up(self) -> None:
+        clock, cluster = self._clock, self._cluster
+        for number, model in enumerate(self._models):
+            arrival = Arrival(0.0, model.name)
+            if self._everywhere:
+                for group in cluster.groups:
+                    group.arrive(-1 - number, arrival)
+            else:
+                cluster.arrive(-1 - number, arrival)
+            while any(group.live for group in cluster.groups):
+                clock.advance()
+        while cluster.busy:
+            clock.advance()
 
 
 def model_specs(models: Sequence[SimulatedModel], hardware: Hardware) -> list[ModelSpec]:
