@@ -172,23 +172,28 @@ class Scheduler(Views):
         going_on = model.spec.continuous
         model.steps.add(event.seconds, opening=bool(step.opened))
         board.end_step(model, now)
-        for request in event.cache_blocks.keys() & model.admitted.keys():
-            model.admitted[request].blocks = event.cache_blocks[request]
-        for request in event.finished if going_on else list(step.tickets):
-            board.forget(model.admitted[request])
-        for request in step.cancelled & model.admitted.keys():
-            board.forget(model.admitted[request])
-        limit = board.limit(now)
-        for request in step.tickets.keys() & model.admitted.keys():
-            ticket = model.admitted[request]
-            ticket.since, ticket.limit = now, limit
-        rejected = self._reject_outgrown(list(model.admitted.values()))
+        admitted = model.admitted
+        for request in event.cache_blocks.keys() & admitted.keys():
+            admitted[request].blocks = event.cache_blocks[request]
+        for request in event.finished if going_on else step.tickets:
+            board.forget(admitted[request])
+        for request in step.cancelled & admitted.keys():
+            board.forget(admitted[request])
+        rejected: list[Action] = []
+        if admitted:
+            limit = board.limit(now)
+            for request in step.tickets.keys() & admitted.keys():
+                ticket = admitted[request]
+                ticket.since, ticket.limit = now, limit
+            rejected = self._reject_outgrown(list(admitted.values()))
         board.file(model)
         return rejected
 
     def _reject_outgrown(self, tickets: list[Ticket]) -> list[Action]:
-        """Reject those that would not fit even if they had the device to themselves."""
+        """Reject those of one model that would not fit even if they had the device to themselves."""
         actions: list[Action] = []
+        if not tickets or self._fits_alone(tickets[0].model, max(ticket.blocks for ticket in tickets)):
+            return actions
         for ticket in tickets:
             if not self._fits_alone(ticket.model, ticket.blocks):
                 self._board.forget(ticket)
