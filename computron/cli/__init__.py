@@ -9,6 +9,7 @@ import typer
 from computron.api.version import installed_version
 from computron.cli import models, serving
 from computron.cli.output import output
+from computron.cli.simulation.command import simulate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,5 +47,6 @@ def version() -> None:
 
 app.command()(serving.serve)
 app.command()(serving.launch)
+app.command()(simulate)
 app.add_typer(models.app, name="models")
 app.command()(version)

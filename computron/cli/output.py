@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import NoReturn
 
 import typer
 from rich.console import Console
 
+WIDTH = 120  # of tables that go into a file or a pipe
+
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 output = Console(highlight=False)
+wide = Console(highlight=False, width=None if output.is_terminal or "COLUMNS" in os.environ else WIDTH)
 
 ASKED_WRONGLY = 2
 

@@ -43,14 +43,19 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A request is in time if its latency is at most `seconds` + `multiple` x its own execution time."""
+    """A request is in time if its latency is at most `seconds` + `multiple` x its own execution time.
+
+    first_token: the time to its first token instead of its latency.
+    """
 
     seconds: float
     multiple: float = 0.0
+    first_token: bool = False
 
     def __str__(self) -> str:
         fixed = f"{self.seconds:g}s"
-        return f"{self.multiple:g}x+{fixed}" if self.multiple else fixed
+        text = f"{self.multiple:g}x+{fixed}" if self.multiple else fixed
+        return f"first={text}" if self.first_token else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +146,7 @@ def summarise(log: Log, workload: Workload, hardware: Hardware, *, targets: Sequ
         throughput=_share(done, span),
         latency=Distribution.of(np.sort(latency[ended])),
         first_token=Distribution.of(np.sort(first_token[ended])),
-        attainment=_attainment(workload, latency, targets),
+        attainment=_attainment(workload, latency, first_token, targets),
         longest_wait=_longest_wait(log, arrived, rejected),
         fairness=_fairness([model.latency.mean for model in models.values() if model.latency is not None]),
         swaps=int((frames > 0).sum()),
@@ -194,15 +199,21 @@ def _by_model(
     }
 
 
-def _attainment(workload: Workload, latency: Floats, targets: Sequence[float | Target]) -> dict[str, float]:
+def _attainment(
+    workload: Workload, latency: Floats, first_token: Floats, targets: Sequence[float | Target]
+) -> dict[str, float]:
     wanted = [target if isinstance(target, Target) else Target(target) for target in targets]
     own: Floats = np.zeros(len(latency))
     if any(target.multiple for target in wanted):
         if any(arrival.seconds is None for arrival in workload.arrivals):
             raise ValueError("a target in execution times needs a workload that tells each request's `seconds`")
         own = np.fromiter((arrival.seconds or 0.0 for arrival in workload.arrivals), np.float64, len(latency))
-    # A latency that is not there (NaN) is within no target.
-    return {str(t): _share(int((latency <= t.seconds + t.multiple * own).sum()), len(latency)) for t in wanted}
+    shares = {}
+    for target in wanted:
+        taken = np.where(np.isnan(latency), np.nan, first_token) if target.first_token else latency
+        in_time = taken <= target.seconds + target.multiple * own  # never true of a time that is not there (NaN)
+        shares[str(target)] = _share(int(in_time.sum()), len(latency))
+    return shares
 
 
 def _longest_wait(log: Log, arrived: Floats, rejected: Flags) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -134,6 +134,29 @@ def write_csv(workload: Workload, path: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows(workload.arrivals)
+
+
+def read_lengths(path: Path, column: Literal["prompt_tokens", "output_tokens"]) -> tuple[int, ...]:
+    """The lengths in a trace of Azure's or in a CSV of ours, whichever it is by its header."""
+    lines = Lines(path, ())
+    azure = {"prompt_tokens": "ContextTokens", "output_tokens": "GeneratedTokens"}[column]
+    lengths = []
+    for row in lines:
+        name = azure if azure in row else column
+        if name not in row:
+            raise lines.error(f"no column {column} or {azure}")
+        lengths.append(lines.value(row, name, _tokens, "a whole number from 1"))
+    if not lengths:
+        raise ValueError(f"{path}: no lengths in it")
+    return tuple(lengths)
+
+
+def denser(workload: Workload, load: float) -> Workload:
+    """The same requests, `load` times as many a second: arrivals divided by it, execution times as they are."""
+    if not 0 < load < math.inf:
+        raise ValueError(f"the load must be more than 0, not {load:g}")
+    arrivals = (a._replace(time=a.time / load) for a in workload.arrivals)
+    return replace(workload, arrivals=tuple(arrivals), settings={**workload.settings, "load": load})
 
 
 def speed_up(workload: Workload, factor: float) -> Workload:

@@ -84,6 +84,13 @@ def test_a_target_may_count_in_each_requests_own_execution_time():
         )
 
 
+def test_a_target_may_be_for_the_first_token():
+    nan = float("nan")
+    log = log_of((0.0, 0.0, 1.0, 9.0), (0.0, 0.0, 2.0, 2.0), (0.0, 0.0, 1.0, nan), ended=9.0)
+    found = summarise(log, workload(*[Arrival(0.0, "a")] * 3), HARDWARE, targets=[Target(1.0, first_token=True)])
+    assert found.attainment == {"first=1s": 1 / 3}
+
+
 def test_a_request_that_never_started_waits_until_the_end():
     nan = float("nan")
     found = summarise(log_of((1.0, nan, nan, nan), ended=9.0), workload(Arrival(1.0, "a")), HARDWARE)

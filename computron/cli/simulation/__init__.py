@@ -1,0 +1,1 @@
+"""`computron simulate`: flags, what they mean, and the run."""

@@ -1,0 +1,158 @@
+"""Runs what was asked for, shows it, and writes the files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from rich.table import Table
+
+from computron.cli.output import errors, output, wide
+from computron.cli.simulation.options import Asked
+from computron.simulation.experiment import Experiment, Sweep, sweep
+from computron.simulation.hardware import Hardware, SimulatedModel
+from computron.simulation.log import Log
+from computron.simulation.report import plots, table
+from computron.simulation.report.timeline import write_timeline
+from computron.simulation.results import Floats, Summary, latencies
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The output, beside the table of systems."""
+
+    per_model: bool = False
+    json: Path | None = None
+    plot: Path | None = None
+    timeline: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What --json writes."""
+
+    workload: str
+    settings: Mapping[str, object]
+    hardware: Hardware
+    models: tuple[SimulatedModel, ...]
+    groups: int
+    router: str
+    max_wait: float
+    systems: dict[str, Summary]
+    against_load: Sweep = field(default_factory=dict)
+    against_groups: Sweep = field(default_factory=dict)
+
+
+class Runs:
+    """Runs of one experiment. Keeps what pictures need, and the logs only for a timeline."""
+
+    def __init__(self, experiment: Experiment, wanted: Wanted) -> None:
+        self.requests = 0
+        self.seconds = 0.0
+        self.latencies: dict[str, Floats] = {}
+        self.logs: dict[str, Log] = {}
+        self._experiment = experiment
+        self._wanted = wanted
+
+    def main(self, system: str) -> Summary:
+        summary, log = self._run(system)
+        if self._wanted.plot is not None:
+            self.latencies[system] = latencies(log)
+        if self._wanted.timeline is not None:
+            self.logs[system] = log
+        return summary
+
+    def at_load(self, system: str, load: float) -> Summary:
+        return self._run(system, load=load)[0]
+
+    def on_groups(self, system: str, groups: float) -> Summary:
+        return self._run(system, groups=int(groups))[0]
+
+    def _run(self, system: str, *, load: float = 1.0, groups: int | None = None) -> tuple[Summary, Log]:
+        began = time.perf_counter()
+        with errors.status(f"simulating {system}"):
+            summary, log = self._experiment.run(system, load=load, groups=groups)
+        self.requests += summary.requests
+        self.seconds += time.perf_counter() - began
+        return summary, log
+
+
+def run(asked: Asked, wanted: Wanted) -> None:
+    """Raises ValueError for what cannot be simulated or drawn, OSError for what cannot be written."""
+    experiment = asked.experiment
+    _check_files(wanted)
+    runs = Runs(experiment, wanted)
+    summaries = {system: runs.main(system) for system in asked.systems}
+    against_load = sweep(asked.systems, asked.loads, runs.at_load) if asked.loads else {}
+    against_groups = sweep(asked.systems, asked.group_counts, runs.on_groups) if asked.group_counts else {}
+    _show(experiment, summaries, against_load, against_groups, per_model=wanted.per_model)
+    output.print(
+        f"{runs.requests} requests simulated in {runs.seconds:.1f} s: {runs.requests / runs.seconds:.0f} a second"
+    )
+    if wanted.json is not None:
+        results = Results(
+            experiment.workload.name,
+            experiment.workload.settings,
+            experiment.hardware,
+            experiment.models,
+            experiment.groups,
+            experiment.router,
+            experiment.max_wait,
+            summaries,
+            against_load,
+            against_groups,
+        )
+        wanted.json.write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
+    if wanted.plot is not None:
+        _draw(experiment, runs.latencies, against_load, against_groups, wanted.plot)
+    if wanted.timeline is not None:
+        write_timeline(runs.logs, wanted.timeline, _title(experiment))
+
+
+def _check_files(wanted: Wanted) -> None:
+    """Before anything runs for minutes."""
+    if wanted.plot is not None:
+        plots.check(wanted.plot)
+    for path in (wanted.json, wanted.timeline):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+
+
+def _title(experiment: Experiment) -> str:
+    workload = experiment.workload
+    groups = "1 group" if experiment.groups == 1 else f"{experiment.groups} groups"
+    hardware = experiment.hardware
+    return (
+        f"{len(workload.arrivals)} requests to {len(workload.models)} models ({workload.name}) on {groups} of "
+        f"{table.size(hardware.frames * hardware.frame_bytes)} at {table.size(hardware.link.bandwidth)}/s"
+    )
+
+
+def _show(
+    experiment: Experiment, summaries: Mapping[str, Summary], load: Sweep, groups: Sweep, *, per_model: bool
+) -> None:
+    _print(_title(experiment), table.comparison(summaries))
+    if per_model:
+        for system, summary in summaries.items():
+            _print(f"\n{system}, by model", table.per_model(summary))
+    for name, found in (("load", load), ("groups", groups)):
+        for target in experiment.targets if found else ():
+            _print(f"\nin time ({target}) against {name}", table.swept(name, found, str(target)))
+
+
+def _print(title: str, what: Table) -> None:
+    wide.print(title, style="bold", markup=False)
+    wide.print(what)
+
+
+def _draw(experiment: Experiment, ordered: Mapping[str, Floats], load: Sweep, groups: Sweep, path: Path) -> None:
+    target = str(experiment.targets[0])
+    pictures = {"latency": plots.latency_cdfs(ordered)}
+    for name, found in (("load", load), ("groups", groups)):
+        if found:
+            curves = {system: [(p.at, p.attainment[target]) for p in points] for system, points in found.items()}
+            pictures[name] = plots.attainment(curves, name, target)
+    plots.write(pictures, path)
