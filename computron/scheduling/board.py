@@ -118,10 +118,10 @@ class Board:
 
     def next_due(self, now: float) -> float | None:
         """When the next model that lacks pages will be due."""
-        if not self.due_absent:
-            return None
         lead = self.lead
-        limit = self.due_absent.first_above(now, lambda key: key[0] - lead)
+        limit = self.due_absent.first_key()
+        if limit is not None and limit[0] - lead <= now:
+            limit = self.due_absent.first_above(now, lambda key: key[0] - lead)
         return None if limit is None else limit[0] - lead
 
     def enqueue(self, request: Request, model: ModelState) -> None:
@@ -138,10 +138,17 @@ class Board:
     def admit(self, ticket: Ticket) -> None:
         ticket.model.waiting.withdraw(ticket)
         ticket.model.admitted[ticket.request.id] = ticket
+        ticket.model.held_blocks += ticket.blocks
+
+    def grow(self, ticket: Ticket, blocks: int) -> None:
+        """What is admitted will hold so many blocks in its next step."""
+        ticket.model.held_blocks += blocks - ticket.blocks
+        ticket.blocks = blocks
 
     def requeue(self, ticket: Ticket) -> None:
         """What was admitted waits again; its limit stays, so that it waits no longer for having lost its place."""
         del ticket.model.admitted[ticket.request.id]
+        ticket.model.held_blocks -= ticket.blocks
         ticket.model.waiting.push(ticket)
         self.file(ticket.model)
 
@@ -150,8 +157,8 @@ class Board:
         del self.tickets[ticket.request.id]
         if ticket.waiting:
             ticket.model.waiting.withdraw(ticket)
-        else:
-            ticket.model.admitted.pop(ticket.request.id, None)
+        elif ticket.model.admitted.pop(ticket.request.id, None) is not None:
+            ticket.model.held_blocks -= ticket.blocks
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of a request that has not been in a step."""
@@ -312,6 +319,7 @@ class Board:
                 model.unload_asked,
             )
             assert len(model.admitted) <= model.spec.max_batch_size
+            assert model.held_blocks == sum(ticket.blocks for ticket in model.admitted.values())
             if model.step is not None:
                 assert residency.complete or residency.swap is not None or model.step.early
                 assert residency.cache >= model.cache_need()

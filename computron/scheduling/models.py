@@ -48,6 +48,7 @@ class ModelState:
         "agendas",
         "arrivals",
         "failures",
+        "held_blocks",
         "held_in",
         "idle_pages",
         "last_used",
@@ -72,6 +73,7 @@ class ModelState:
         self.number = number
         self.waiting = WaitingQueue()
         self.admitted: dict[int, Ticket] = {}
+        self.held_blocks = 0  # of all that are admitted
         self.step: Step | None = None
         self.residency = Residency(spec.model, spec.pages)
         self.arrivals = Arrivals(tuning)
@@ -114,10 +116,6 @@ class ModelState:
     def loading(self) -> bool:
         """A transfer of everything that it lacks is under way."""
         return self.residency.swap is not None and not self.residency.swap.cancelled
-
-    @property
-    def held_blocks(self) -> int:
-        return sum(ticket.blocks for ticket in self.admitted.values())
 
     def cache_need(self, more_blocks: int = 0) -> int:
         """Frames for the blocks of all admitted sequences, and some more."""

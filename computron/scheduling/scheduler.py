@@ -174,7 +174,7 @@ class Scheduler(Views):
         board.end_step(model, now)
         admitted = model.admitted
         for request in event.cache_blocks.keys() & admitted.keys():
-            admitted[request].blocks = event.cache_blocks[request]
+            board.grow(admitted[request], event.cache_blocks[request])
         for request in event.finished if going_on else step.tickets:
             board.forget(admitted[request])
         for request in step.cancelled & admitted.keys():
