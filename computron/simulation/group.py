@@ -18,7 +18,6 @@ from computron.scheduling.actions import (
     WakeAt,
 )
 from computron.scheduling.events import (
-    Event,
     ModelAdded,
     ModelSpec,
     Request,
@@ -143,7 +142,7 @@ class VirtualGroup:
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._hardware.block_tokens)
 
-    def _tell(self, event: Event | EvictionFinished | FirstStageEnded) -> None:
+    def _tell(self, event: Any) -> None:
         for action in self._decider.handle(event, self._clock.now):
             self._perform(action)
 

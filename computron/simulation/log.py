@@ -47,6 +47,7 @@ class Log:
     def __init__(self, requests: int, groups: int = 1) -> None:
         self.groups = groups
         self.arrived = array("d", [math.nan]) * requests  # when the client sent it
+        self.noticed = array("d", [math.nan]) * requests  # by a system that counts a request's time from then on
         self.started = array("d", [math.nan]) * requests  # its first step
         self.first_token = array("d", [math.nan]) * requests  # at the client
         self.finished = array("d", [math.nan]) * requests  # at the client

@@ -10,7 +10,6 @@ from computron.scheduling.events import ModelSpec
 from computron.simulation.clock import Clock
 from computron.simulation.cluster import Cluster, Reports, router_of
 from computron.simulation.future import Future
-from computron.simulation.group import VirtualGroup
 from computron.simulation.hardware import Hardware, SimulatedModel
 from computron.simulation.log import Log
 from computron.simulation.systems import SYSTEMS, Setup, System
@@ -79,7 +78,7 @@ class _Simulation:
         self._cluster = Cluster(
             clock,
             [
-                VirtualGroup(
+                system.group(
                     number,
                     clock,
                     hardware,

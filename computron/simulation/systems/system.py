@@ -9,7 +9,7 @@ from computron.scheduling.events import ModelSpec
 from computron.scheduling.policies.policy import Policy
 from computron.scheduling.scheduler import Scheduler
 from computron.simulation.future import Future
-from computron.simulation.group import Decider
+from computron.simulation.group import Decider, VirtualGroup
 from computron.simulation.hardware import Hardware, SimulatedModel
 from computron.simulation.surroundings import Surroundings
 
@@ -43,9 +43,10 @@ def _as_it_is(hardware: Hardware, models: Sequence[SimulatedModel]) -> Hardware:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """build: its scheduler. hardware: what it may use of what there is."""
+    """build: its scheduler. hardware: what it may use of what there is. group: what carries out its actions."""
 
     name: str
     build: Callable[[Setup], Decider]
     surroundings: Surroundings = field(default_factory=Surroundings)
     hardware: Callable[[Hardware, Sequence[SimulatedModel]], Hardware] = _as_it_is
+    group: type[VirtualGroup] = VirtualGroup

@@ -1,0 +1,125 @@
+"""The hardware, models and workloads of Computron's paper (arXiv 2306.13835), in numbers.
+
+Four A100 of 40 GB behind PCIe 4.0, OPT-13B in fp16, tensor parallel 2 x pipeline parallel 2. Every constant comes from
+the source (github.com/dlzou/computron) or from experiment 1, two models that displace each other on blocking requests:
+
+- One way, pinned memory, PCIe 4.0 gives an A100 25 GB/s. A quarter of a model, 6.5 GB, takes 0.260 s alone.
+- An offload starts 0.1 s before the load that it makes room for, because the sender finds the first worker's inbox full
+  and sleeps (systems/computron2023.py). Workers and engine poll every 10 ms, 15 ms together. So the published offload
+  of 0.318 s was 0.1 s alone and 0.203 s beside the load for the remaining 0.16 s worth of copying: each direction kept
+  0.79 of its bandwidth. The load, 0.423 s with 0.1 s of sleep, says 0.77. `DUPLEX` lies between. With one GPU it
+  predicts an offload of 1.32 s (published: 1.238) and a load of 1.42 s (1.350).
+- A batch of 0.0574 s, as the engine sees it, is compute and three polls of 5 ms on average: of two workers, and of the
+  engine. The published engine overhead, 17 to 23 ms a request, is no constant here: it is two turns of its loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from computron.simulation.arrivals import Settings, generate
+from computron.simulation.hardware import Hardware, Link, SimulatedModel, StepTime
+from computron.simulation.workload import Arrival, Workload
+
+FRAME_BYTES = 64 << 20
+LINK_BANDWIDTH = 25e9  # bytes a second, one way, a GPU
+DUPLEX = 0.78
+MODEL_BYTES = 26_000_000_000  # OPT-13B, fp16
+TENSOR_PARALLEL = 2
+PIPELINE_PARALLEL = 2
+COMPUTE_SECONDS = 0.0574 - 3 * 0.005  # of a batch, both stages
+HTTP_SECONDS = 0.001  # each way, of systems whose clients are not in the scheduler's process (bench_overhead)
+DURATION = 30.0  # seconds, experiments/sim.py
+
+
+def opt_13b(name: str, max_batch_size: int, nodes: int = TENSOR_PARALLEL * PIPELINE_PARALLEL) -> SimulatedModel:
+    """One node's share. All of a batch takes one step: short prompts, one token of output."""
+    return SimulatedModel(name, MODEL_BYTES // nodes, StepTime(COMPUTE_SECONDS), max_batch_size)
+
+
+def a100s(resident: int, nodes: int = 4, stages: int = PIPELINE_PARALLEL) -> Hardware:
+    """Memory for so many whole models, and not a byte more."""
+    frames = resident * opt_13b("", 1, nodes).pages(FRAME_BYTES)
+    return Hardware(
+        Link(LINK_BANDWIDTH, duplex=DUPLEX),
+        FRAME_BYTES,
+        frames,
+        stages,
+        request_overhead=HTTP_SECONDS,
+        answer_overhead=HTTP_SECONDS,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One of the workloads of experiment 2. rates: of each model. published: its mean latency, of one unseeded run."""
+
+    resident: int
+    max_batch_size: int
+    rates: tuple[int, ...]
+    cv: float
+    published: float
+
+    @property
+    def name(self) -> str:
+        return f"{len(self.rates)}x{self.resident}.{'-'.join(map(str, self.rates))}.cv{self.cv:g}"
+
+    @property
+    def hardware(self) -> Hardware:
+        return a100s(self.resident)
+
+    @property
+    def models(self) -> tuple[SimulatedModel, ...]:
+        return tuple(opt_13b(f"opt{place}", self.max_batch_size) for place in range(len(self.rates)))
+
+    def workload(self, seed: int, *, as_sent: bool = False) -> Workload:
+        """Gamma arrivals of 30 s. as_sent: as the published client sent them (`sent`), not as they were drawn."""
+        rates = {model.name: float(rate) for model, rate in zip(self.models, self.rates, strict=True)}
+        drawn = generate(Settings(rates, DURATION, self.cv, seed), self.name)
+        return sent(drawn) if as_sent else drawn
+
+
+def sent(drawn: Workload) -> Workload:
+    """When the client of experiments/sim.py sent what was drawn.
+
+    It subtracts from each interval what has passed since before it slept for the last request, so the whole last
+    interval with it: requests come in pairs, twice as many a second, for half as long where intervals are regular. And
+    each model's client starts when its own first request is answered, one swap-in after the other.
+    """
+    start = MODEL_BYTES / (TENSOR_PARALLEL * PIPELINE_PARALLEL) / LINK_BANDWIDTH
+    arrivals: list[Arrival] = []
+    for place, model in enumerate(drawn.models):
+        before = slept = 0.0
+        now = place * start
+        for arrival in drawn.arrivals:
+            if arrival.model == model:
+                slept = max(0.0, arrival.time - before - slept)
+                before = arrival.time
+                now += slept
+                arrivals.append(arrival._replace(time=now))
+    arrivals.sort(key=lambda arrival: arrival.time)
+    return replace(drawn, arrivals=tuple(arrivals), settings={**drawn.settings, "as_sent": True})
+
+
+def _cells(resident: int, batch: int, published: dict[tuple[int, ...], tuple[float, float, float]]) -> tuple[Cell, ...]:
+    return tuple(
+        Cell(resident, batch, rates, cv, mean)
+        for rates, means in published.items()
+        for cv, mean in zip((0.25, 1.0, 4.0), means, strict=True)
+    )
+
+
+EXPERIMENT_2 = (
+    *_cells(
+        2, 8, {(1, 1, 1): (1.262, 0.606, 0.518), (10, 1, 1): (1.172, 0.886, 0.550), (10, 10, 1): (1.014, 0.716, 0.374)}
+    ),
+    *_cells(
+        4,
+        32,
+        {
+            (1, 1, 1, 1, 1, 1): (1.847, 1.282, 0.174),
+            (10, 10, 1, 1, 1, 1): (2.017, 1.413, 0.229),
+            (10, 10, 10, 10, 1, 1): (1.535, 1.470, 0.312),
+        },
+    ),
+)
