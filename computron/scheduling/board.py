@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from computron.scheduling.actions import Urgency
 from computron.scheduling.agenda import Agenda
-from computron.scheduling.estimates import Link
+from computron.scheduling.estimates import Link, Mean
 from computron.scheduling.events import ModelSpec, Request
 from computron.scheduling.ledger import Ledger, Swap
 from computron.scheduling.models import ModelState, Step
@@ -22,6 +22,7 @@ class Board:
     ready: by rank (priority, then the one that waited longest). absent: the same, unless its pages are on their way.
     A model on none of them costs nothing until an event names it.
 
+    lacking: without work and without some of its pages, the one that lost them last at the end; what is shunned is not.
     idle: without work, holding pages that could be taken, the one longest unused first. busy: the same, with work.
     running: in a step. loading: with a transfer under way, cancelled ones included. cached: holding cache frames.
     load_asked, unload_asked: what an operator wants and is not done yet.
@@ -44,6 +45,7 @@ class Board:
         self.idle: dict[str, ModelState] = {}
         self.busy: dict[str, ModelState] = {}
         self.idle_pages = 0
+        self.lacking: dict[str, ModelState] = {}
         self.running: dict[str, ModelState] = {}
         self.loading: dict[str, ModelState] = {}
         self.cached: dict[str, ModelState] = {}
@@ -52,6 +54,7 @@ class Board:
         self.complete = 0  # models with every page on the device
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._foretold = Agenda()
+        self._usual = Mean(tuning.pooled_smoothing, 2.0)  # as of a Poisson process, until requests tell otherwise
         self._largest = 0  # pages of the largest model so far
         self.lead = 0.0  # how long before its limit a request is due
         self._added = 0
@@ -60,7 +63,7 @@ class Board:
     # Models
 
     def add_model(self, spec: ModelSpec) -> ModelState:
-        model = ModelState(spec, self._added, self.tuning)
+        model = ModelState(spec, self._added, self.tuning, self._usual)
         self._added += 1
         self._largest = max(self._largest, len(spec.pages))
         self._set_lead()
@@ -86,6 +89,7 @@ class Board:
             self._pinned_version += 1
         self.ask(model, load=False, unload=False)
         self._foretold.drop(model)
+        self.lacking.pop(model.name, None)
         del self.models[model.name]
 
     def room_alone(self, model: ModelState) -> int:
@@ -128,6 +132,7 @@ class Board:
         ticket = Ticket(request, model, self.limit(request.arrival, request.deadline))
         self.tickets[request.id] = ticket
         model.waiting.push(ticket)
+        model.shunned = False
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id, ticket))
             # Those of requests that have ended must not outnumber the others, or far deadlines would pile up.
@@ -299,6 +304,8 @@ class Board:
                 holders[model.name] = model
             model.held_in = holders
         pages = residency.count if holders is self.idle else 0
+        out = residency.swap is None and not residency.complete and not model.has_work
+        _keep(self.lacking, model, out and not model.shunned and not model.spec.pinned)
         self.idle_pages += pages - model.idle_pages
         model.idle_pages = pages
 

@@ -10,8 +10,8 @@ The cases, in this order:
    - free frames, spare cache and pages of models without work;
    - else also pages of models with work whose turn is over, if the policy says so.
 4. A step can start: the policy's choice of the resident models runs; else a model whose pages are on their way.
-5. A swap-in is under way: one more model with work is fetched behind it. The link is idle: a model whose next
-   request can be foretold. Both into frames that the policy can spare.
+5. The link is idle, and nothing waits for it: the model comes whose next request will probably be the first, into
+   frames that the policy can spare for it.
 6. The link is idle: what an operator asked for is loaded, or unloaded.
 7. Nothing is under way and nothing could start, but there is work: the first model on the due agenda that can be
    served by force is. The oldest admitted sequence never loses its cache, so that this cannot go round in a circle.
@@ -20,6 +20,7 @@ The cases, in this order:
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 from computron.scheduling.actions import (
     Action,
@@ -53,7 +54,6 @@ class Decisions:
         self._bring_next(now)
         self._run_next(now)
         if self._prefetch:
-            self._fetch_behind(now)
             self._fetch_ahead(now)
         if board.unload_asked or board.load_asked:
             self._obey(now)
@@ -186,26 +186,22 @@ class Decisions:
         assert swap is not None
         return step is not None and now + step <= swap.expected_end - (due.expected_step() or 0.0)
 
-    # 5. Who is fetched behind the demand
-
-    def _fetch_behind(self, now: float) -> None:
-        """The next one wanted, at a lower urgency; a demand overtakes it on the link, and may have its frames."""
-        board = self._board
-        demand = self._demand()
-        if demand is None or len(board.loading) > 1 or not board.absent:
-            return
-        candidates = board.absent.head(board.tuning.candidates)
-        for model in self._policy.next_to_bring(board, candidates, now)[:1]:
-            self._orders.swap_in(model, Urgency.PREFETCH, Reach.SPARE, now)
+    # 5. Who is fetched ahead
 
     def _fetch_ahead(self, now: float) -> None:
-        """On an idle link, a model whose next request is about to come. Each forecast is tried once."""
+        """On a link that nothing waits for, a model whose next request will probably come before those of others."""
         board = self._board
-        while (foretold := board.next_foretold()) is not None and foretold[0] <= now:
+        foretold = []
+        while (following := board.next_foretold()) is not None and following[0] <= now:
             board.drop_foretold()
-            model = foretold[1]
-            if not board.loading and not model.has_work and not model.residency.complete and not model.unload_asked:
-                self._orders.swap_in(model, Urgency.PREFETCH, Reach.SPARE, now)
+            foretold.append(following[1])
+        if board.loading or board.absent:
+            return
+        foretold = [model for model in foretold if model.name in board.lacking]
+        lately = list(islice(reversed(board.lacking.values()), board.tuning.candidates))
+        for model in foretold + self._policy.next_to_fetch(board, lately, now):
+            if not model.unload_asked and self._orders.swap_in(model, Urgency.PREFETCH, Reach.SPARE, now):
+                return
 
     # 6. What operators asked for
 

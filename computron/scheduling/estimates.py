@@ -8,25 +8,38 @@ from computron.scheduling.tuning import Tuning
 
 
 class Mean:
-    """Exponentially weighted mean; None before the first sample."""
+    """The plain mean of the first samples, and from 1 / `weight` samples on an exponentially weighted one.
 
-    __slots__ = ("_weight", "value")
+    None before the first sample.
+    """
+
+    __slots__ = ("_count", "_weight", "value")
 
     def __init__(self, weight: float, value: float | None = None) -> None:
         self._weight = weight
+        self._count = 0 if value is None else 1
         self.value = value
 
     def add(self, sample: float) -> None:
-        self.value = sample if self.value is None else self.value + self._weight * (sample - self.value)
+        self._count += 1
+        if self.value is None:
+            self.value = sample
+        else:
+            self.value += max(self._weight, 1.0 / self._count) * (sample - self.value)
 
 
 class Arrivals:
-    """When will the next request come? Mean and variation of the intervals between requests, and the last one."""
+    """When will the next request come? Mean and variation of the intervals between requests, and the last one.
 
-    __slots__ = ("_interval", "_last", "_square", "_tuning", "count")
+    usual: the mean square of all models' intervals, each as a multiple of its model's mean. A model of which little has
+    been seen is taken to vary as the others do.
+    """
 
-    def __init__(self, tuning: Tuning) -> None:
+    __slots__ = ("_interval", "_last", "_square", "_tuning", "_usual", "count")
+
+    def __init__(self, tuning: Tuning, usual: Mean) -> None:
         self._tuning = tuning
+        self._usual = usual
         self._last: float | None = None
         self.count = 0
         self._interval = Mean(tuning.smoothing)
@@ -35,6 +48,8 @@ class Arrivals:
     def add(self, now: float) -> None:
         if self._last is not None:
             interval = now - self._last
+            if self._interval.value:
+                self._usual.add(min((interval / self._interval.value) ** 2, 1.0 + self._tuning.max_variation))
             self._interval.add(interval)
             self._square.add(interval * interval)
         self._last = now
@@ -72,11 +87,19 @@ class Arrivals:
             return None
         return self._last + mean
 
+    @property
+    def variation(self) -> float:
+        mean = self._interval.value
+        return self._variation(mean) if mean else 1.0
+
     def _variation(self, mean: float) -> float:
         """Squared coefficient of variation of the intervals."""
-        square = self._square.value
+        square, usual = self._square.value, self._usual.value
         assert square is not None
-        return min(max(0.0, square / (mean * mean) - 1.0), self._tuning.max_variation)
+        assert usual is not None
+        seen, prior = self.count - 1, self._tuning.prior
+        relative = (seen * square / (mean * mean) + prior * usual) / (seen + prior)
+        return min(max(0.0, relative - 1.0), self._tuning.max_variation)
 
 
 class Steps:

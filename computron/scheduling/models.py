@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from computron.scheduling.agenda import Agenda
-from computron.scheduling.estimates import Arrivals, Steps
+from computron.scheduling.estimates import Arrivals, Mean, Steps
 from computron.scheduling.events import ModelSpec
 from computron.scheduling.ledger import Residency
 from computron.scheduling.tuning import Tuning
@@ -58,6 +58,7 @@ class ModelState:
         "number",
         "residency",
         "room_alone",
+        "shunned",
         "spec",
         "step",
         "stepped",
@@ -67,7 +68,7 @@ class ModelState:
         "waiting",
     )
 
-    def __init__(self, spec: ModelSpec, number: int, tuning: Tuning) -> None:
+    def __init__(self, spec: ModelSpec, number: int, tuning: Tuning, usual: Mean) -> None:
         self.spec = spec
         self.name = spec.model
         self.number = number
@@ -76,7 +77,7 @@ class ModelState:
         self.held_blocks = 0  # of all that are admitted
         self.step: Step | None = None
         self.residency = Residency(spec.model, spec.pages)
-        self.arrivals = Arrivals(tuning)
+        self.arrivals = Arrivals(tuning, usual)
         self.steps = Steps(tuning.smoothing)
         self.last_used = -math.inf
         self.stepped = False  # has run since it came in
@@ -87,6 +88,7 @@ class ModelState:
         self.held_in: dict[str, ModelState] | None = None  # `idle` or `busy` of the board
         self.idle_pages = 0  # its share of the board's count
         self.room_alone: tuple[int, int] | None = None  # the board's memory of it, and for which set of pinned models
+        self.shunned = False  # its last swap-in failed, or it was unloaded: not fetched before somebody asks for it
         self.load_asked = False
         self.unload_asked = False
 

@@ -171,6 +171,7 @@ class Orders:
 
     def unload(self, model: ModelState) -> None:
         residency = model.residency
+        model.shunned = True
         if residency.swap is not None:
             if model.loading:
                 self.cancel(model)
@@ -181,6 +182,7 @@ class Orders:
             self._board.evict(model, pages)
             self.actions.append(Evict(model.name, tuple(reversed(pages)), EvictionReason.UNLOAD))
         self._board.ask(model, load=False, unload=False)
+        self._board.file(model)
 
     def reject(self, request: int, reason: RejectReason) -> None:
         ticket = self._board.tickets[request]

@@ -278,6 +278,7 @@ class Scheduler(Views):
         self._ended_swap(event, model, event.pages, whole=False)
         board.end_swap(model, ())
         model.failures += 1
+        model.shunned = True
         actions: list[Action] = []
         if model.failures > board.tuning.swap_retries:
             model.failures = 0

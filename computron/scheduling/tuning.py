@@ -21,22 +21,29 @@ class Tuning:
         share of the value of a page at its beginning. Above 0 because it still takes the link from others.
     swap_retries: how often a failed swap-in is tried again before the requests that wait for it are rejected.
     smoothing: weight of the newest sample in every running mean.
+    prior: as many intervals of all models together count in the variation of a model as if they were its own.
+    pooled_smoothing: weight of the newest sample in the variation of all models together.
     quiet: after this many mean intervals without a request, the time of silence is the better forecast of the next one.
     max_variation: ceiling of the squared coefficient of variation of a model's arrivals; a few samples overstate it.
     regular: up to this squared coefficient of variation the next request of a model can be foretold.
     fetch_lead: a model whose next request can be foretold is fetched this many swap-in times before it.
+    fetch_margin: pages leave for a model that nobody waits for only if their own is expected later by one plus this
+        times the squared variation of its arrivals: what comes at random says little of what comes next.
     history: how many of the last events an error tells.
     """
 
     keep: float = 1.0
     lead_share: float = 0.5
-    early_start: float = 2.0
+    early_start: float = 1.2
     candidates: int = 16
-    hidden_value: float = 0.2
+    hidden_value: float = 0.5
     swap_retries: int = 2
-    smoothing: float = 0.2
+    smoothing: float = 0.1
     quiet: float = 3.0
     max_variation: float = 16.0
     regular: float = 0.5
     fetch_lead: float = 1.5
+    fetch_margin: float = 8.0
+    prior: float = 20.0
+    pooled_smoothing: float = 0.02
     history: int = 32

@@ -9,6 +9,7 @@ from driver import PAGE_SECONDS, Driver, spec
 
 from computron.scheduling.actions import CancelSwap, Evict, Preempt, Run, SwapIn, Urgency
 from computron.scheduling.events import UnloadAsked
+from computron.scheduling.tuning import Tuning
 
 
 def times(driver, kind, model):
@@ -75,7 +76,7 @@ def test_run_starts_before_its_pages_have_come():
     driver.at(3.0, UnloadAsked("b"))
     driver.arrive(2, "b", 4.0)
     driver.drain()
-    assert times(driver, Run, "b")[-1] == pytest.approx(4.0 + 1.0 - 2 * 0.2)
+    assert times(driver, Run, "b")[-1] == pytest.approx(4.0 + 1.0 - Tuning().early_start * 0.2)
 
 
 def test_generation_goes_on_while_a_model_comes_whose_steps_are_unknown():
@@ -101,13 +102,13 @@ def test_model_keeps_its_place_for_as_long_as_its_swap_in_took():
     assert min(gaps) >= 2 * 4 * PAGE_SECONDS - 0.02
 
 
-def test_next_wanted_model_is_fetched_behind_the_demand_into_free_frames():
+def test_next_wanted_model_takes_its_frames_when_the_link_is_free():
     driver = Driver(8, [spec("a", 4), spec("b", 4)])
     driver.arrive(1, "a")
     driver.arrive(2, "b", 0.1)
     driver.drain()
-    assert [swap.urgency for swap in driver.of(SwapIn)] == [Urgency.DEMAND, Urgency.PREFETCH]
-    assert times(driver, SwapIn, "b") == [0.1]
+    assert [swap.urgency for swap in driver.of(SwapIn)] == [Urgency.DEMAND, Urgency.DEMAND]
+    assert times(driver, SwapIn, "b") == [pytest.approx(4 * PAGE_SECONDS)]
 
 
 def test_fetch_ahead_takes_nothing_from_models_that_will_be_wanted_sooner():
@@ -121,13 +122,15 @@ def test_fetch_ahead_takes_nothing_from_models_that_will_be_wanted_sooner():
 
 
 def test_fetch_ahead_gives_way_to_a_growing_cache():
-    models = [spec("a", 2, continuous=True, blocks_per_frame=1.0), spec("b", 10), spec("c", 10)]
-    driver = Driver(42, models, step_seconds=0.1)
-    driver.arrive(0, "a", steps=14, growth=1, blocks=1)
-    driver.arrive(1, "a", steps=14, growth=1, blocks=1)
-    driver.arrive(2, "b", 1.0)
-    driver.arrive(3, "c", 1.0)
+    models = [spec("a", 1, continuous=True, blocks_per_frame=1.0), spec("c", 10), spec("d", 6)]
+    driver = Driver(14, models, step_seconds=0.1)
+    for number in range(3):
+        driver.arrive(number, "c", 2.0 * number)
+    driver.arrive(10, "d", 4.2)
+    driver.arrive(11, "a", 4.8, steps=12, growth=1, blocks=1)
+    driver.at(5.05, UnloadAsked("d"))
     driver.drain()
+    assert [swap.urgency for swap in driver.of(SwapIn) if swap.model == "c"][1] == Urgency.PREFETCH
     assert driver.of(CancelSwap) == [CancelSwap("c")]
     assert not driver.of(Preempt)
     assert set(driver.outcomes.values()) == {"finished"}
@@ -144,13 +147,33 @@ def test_model_with_regular_requests_is_fetched_before_the_next_one():
     assert driver.waits[7] == 0.0
 
 
-def test_prefetch_can_be_switched_off():
-    driver = Driver(8, [spec("a", 4), spec("b", 4)], prefetch=False)
-    driver.arrive(1, "a")
-    driver.arrive(2, "b", 0.1)
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_model_wanted_often_comes_back_after_one_wanted_seldom(prefetch):
+    driver = Driver(4, [spec("often", 4), spec("seldom", 4)], step_seconds=0.01, prefetch=prefetch)
+    driver.arrive(100, "seldom")
+    for number in range(20):
+        driver.arrive(number, "often", 1.0 + 0.1 * number)
+    driver.arrive(101, "seldom", 4.0)
     driver.drain()
-    assert {swap.urgency for swap in driver.of(SwapIn)} == {Urgency.DEMAND}
-    assert not driver.of(CancelSwap)
+    assert [swap.urgency for swap in driver.of(SwapIn) if swap.model == "often"] == (
+        [Urgency.DEMAND, Urgency.PREFETCH] if prefetch else [Urgency.DEMAND]
+    )
+
+
+@pytest.mark.parametrize("why", ["unloaded", "failed"])
+def test_what_was_unloaded_or_failed_is_not_fetched_before_somebody_asks_for_it(why):
+    driver = Driver(20, [spec("a", 4), spec("b", 4)])
+    driver.arrive(1, "a")
+    if why == "unloaded":
+        driver.at(2.0, UnloadAsked("a"))
+    else:
+        driver.failing_swaps = {0, 1, 2}
+    driver.arrive(2, "b", 3.0)
+    driver.drain()
+    assert not [swap for swap in driver.of(SwapIn) if swap.urgency != Urgency.DEMAND]
+    driver.arrive(3, "a", 60.0)
+    driver.drain()
+    assert driver.outcomes[3] == "finished"
 
 
 def test_lru_evicts_whole_models_the_least_recently_used_first():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from computron.scheduling.actions import Urgency
 from computron.scheduling.agenda import Agenda
-from computron.scheduling.estimates import Arrivals, Link
+from computron.scheduling.estimates import Arrivals, Link, Mean
 from computron.scheduling.events import Request
 from computron.scheduling.ledger import Ledger, Residency
 from computron.scheduling.models import ModelState, frames_for
@@ -17,6 +17,10 @@ from computron.scheduling.tuning import Tuning
 from computron.scheduling.waiting import Ticket, WaitingQueue
 
 TUNING = Tuning()
+
+
+def usual():
+    return Mean(TUNING.pooled_smoothing, 2.0)
 
 
 def ledger_with(frames, **contents):
@@ -84,7 +88,7 @@ def test_frames_for_blocks_are_enough_and_no_more(blocks, per_frame):
 
 
 def queue_of(*requests):
-    model = ModelState(spec("a", 1), 0, TUNING)
+    model = ModelState(spec("a", 1), 0, TUNING, usual())
     queue = WaitingQueue()
     tickets = [Ticket(request, model, request.arrival + 10.0) for request in requests]
     for ticket in tickets:
@@ -104,7 +108,7 @@ def test_queue_serves_by_priority_then_age_until_something_reaches_its_limit():
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.floats(0, 100)), max_size=200))
 def test_queue_agrees_with_a_sorted_list(steps):
-    model = ModelState(spec("a", 1), 0, TUNING)
+    model = ModelState(spec("a", 1), 0, TUNING, usual())
     queue, living = WaitingQueue(), []
     for number, (push, priority, arrival) in enumerate(steps):
         if push or not living:
@@ -121,7 +125,7 @@ def test_queue_agrees_with_a_sorted_list(steps):
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.none() | st.integers(0, 5)), max_size=100))
 def test_agenda_agrees_with_a_sorted_list(steps):
-    models = [ModelState(spec(f"m{number}", 1), number, TUNING) for number in range(10)]
+    models = [ModelState(spec(f"m{number}", 1), number, TUNING, usual()) for number in range(10)]
     agenda, keys = Agenda(), {}
     for number, key in steps:
         if key is None:
@@ -138,17 +142,29 @@ def test_agenda_agrees_with_a_sorted_list(steps):
 
 
 def arrivals_at(*times):
-    arrivals = Arrivals(TUNING)
+    arrivals = Arrivals(TUNING, usual())
     for time in times:
         arrivals.add(time)
     return arrivals
 
 
 def test_regular_requests_come_closer_with_time():
-    arrivals = arrivals_at(0, 10, 20, 30)
-    assert arrivals.next_in(30) == pytest.approx(10)
-    assert arrivals.next_in(38) == pytest.approx(2)
-    assert arrivals.regular_next() == pytest.approx(40)
+    arrivals = arrivals_at(*range(0, 5000, 10))
+    assert arrivals.next_in(4990) == pytest.approx(10)
+    assert arrivals.next_in(4998) == pytest.approx(2, rel=0.1)
+    assert arrivals.regular_next() == pytest.approx(5000)
+
+
+def test_model_of_which_little_is_known_varies_as_others_do():
+    shared = usual()
+    known = Arrivals(TUNING, shared)
+    for time in range(0, 5000, 10):
+        known.add(time)
+    new = Arrivals(TUNING, shared)
+    new.add(0)
+    new.add(10)
+    assert new.variation == pytest.approx(0.0, abs=0.01)
+    assert arrivals_at(0, 10).variation > 0.9
 
 
 def test_requests_of_a_burst_recede_with_time():

@@ -21,8 +21,8 @@ class Default:
        pages whose transfer would hide behind its own first steps.
     4. A model with work gives its frames to one without a place when its turn is over and the requests of the other
        have together waited for as long as its own requests would lose by the change: rent for as long as buying costs.
-    5. A model is fetched ahead, behind the one that is waited for or because its next request can be foretold: only
-       into free frames and those of models that are expected to be wanted later than the fetched one can be used.
+    5. On an idle link the model is fetched whose next request is expected first, if those that give pages for it are
+       expected so much later that chance does not decide.
     """
 
     name = "default"
@@ -71,12 +71,19 @@ class Default:
         change = swap_seconds(board, target) + board.link.seconds(len(victim.spec.pages))
         return target.waited(now) >= victim.work * (change + (target.expected_step() or 0.0))
 
+    def next_to_fetch(self, board: Board, lacking: Sequence[ModelState], now: float) -> list[ModelState]:
+        return sorted(lacking, key=lambda model: self.next_in(model, now))[:2]
+
+    def fetch_margin(self, board: Board, target: ModelState) -> float:
+        """How many times later than the target's the next request of a model must be that gives pages for it.
+
+        The less regularly requests come, the less is known of when the next one will.
+        """
+        return 1.0 + board.tuning.fetch_margin * target.arrivals.variation
+
     def spare(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> list[ModelState]:
-        link_free = max(board.transfer_ends(), default=now)
-        usable = max(link_free - now, 0.0) + swap_seconds(board, target)
-        if not target.has_work:
-            usable = max(usable, self.next_in(target, now))
-        return [model for model in idle if self.next_in(model, now) > usable]
+        wanted = max(swap_seconds(board, target), self.next_in(target, now) * self.fetch_margin(board, target))
+        return [model for model in idle if self.next_in(model, now) > wanted]
 
 
 def swap_seconds(board: Board, model: ModelState) -> float:

@@ -36,6 +36,9 @@ class Lru:
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         return oldest(victim) > oldest(target)
 
+    def next_to_fetch(self, board: Board, lacking: Sequence[ModelState], now: float) -> list[ModelState]:
+        return []
+
     def spare(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> list[ModelState]:
         return []
 

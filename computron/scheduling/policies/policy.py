@@ -32,5 +32,8 @@ class Policy(Protocol):
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         """May `target` have pages of `victim`, which has work too, and whose turn is over?"""
 
+    def next_to_fetch(self, board: Board, lacking: Sequence[ModelState], now: float) -> list[ModelState]:
+        """Those of `lacking` (without work, not complete) that an idle link shall be used for, the best first."""
+
     def spare(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> list[ModelState]:
         """Those of `idle` whose pages may be had to fetch `target` before its turn."""

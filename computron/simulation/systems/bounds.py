@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from computron.scheduling.board import Board
 from computron.scheduling.models import ModelState
 from computron.scheduling.policies.default import Default
 from computron.simulation.future import Future
@@ -31,6 +32,9 @@ class Clairvoyant(Default):
 
     def next_in(self, model: ModelState, now: float) -> float:
         return self._future.next_arrival(model.name, now) - now
+
+    def fetch_margin(self, board: Board, target: ModelState) -> float:
+        return 1.0
 
     def next_request(self, model: ModelState, now: float) -> float | None:
         expected = self._future.next_arrival(model.name, now)
