@@ -47,6 +47,8 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
     for group in _groups(board.idle, board.tuning.candidates):
         if reach == Reach.SPARE:
             group = policy.spare(board, target, group, now)
+            if not group:
+                break  # those that were used later are still less likely to be spared
         for model, limit in policy.victims(board, target, group, now):
             if model is not target:
                 plan.take_pages(model, limit, policy.whole_models)
