@@ -102,6 +102,8 @@ def test_lengths_make_models_generate(tmp_path: Path):
     latency, first = (found["systems"]["default"][name]["p50"] for name in ("latency", "first_token"))
     assert latency == pytest.approx(first + 0.019, rel=0.5)
     assert found["settings"]["output_tokens"] == {"tokens": 20}
+    slower = results(tmp_path, *asked, "--prompt-token-time", "1ms")
+    assert slower["systems"]["default"]["first_token"]["p50"] > first + 0.05
 
 
 def test_a_profile_gives_hardware_and_models(tmp_path: Path, profile: Path):

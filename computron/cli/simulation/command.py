@@ -14,6 +14,7 @@ def simulate(
     bandwidth: flags.Bandwidth = None,
     frame: flags.Frame = None,
     step_time: flags.StepTime = None,
+    prompt_token_time: flags.PromptTokenTime = None,
     batch: flags.Batch = None,
     rate: flags.Rate = None,
     cv: flags.Cv = None,
@@ -54,7 +55,7 @@ def simulate(
 
     try:
         asked = experiment(
-            HardwareOptions(profile, models, model_size, memory, bandwidth, frame, step_time, batch),
+            HardwareOptions(profile, models, model_size, memory, bandwidth, frame, step_time, prompt_token_time, batch),
             WorkloadOptions(
                 rate, cv, zipf, duration, seed, prompt_tokens, output_tokens, trace, trace_format, speed_up, overlay
             ),

@@ -19,7 +19,7 @@ _output = partial(typer.Option, rich_help_panel="Output")
 
 ProfileFile = Annotated[
     Path | None,
-    _hardware("--profile", help="A measured server (`computron bench profile`); flags of this part overrule it."),
+    _hardware("--profile", help="A measured server (`computron bench profile`); most flags of this part overrule it."),
 ]
 Models = Annotated[int | None, _hardware(min=1, help="How many.", show_default=str(defaults.MODELS))]
 ModelSize = Annotated[
@@ -30,6 +30,9 @@ Memory = Annotated[str | None, _hardware(help="Of one node's device.", show_defa
 Bandwidth = Annotated[str | None, _hardware(help="Of one node's link.", show_default=defaults.BANDWIDTH)]
 Frame = Annotated[str | None, _hardware(help="A page of the device's memory.", show_default=defaults.FRAME)]
 StepTime = Annotated[str | None, _hardware(help="Of one step of one model.", show_default=defaults.STEP_TIME)]
+PromptTokenTime = Annotated[
+    str | None, _hardware(help="Of each token of the prompts that a step takes in.", show_default="nothing")
+]
 Batch = Annotated[int | None, _hardware(min=1, help="Most requests of a step.", show_default=str(defaults.BATCH))]
 
 Rate = Annotated[

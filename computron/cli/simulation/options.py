@@ -48,6 +48,7 @@ class HardwareOptions:
     bandwidth: str | None = None
     frame: str | None = None
     step_time: str | None = None
+    prompt_token_time: str | None = None
     batch: int | None = None
 
 
@@ -147,7 +148,9 @@ def _synthetic(options: HardwareOptions) -> tuple[Hardware, tuple[SimulatedModel
     frame = _quantity("--frame", options.frame or FRAME, Size)
     bandwidth = _quantity("--bandwidth", options.bandwidth or BANDWIDTH, Bandwidth)
     memory = _quantity("--memory", options.memory or MEMORY, Size)
-    step = StepTime(base=_quantity("--step-time", options.step_time or STEP_TIME, Duration))
+    base = _quantity("--step-time", options.step_time or STEP_TIME, Duration)
+    token = options.prompt_token_time
+    step = StepTime(base, 0.0 if token is None else _quantity("--prompt-token-time", token, Duration))
     batch = options.batch or BATCH
     sizes = _sizes(options.model_size or MODEL_SIZE)
     models = tuple(SimulatedModel(f"model {size}", size, step, max_batch_size=batch) for size in sizes)
@@ -165,9 +168,7 @@ def _measured(path: Path, options: HardwareOptions) -> tuple[Hardware, tuple[Sim
     device, models = profile.hardware, profile.models
     if not models:
         raise ValueError(f"{path}: no model in it")
-    for option, given in (("--frame", options.frame), ("--step-time", options.step_time)):
-        if given is not None:
-            raise ValueError(f"{option} is for hardware without --profile; the profile tells it")
+    _refuse(options, ("frame", "step_time", "prompt_token_time"), "is for hardware without --profile, which tells it")
     if options.bandwidth is not None:
         link = replace(device.link, bandwidth=_quantity("--bandwidth", options.bandwidth, Bandwidth))
         device = replace(device, link=link)
@@ -238,7 +239,7 @@ def _traced(options: WorkloadOptions, hardware: HardwareOptions, names: Sequence
     return workload if options.speed_up is None else speed_up(workload, options.speed_up)
 
 
-def _refuse(options: WorkloadOptions, names: Sequence[str], why: str) -> None:
+def _refuse(options: HardwareOptions | WorkloadOptions, names: Sequence[str], why: str) -> None:
     for field in fields(options):
         if field.name in names and getattr(options, field.name) is not None:
             raise ValueError(f"--{field.name.replace('_', '-')} {why}")
