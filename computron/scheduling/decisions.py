@@ -80,6 +80,8 @@ class Decisions:
 
     def _bring_next(self, now: float) -> None:
         board = self._board
+        if not board.due_absent and not board.loading and not board.load_asked:
+            return  # all that have work are there
         demand = self._demand()
         due = board.due_absent.first()
         if due is not None and board.is_due(due, now):
@@ -132,6 +134,8 @@ class Decisions:
 
     def _choose(self, refused: set[str], now: float) -> ModelState | None:
         board = self._board
+        if not board.due_ready and not board.loading:
+            return None
         count = board.tuning.candidates + len(refused)
         demand = self._demand()
         if demand is not None and (demand.step is not None or not demand.has_work or demand.name in refused):
