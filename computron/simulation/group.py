@@ -34,7 +34,7 @@ from computron.simulation.hardware import Hardware, SimulatedModel
 from computron.simulation.link import Transfer, VirtualLink
 from computron.simulation.log import EvictionRow, Log, StepRow, SwapRow
 from computron.simulation.pipeline import Pipeline, VirtualStep
-from computron.simulation.surroundings import EvictionFinished, FirstStageEnded, Surroundings
+from computron.simulation.surroundings import Surroundings
 from computron.simulation.workload import Arrival
 
 
@@ -109,8 +109,7 @@ class VirtualGroup:
         self._observer = observer
         self._contents = Contents()
         self._link = VirtualLink(clock, hardware.link, hardware.frame_bytes)
-        told = self._first_stage_ended if surroundings.tells_first_stage else None
-        self._pipeline = Pipeline(clock, hardware.stages, told)
+        self._pipeline = Pipeline(clock, hardware.stages)
         self._held: list[tuple[VirtualStep, set[str]]] = []  # steps, and the transfers that they queue behind
         self._page_counts: dict[str, int] = {}
         self.live: dict[int, Live] = {}
@@ -253,7 +252,7 @@ class VirtualGroup:
         written = 0.0
         if self._surroundings.write_back:
             written = frames * self._link.frame_seconds
-            self._link.write_back(frames, lambda transfer: self._tell(EvictionFinished(model)))
+            self._link.write_back(frames, lambda transfer: None)
         if self._observer is not None:
             self._observer.pages_left(self.number, model, len(action.pages))
         self._log.evictions.append(EvictionRow(self.number, model, now - self._future.begin, frames, written))
@@ -286,9 +285,6 @@ class VirtualGroup:
         elif name not in self._swaps:
             step.arrivals = ()
         self._pipeline.start(step)
-
-    def _first_stage_ended(self, step: VirtualStep) -> None:
-        self._tell(FirstStageEnded(step.model))
 
     def _step_ended(self, step: VirtualStep) -> None:
         now = self._clock.now

@@ -26,11 +26,8 @@ class VirtualStep:
 class Pipeline:
     """Steps in the order in which they were ordered. One whose pages are still to come holds up those behind it."""
 
-    def __init__(
-        self, clock: Clock, stages: int, first_stage_ended: Callable[[VirtualStep], None] | None = None
-    ) -> None:
+    def __init__(self, clock: Clock, stages: int) -> None:
         self._clock = clock
-        self._first_stage_ended = first_stage_ended
         self._free = [0.0] * stages
         self._steps: deque[VirtualStep] = deque()
 
@@ -57,6 +54,4 @@ class Pipeline:
             else:
                 time += seconds
             free[stage] = time
-        if self._first_stage_ended is not None:
-            self._clock.at(free[0], self._first_stage_ended, step)
         return time

@@ -1,4 +1,4 @@
-"""The hardware, models and workloads of Computron's paper (arXiv 2306.13835), in numbers.
+"""The hardware, models and experiments of Computron's paper (arXiv 2306.13835), in numbers.
 
 Four A100 of 40 GB behind PCIe 4.0, OPT-13B in fp16, tensor parallel 2 x pipeline parallel 2. Every constant comes from
 the source (github.com/dlzou/computron) or from experiment 1, two models that displace each other on blocking requests:
@@ -11,14 +11,19 @@ the source (github.com/dlzou/computron) or from experiment 1, two models that di
   predicts an offload of 1.32 s (published: 1.238) and a load of 1.42 s (1.350).
 - A batch of 0.0574 s, as the engine sees it, is compute and three polls of 5 ms on average: of two workers, and of the
   engine. The published engine overhead, 17 to 23 ms a request, is no constant here: it is two turns of its loop.
+
+`round_robin` is experiment 1, `EXPERIMENT_2` the workloads of experiment 2.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from computron.simulation.arrivals import Settings, generate
 from computron.simulation.hardware import Hardware, Link, SimulatedModel, StepTime
+from computron.simulation.log import Log
+from computron.simulation.simulate import simulate
 from computron.simulation.workload import Arrival, Workload
 
 FRAME_BYTES = 64 << 20
@@ -72,33 +77,43 @@ class Cell:
     def models(self) -> tuple[SimulatedModel, ...]:
         return tuple(opt_13b(f"opt{place}", self.max_batch_size) for place in range(len(self.rates)))
 
-    def workload(self, seed: int, *, as_sent: bool = False) -> Workload:
-        """Gamma arrivals of 30 s. as_sent: as the published client sent them (`sent`), not as they were drawn."""
+    def workload(self, seed: int) -> Workload:
+        """Gamma arrivals of 30 s, as the paper tells it."""
         rates = {model.name: float(rate) for model, rate in zip(self.models, self.rates, strict=True)}
-        drawn = generate(Settings(rates, DURATION, self.cv, seed), self.name)
-        return sent(drawn) if as_sent else drawn
+        return generate(Settings(rates, DURATION, self.cv, seed), self.name)
+
+    def reproduction(self, seed: int) -> list[float]:
+        """Latencies that the published client would have measured: of what it sent, from when its loop sent it."""
+        first = tuple(Arrival(0.0, model.name) for model in self.models)
+        names = tuple(model.name for model in self.models)
+        starts = self._published(Workload(self.name, names, first)).finished
+        arrivals = first + sent(self.workload(seed), dict(zip(names, starts, strict=True)))
+        log = self._published(Workload(self.name, names, arrivals))
+        latencies = [end - begin for begin, end in zip(log.noticed, log.finished, strict=True)]
+        return latencies[len(first) :]
+
+    def _published(self, workload: Workload) -> Log:
+        return simulate(workload, self.hardware, self.models, system="computron2023", warm=False)
 
 
-def sent(drawn: Workload) -> Workload:
-    """When the client of experiments/sim.py sent what was drawn.
+def sent(drawn: Workload, starts: Mapping[str, float]) -> tuple[Arrival, ...]:
+    """When the client of experiments/sim.py sent what was drawn. starts: when each model's first request was answered.
 
     It subtracts from each interval what has passed since before it slept for the last request, so the whole last
-    interval with it: requests come in pairs, twice as many a second, for half as long where intervals are regular. And
-    each model's client starts when its own first request is answered, one swap-in after the other.
+    interval with it: requests come in pairs, twice as many a second, for half as long where intervals are regular.
+    Each model's client begins when its first request, sent at 0, is answered.
     """
-    start = MODEL_BYTES / (TENSOR_PARALLEL * PIPELINE_PARALLEL) / LINK_BANDWIDTH
     arrivals: list[Arrival] = []
-    for place, model in enumerate(drawn.models):
+    for model in drawn.models:
         before = slept = 0.0
-        now = place * start
+        now = starts[model]
         for arrival in drawn.arrivals:
             if arrival.model == model:
                 slept = max(0.0, arrival.time - before - slept)
                 before = arrival.time
                 now += slept
                 arrivals.append(arrival._replace(time=now))
-    arrivals.sort(key=lambda arrival: arrival.time)
-    return replace(drawn, arrivals=tuple(arrivals), settings={**drawn.settings, "as_sent": True})
+    return tuple(sorted(arrivals, key=lambda arrival: arrival.time))
 
 
 def _cells(resident: int, batch: int, published: dict[tuple[int, ...], tuple[float, float, float]]) -> tuple[Cell, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from computron.scheduling.events import ModelSpec
 from computron.scheduling.policies.policy import Policy
 from computron.scheduling.scheduler import Scheduler
+from computron.scheduling.tuning import Tuning
 from computron.simulation.future import Future
 from computron.simulation.group import Decider, VirtualGroup
 from computron.simulation.hardware import Hardware, SimulatedModel
@@ -24,7 +25,7 @@ class Setup:
     max_wait: float
     future: Future
 
-    def scheduler(self, policy: str | Policy, *, prefetch: bool = True) -> Scheduler:
+    def scheduler(self, policy: str | Policy, *, prefetch: bool = True, tuning: Tuning | None = None) -> Scheduler:
         hardware = self.hardware
         return Scheduler(
             frames=hardware.frames,
@@ -34,6 +35,7 @@ class Setup:
             max_wait=self.max_wait,
             prefetch=prefetch,
             max_steps_in_flight=hardware.stages,
+            tuning=tuning,
         )
 
 
