@@ -18,6 +18,7 @@ BELOW: dict[str, set[str]] = {
     "scheduling": set(),
     "routing": set(),
     "simulation": {"scheduling", "routing", "errors"},
+    "profiling": {"simulation", "errors"},
     "group": {"models", *COMMON},
     "node": {"group", "scheduling", "execution", "models", "memory", "_transfer", *COMMON},
     "api": {"node", "group", "scheduling", "execution", "models", "memory", *COMMON},

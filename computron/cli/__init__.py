@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from computron.api.version import installed_version
-from computron.cli import models, serving
+from computron.cli import bench, models, serving
 from computron.cli.output import output
 from computron.cli.simulation.command import simulate
 
@@ -49,4 +49,5 @@ app.command()(serving.serve)
 app.command()(serving.launch)
 app.command()(simulate)
 app.add_typer(models.app, name="models")
+app.add_typer(bench.app, name="bench")
 app.command()(version)

@@ -1,0 +1,143 @@
+"""The commands that measure a running server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from computron.cli.models import DEFAULT_URL, ApiKey, Url
+from computron.cli.output import ASKED_WRONGLY, errors, fail, output
+from computron.errors import ComputronError
+
+if TYPE_CHECKING:
+    from computron.profiling.link import MeasuredLink
+    from computron.profiling.measuring import Measured
+    from computron.profiling.steps import MeasuredSteps
+
+app = typer.Typer(no_args_is_help=True, help="Measure a running server.")
+
+
+@app.command("profile")
+def profile(
+    out: Annotated[Path, typer.Option("--out", help="The profile, to be written.", show_default=False)],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    models: Annotated[str | None, typer.Option(help="Only these: `a,b`.", show_default="all")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="About how long the steps of each model are measured.")] = 20,
+    body: Annotated[
+        list[str] | None,
+        typer.Option(help="`MODEL=FILE.json`: a request to a custom model, may be repeated.", show_default=False),
+    ] = None,
+) -> None:
+    """Measure a server's link, steps and overheads, for `computron simulate --profile`.
+
+    The server must be idle: its models are called, unloaded and loaded. What is measured is what this client sees, the
+    network to it included.
+
+    Examples:
+
+        computron bench profile --out profile.json
+
+        computron bench profile --url gpu-a:8000 --models chat,search --seconds 60 --out gpu-a.json
+
+        computron bench profile --models echo --body echo=request.json --out echo.json
+    """
+    from computron.profiling.measuring import measure
+    from computron.profiling.server import Server
+
+    names = [name.strip() for name in models.split(",")] if models is not None else []
+    bodies = dict(_body(given) for given in body or ())
+    if not out.absolute().parent.is_dir():
+        fail(f"there is no folder {out.parent} to write {out.name} to", ASKED_WRONGLY)
+
+    async def run() -> Measured:
+        async with Server(url, api_key) as server:
+            return await measure(
+                server, models=names, seconds=seconds, bodies=bodies, progress=lambda what: errors.print(what)
+            )
+
+    try:
+        measured = asyncio.run(run())
+        measured.profile.write(out)
+    except ComputronError as error:
+        fail(error.message)
+    except OSError as error:
+        fail(f"{out} cannot be written: {error.strerror}")
+    for table in tables(measured):
+        output.print(table)
+    output.print(f"written to {out}")
+
+
+def _body(given: str) -> tuple[str, Any]:
+    model, equals, path = given.partition("=")
+    if not equals or not model:
+        fail(f'--body takes MODEL=FILE.json, not "{given}"', ASKED_WRONGLY)
+    try:
+        return model, json.loads(Path(path).read_bytes())
+    except OSError as error:
+        fail(f"{path} cannot be read: {error.strerror}", ASKED_WRONGLY)
+    except ValueError as error:
+        fail(f"{path} is no JSON: {error}", ASKED_WRONGLY)
+
+
+def tables(measured: Measured) -> Sequence[Table]:
+    """What was measured, and how well what was fitted foretells it."""
+    return [
+        _link(measured.link),
+        *(_steps(model, steps) for model, steps in measured.steps.items()),
+        _found(measured),
+    ]
+
+
+def _link(measured: MeasuredLink) -> Table:
+    table = Table("load of", "size", "time", "bandwidth", "fit", title="Link", title_justify="left", box=None)
+    for load, error in zip(measured.loads, measured.errors, strict=True):
+        table.add_row(
+            load.model,
+            f"{load.nbytes / 2**20:.1f} MiB",
+            f"{load.seconds * 1e3:.1f} ms",
+            f"{load.nbytes / load.seconds / 1e9:.2f} GB/s",
+            f"{error:+.1%}",
+        )
+    return table
+
+
+def _steps(model: str, measured: MeasuredSteps) -> Table:
+    title = f"Steps of {model}"
+    table = Table("call", "steps", "compute", "calls", "fit", title=title, title_justify="left", box=None)
+    for call, error in zip(measured.calls, measured.fitted.errors, strict=True):
+        table.add_row(
+            call.name, str(call.work.steps), f"{call.seconds * 1e3:.2f} ms", str(call.repeats), f"{error:+.1%}"
+        )
+    return table
+
+
+def _found(measured: Measured) -> Table:
+    hardware = measured.profile.hardware
+    table = Table("what", "", title="Profile", title_justify="left", box=None, show_header=False)
+    table.add_row("link", f"{hardware.link.bandwidth / 1e9:.3f} GB/s, {hardware.link.latency * 1e3:.2f} ms")
+    table.add_row("device", f"{hardware.frames} frames of {hardware.frame_bytes / 2**20:g} MiB")
+    overhead = hardware.request_overhead + hardware.answer_overhead
+    table.add_row("beside steps", f"{overhead * 1e3:.2f} ms a call, {hardware.step_overhead * 1e3:.2f} ms a step")
+    for model in measured.profile.models:
+        step, fitted = model.step, measured.steps[model.name].fitted
+        terms = [f"{step.base * 1e3:.2f} ms"]
+        terms += [f"{step.opening * 1e3:.2f} ms if it takes in a prompt"] if step.opening else []
+        terms += [
+            f"{seconds * 1e6:.3g} us a {what}"
+            for what, seconds in (
+                ("prompt token", step.per_prompt_token),
+                ("request", step.per_sequence),
+                ("cached token", step.per_context_token),
+            )
+            if seconds
+        ]
+        fit = f"fit within {fitted.typical_error:.1%} typically, {fitted.worst_error:.1%} at worst"
+        table.add_row(f"step of {model.name}", f"{' + '.join(terms)} ({fit})")
+    return table
