@@ -254,26 +254,29 @@ class Board:
 
     def file(self, model: ModelState) -> None:
         """Put the model where it belongs after anything about it has changed."""
-        self._file_holder(model)
-        if model.step is not None or not model.has_work:
+        has_work = model.has_work
+        self._file_holder(model, has_work)
+        if model.step is not None or not has_work:
             model.limit = math.inf
-            self._move(model, ())
+            if model.agendas:
+                self._move(model, ())
             return
         model.limit, rank = self._keys(model)
-        if model.residency.complete:
-            self._move(model, self._on_resident)
-        else:
-            self._move(model, self._on_coming if model.loading else self._on_absent)
-        for agenda, key in zip(model.agendas, ((model.limit,), rank), strict=False):
-            agenda.file(model, key)
+        agendas: tuple[Agenda, ...] = self._on_resident
+        if not model.residency.complete:
+            agendas = self._on_coming if model.loading else self._on_absent
+        if model.agendas is not agendas:
+            self._move(model, agendas)
+        agendas[0].file(model, (model.limit,))
+        if agendas is not self._on_coming:
+            agendas[1].file(model, rank)
 
     def _move(self, model: ModelState, agendas: tuple[Agenda, ...]) -> None:
         """Take the model off those agendas that it does not belong on any more."""
-        if model.agendas is not agendas:
-            for agenda in model.agendas:
-                if agenda not in agendas:
-                    agenda.drop(model)
-            model.agendas = agendas
+        for agenda in model.agendas:
+            if agenda not in agendas:
+                agenda.drop(model)
+        model.agendas = agendas
 
     def rank(self, model: ModelState) -> tuple[float, float]:
         """Place of a model with work in the order of `ready` and `absent`; smaller comes first."""
@@ -281,31 +284,37 @@ class Board:
 
     def _keys(self, model: ModelState) -> tuple[float, tuple[float, float]]:
         """Its earliest limit, and its rank. What waits for a place in its own full batch does not count in either."""
-        limit = since = priority = math.inf
-        for ticket in model.admitted.values():
+        waiting, admitted = model.waiting, model.admitted
+        if not admitted:
+            ticket = waiting.most_urgent()
+            return ticket.limit, (-waiting.first_ranked().request.priority, ticket.since)
+        limit = min(ticket.limit for ticket in admitted.values())
+        since = min(ticket.since for ticket in admitted.values())
+        priority = max(ticket.request.priority for ticket in admitted.values())
+        if waiting and model.free_slots > 0:
+            ticket = waiting.most_urgent()
             limit, since = min(limit, ticket.limit), min(since, ticket.since)
-            priority = min(priority, -ticket.request.priority)
-        if model.waiting and model.free_slots > 0:
-            ticket = model.waiting.most_urgent()
-            limit, since = min(limit, ticket.limit), min(since, ticket.since)
-            priority = min(priority, -model.waiting.first_ranked().request.priority)
-        return limit, (priority, since)
+            priority = max(priority, waiting.first_ranked().request.priority)
+        return limit, (-priority, since)
 
-    def _file_holder(self, model: ModelState) -> None:
-        """Keep `idle`, `busy` and the count of pages that idle models hold."""
+    def _file_holder(self, model: ModelState, has_work: bool) -> None:
+        """Keep `idle`, `busy`, `lacking` and the count of pages that idle models hold."""
         residency = model.residency
         holders: dict[str, ModelState] | None = None
-        if residency.count and model.step is None and residency.swap is None and not model.spec.pinned:
-            holders = self.busy if model.has_work else self.idle
+        lacks = False
+        if residency.swap is None and not model.spec.pinned:
+            if residency.count and model.step is None:
+                holders = self.busy if has_work else self.idle
+            lacks = not has_work and not residency.complete and not model.shunned
         if holders is not model.held_in:
             if model.held_in is not None:
                 del model.held_in[model.name]
             if holders is not None:
                 holders[model.name] = model
             model.held_in = holders
+        if lacks != (model.name in self.lacking):
+            _keep(self.lacking, model, lacks)
         pages = residency.count if holders is self.idle else 0
-        out = residency.swap is None and not residency.complete and not model.has_work
-        _keep(self.lacking, model, out and not model.shunned and not model.spec.pinned)
         self.idle_pages += pages - model.idle_pages
         model.idle_pages = pages
 

@@ -199,7 +199,7 @@ class Decisions:
         while (following := board.next_foretold()) is not None and following[0] <= now:
             board.drop_foretold()
             foretold.append(following[1])
-        if board.loading or board.absent:
+        if board.loading or board.absent or not board.lacking:
             return
         foretold = [model for model in foretold if model.name in board.lacking]
         lately = list(islice(reversed(board.lacking.values()), board.tuning.candidates))
