@@ -35,7 +35,7 @@ class Arrivals:
     been seen is taken to vary as the others do.
     """
 
-    __slots__ = ("_interval", "_last", "_square", "_tuning", "_usual", "count")
+    __slots__ = ("_interval", "_last", "_square", "_tuning", "_usual", "count", "variation")
 
     def __init__(self, tuning: Tuning, usual: Mean) -> None:
         self._tuning = tuning
@@ -44,6 +44,7 @@ class Arrivals:
         self.count = 0
         self._interval = Mean(tuning.smoothing)
         self._square = Mean(tuning.smoothing)
+        self.variation = 1.0  # squared coefficient of variation of the intervals
 
     def add(self, now: float) -> None:
         if self._last is not None:
@@ -52,6 +53,7 @@ class Arrivals:
                 self._usual.add(min((interval / self._interval.value) ** 2, 1.0 + self._tuning.max_variation))
             self._interval.add(interval)
             self._square.add(interval * interval)
+            self.variation = self._estimate()
         self._last = now
         self.count += 1
 
@@ -74,7 +76,7 @@ class Arrivals:
         mean = self._interval.value
         if not mean:
             return elapsed
-        variation = self._variation(mean)
+        variation = self.variation
         residual = mean + (variation - 1.0) * min(elapsed, mean)
         if elapsed > self._tuning.quiet * mean * max(1.0, variation):
             return max(residual, elapsed)
@@ -83,22 +85,19 @@ class Arrivals:
     def regular_next(self) -> float | None:
         """When the next request will come, if they come so regularly that this can be said."""
         mean = self._interval.value
-        if self._last is None or not mean or self._variation(mean) > self._tuning.regular:
+        if self._last is None or not mean or self.variation > self._tuning.regular:
             return None
         return self._last + mean
 
-    @property
-    def variation(self) -> float:
-        mean = self._interval.value
-        return self._variation(mean) if mean else 1.0
-
-    def _variation(self, mean: float) -> float:
-        """Squared coefficient of variation of the intervals."""
-        square, usual = self._square.value, self._usual.value
+    def _estimate(self) -> float:
+        mean, square, usual = self._interval.value, self._square.value, self._usual.value
+        assert mean is not None
         assert square is not None
         assert usual is not None
-        seen, prior = self.count - 1, self._tuning.prior
-        relative = (seen * square / (mean * mean) + prior * usual) / (seen + prior)
+        if mean == 0.0:
+            return 1.0
+        prior = self._tuning.prior
+        relative = (self.count * square / (mean * mean) + prior * usual) / (self.count + prior)
         return min(max(0.0, relative - 1.0), self._tuning.max_variation)
 
 

@@ -49,9 +49,9 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
             group = policy.spare(board, target, group, now)
             if not group:
                 break  # those that were used later are still less likely to be spared
-        for model, limit in policy.victims(board, target, group, now):
+        for model in policy.victims(board, target, group, now):
             if model is not target:
-                plan.take_pages(model, limit, policy.whole_models)
+                plan.take_pages(model, policy.whole_models)
             if plan.enough:
                 return plan
     if reach >= Reach.AGREED:
@@ -59,7 +59,7 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
             if model is target or _has_turn(board, target, model, reach, now):
                 continue
             if reach > Reach.AGREED or policy.may_take(board, target, model, now):
-                plan.take_pages(model, whole=policy.whole_models)
+                plan.take_pages(model, policy.whole_models)
             if plan.enough:
                 return plan
     if reach >= Reach.DUE:

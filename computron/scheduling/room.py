@@ -21,7 +21,6 @@ class RoomPlan:
         self._need = need
         self.gained = 0
         self._offered: dict[int, list[tuple[ModelState, int]]] = {}  # content -> those asked for it so far
-        self._rest: dict[str, list[int]] = {}  # model -> its pages not asked for yet, the last one last
         self._evictions: dict[str, list[int]] = {}
         self._last: dict[str, int] = {}  # model without shared pages -> how many of its last ones leave
         self._caches: dict[str, int] = {}
@@ -35,19 +34,16 @@ class RoomPlan:
         """Cache frames that no sequence of the model needs."""
         self._shrink(model, model.cache_need())
 
-    def take_pages(self, model: ModelState, limit: int | None = None, whole: bool = False) -> None:
-        """Pages from the end of the model, as many as are needed and at most `limit`; all of them if `whole`."""
+    def take_pages(self, model: ModelState, whole: bool) -> None:
+        """Pages from the end of the model, as many as are needed; all of them if `whole`. Asked once for each model."""
         residency = model.residency
         if not residency.shared:
-            self._take_last(model, limit, whole)
+            self._take_last(model, whole)
             return
-        rest = self._rest.get(model.name)
-        if rest is None:
-            rest = self._rest[model.name] = list(residency.mapped_pages())
+        rest = list(residency.mapped_pages())
         taken = self._evictions.setdefault(model.name, [])
-        stop = 0 if limit is None else max(0, len(rest) - limit)
         holders = self._board.ledger.holders
-        while len(rest) > stop and (whole or not self.enough):
+        while rest and (whole or not self.enough):
             page = rest.pop()
             content = residency.contents[page]
             if content in self._keep:
@@ -64,17 +60,13 @@ class RoomPlan:
                 for holder, shared in asked:
                     self._evictions[holder.name].append(shared)
 
-    def _take_last(self, model: ModelState, limit: int | None, whole: bool) -> None:
+    def _take_last(self, model: ModelState, whole: bool) -> None:
         """Each of its pages is the only one with its content, so that counting them is enough."""
-        taken = self._last.get(model.name, 0)
-        count = model.residency.count - taken
-        if limit is not None:
-            count = min(count, limit)
+        count = model.residency.count
         if not whole:
             count = min(count, self._need - self.gained)
-        if count > 0:
-            self._last[model.name] = taken + count
-            self.gained += count
+        self._last[model.name] = count
+        self.gained += count
 
     def take_sequence(self, ticket: Ticket) -> None:
         """Drop a paused sequence's cache; it will be computed anew."""

@@ -17,8 +17,6 @@ class Tuning:
         steps. Above 1 so that a step that is longer than estimated still hides behind the transfer; 0 never starts
         early.
     candidates: how many models, the first of their order, are weighed for one decision. Bounds its cost.
-    hidden_value: value of a page at the end of an image whose transfer hides behind the model's own compute, as a
-        share of the value of a page at its beginning. Above 0 because it still takes the link from others.
     swap_retries: how often a failed swap-in is tried again before the requests that wait for it are rejected.
     smoothing: weight of the newest sample in every running mean.
     prior: as many intervals of all models together count in the variation of a model as if they were its own.
@@ -36,7 +34,6 @@ class Tuning:
     lead_share: float = 0.5
     early_start: float = 1.2
     candidates: int = 16
-    hidden_value: float = 0.5
     swap_retries: int = 2
     smoothing: float = 0.1
     quiet: float = 3.0

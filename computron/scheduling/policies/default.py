@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from computron.scheduling.board import Board
 from computron.scheduling.models import ModelState
-from computron.scheduling.policies.policy import Offer
 
 
 class Default:
@@ -17,8 +16,8 @@ class Default:
     2. Several absent models have work: of the highest priority, the one that serves most requests for each second of
        link and device comes first, counting those that will probably arrive meanwhile. The others follow in that order
        if their frames can be had from models without work, so that the link is never idle for the sake of order.
-    3. Pages leave where they are worth least: what is expected to be wanted latest, and of each model first those last
-       pages whose transfer would hide behind its own first steps.
+    3. Pages leave whose model is expected to be wanted latest: as many as are needed, the last ones first, so that what
+       stays is what its next run needs first.
     4. A model with work gives its frames to one without a place when its turn is over and the requests of the other
        have together waited for as long as its own requests would lose by the change: rent for as long as buying costs.
     5. On an idle link the model is fetched whose next request is expected first, if those that give pages for it are
@@ -27,6 +26,7 @@ class Default:
 
     name = "default"
     whole_models = False
+    alone = False
 
     def next_request(self, model: ModelState, now: float) -> float | None:
         return model.arrivals.regular_next()
@@ -50,22 +50,8 @@ class Default:
             return float("inf")
         return (min(model.work, model.spec.max_batch_size) + model.arrivals.rate * seconds) / seconds
 
-    def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Iterable[Offer]:
-        offers: list[tuple[float, ModelState, int | None]] = []
-        for model in idle:
-            worth = 1.0 / max(self.next_in(model, now), 1e-9)
-            hidden = self._hidden_pages(board, model)
-            if hidden:
-                offers.append((worth * board.tuning.hidden_value, model, hidden))
-            offers.append((worth, model, None))
-        offers.sort(key=lambda offer: offer[0])
-        return ((model, limit) for _, model, limit in offers)
-
-    def _hidden_pages(self, board: Board, model: ModelState) -> int:
-        """How many of its last pages may be missing at no loss: their transfer hides behind its first step."""
-        step = model.steps.expected(opening=True) or 0.0
-        missing = len(model.spec.pages) - model.residency.count
-        return max(0, int(step / board.link.seconds(1)) - missing)
+    def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Sequence[ModelState]:
+        return sorted(idle, key=lambda model: -self.next_in(model, now))
 
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         change = swap_seconds(board, target) + board.link.seconds(len(victim.spec.pages))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from computron.scheduling.board import Board
 from computron.scheduling.models import ModelState
-from computron.scheduling.policies.policy import Offer
 
 
 class Lru:
@@ -20,6 +19,7 @@ class Lru:
 
     name = "lru"
     whole_models = True
+    alone = False
 
     def next_request(self, model: ModelState, now: float) -> float | None:
         return None
@@ -30,8 +30,8 @@ class Lru:
     def next_to_bring(self, board: Board, absent: Sequence[ModelState], now: float) -> list[ModelState]:
         return list(absent[:1])
 
-    def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Iterable[Offer]:
-        return ((model, None) for model in idle)
+    def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Sequence[ModelState]:
+        return idle
 
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         return oldest(victim) > oldest(target)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from computron.scheduling.board import Board
 from computron.scheduling.models import ModelState
-
-Offer = tuple[ModelState, int | None]  # a model, and how many pages from its end may be taken at most
 
 
 class Policy(Protocol):
@@ -16,6 +14,7 @@ class Policy(Protocol):
 
     name: str
     whole_models: bool  # who leaves, leaves with all its pages
+    alone: bool  # who comes has the device to itself, but for pinned models
 
     def next_request(self, model: ModelState, now: float) -> float | None:
         """When the model's next request will come, if that can be said so well that fetching for it pays."""
@@ -26,7 +25,7 @@ class Policy(Protocol):
     def next_to_bring(self, board: Board, absent: Sequence[ModelState], now: float) -> list[ModelState]:
         """The models of `absent` (with work, in order of rank) that are worth a swap-in, the best first."""
 
-    def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Iterable[Offer]:
+    def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Sequence[ModelState]:
         """In which order pages leave for `target`. `idle`: models without work, the one longest unused first."""
 
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
