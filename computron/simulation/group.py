@@ -189,7 +189,7 @@ class VirtualGroup:
         swap = self._swaps.pop(model)
         self._log_swap(model, transfer, transfer.frames, cancelled=False)
         step = self._steps.get(model)
-        if step is not None and step.arrivals is None:
+        if step is not None and step.arrivals is None and all(step is not held for held, _ in self._held):
             step.arrivals = self._segments(model, swap)
         self._let_go(model)
         self._pipeline.go_on()
@@ -218,7 +218,7 @@ class VirtualGroup:
         for step, behind in self._held:
             behind.discard(ended)
             if not behind:
-                step.arrivals = ()
+                step.arrivals = (self._clock.now,)
         self._held = [held for held in self._held if held[1]]
 
     def _cancel(self, model: str) -> None:
