@@ -12,7 +12,7 @@ the source (github.com/dlzou/computron) or from experiment 1, two models that di
 - A batch of 0.0574 s, as the engine sees it, is compute and three polls of 5 ms on average: of two workers, and of the
   engine. The published engine overhead, 17 to 23 ms a request, is no constant here: it is two turns of its loop.
 
-`round_robin` is experiment 1, `EXPERIMENT_2` the workloads of experiment 2.
+`EXPERIMENT_1` and `EXPERIMENT_2` are its runs.
 """
 
 from __future__ import annotations
@@ -30,19 +30,18 @@ FRAME_BYTES = 64 << 20
 LINK_BANDWIDTH = 25e9  # bytes a second, one way, a GPU
 DUPLEX = 0.78
 MODEL_BYTES = 26_000_000_000  # OPT-13B, fp16
-TENSOR_PARALLEL = 2
-PIPELINE_PARALLEL = 2
-COMPUTE_SECONDS = 0.0574 - 3 * 0.005  # of a batch, both stages
+POLL_SECONDS = 0.005  # half of what lies between two looks of a worker or the engine
+COMPUTE_SECONDS = 0.0574 - 3 * POLL_SECONDS  # of a batch, both stages of 2x2
 HTTP_SECONDS = 0.001  # each way, of systems whose clients are not in the scheduler's process (bench_overhead)
 DURATION = 30.0  # seconds, experiments/sim.py
 
 
-def opt_13b(name: str, max_batch_size: int, nodes: int = TENSOR_PARALLEL * PIPELINE_PARALLEL) -> SimulatedModel:
+def opt_13b(name: str, max_batch_size: int, nodes: int = 4, seconds: float = COMPUTE_SECONDS) -> SimulatedModel:
     """One node's share. All of a batch takes one step: short prompts, one token of output."""
-    return SimulatedModel(name, MODEL_BYTES // nodes, StepTime(COMPUTE_SECONDS), max_batch_size)
+    return SimulatedModel(name, MODEL_BYTES // nodes, StepTime(seconds), max_batch_size)
 
 
-def a100s(resident: int, nodes: int = 4, stages: int = PIPELINE_PARALLEL) -> Hardware:
+def a100s(resident: int, nodes: int = 4, stages: int = 2) -> Hardware:
     """Memory for so many whole models, and not a byte more."""
     frames = resident * opt_13b("", 1, nodes).pages(FRAME_BYTES)
     return Hardware(
@@ -53,6 +52,48 @@ def a100s(resident: int, nodes: int = 4, stages: int = PIPELINE_PARALLEL) -> Har
         request_overhead=HTTP_SECONDS,
         answer_overhead=HTTP_SECONDS,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRobin:
+    """One of the runs of experiment 1: two models in turn, room for one, each request once the one before is answered.
+
+    batch: published seconds of a batch, as the engine saw it. published: mean seconds of a response.
+    """
+
+    tensor_parallel: int
+    pipeline_parallel: int
+    batch: float
+    published: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.tensor_parallel}x{self.pipeline_parallel}"
+
+    def responses(self) -> list[float]:
+        """Of 24 requests; the first four, as published, do not count."""
+        nodes, stages = self.tensor_parallel * self.pipeline_parallel, self.pipeline_parallel
+        compute = self.batch - (stages + 1) * POLL_SECONDS
+        models = tuple(opt_13b(f"opt{place}", 4, nodes, compute) for place in range(2))
+        arrivals: list[Arrival] = []
+        now, responses = 0.0, []
+        for turn in range(24):
+            arrivals.append(Arrival(now, models[turn % 2].name))
+            workload = Workload(self.name, tuple(model.name for model in models), tuple(arrivals))
+            log = simulate(workload, a100s(1, nodes, stages), models, system="computron2023", warm=False)
+            responses.append(log.finished[turn] - now)
+            now = log.finished[turn]
+        return responses[4:]
+
+
+EXPERIMENT_1 = (
+    RoundRobin(1, 1, 0.0400, 1.408),
+    RoundRobin(2, 1, 0.0475, 0.801),
+    RoundRobin(4, 1, 0.0495, 0.761),
+    RoundRobin(1, 2, 0.0486, 0.924),
+    RoundRobin(1, 4, 0.0607, 0.722),
+    RoundRobin(2, 2, 0.0574, 0.502),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ import pytest
 from computron.scheduling.actions import CancelSwap, Evict, EvictionReason, RaiseUrgency, Run, SwapIn, Urgency, WakeAt
 from computron.scheduling.events import (
     ModelAdded,
-    RequestArrived,
     StepFinished,
     SwapCancelled,
     SwapFinished,
