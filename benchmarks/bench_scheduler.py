@@ -4,8 +4,8 @@ The scheduler that serves, on a virtual clock: requests come as a Poisson proces
 second as keep the link busy for 70 % of the time if the most popular models stay on the device. A driver, which is not
 counted, moves the clock, ends transfers and steps, and obeys. Each call of `Scheduler.handle` is timed by itself, with
 the CPU clock of the thread, so that what else runs on the machine counts as little as can be; reading that clock (under
-half a microsecond) is in the figures. Garbage is collected as ever, but what stands when the requests begin is frozen, as it
-is in a server.
+half a microsecond) is in the figures. Garbage is collected as ever, but what stands when the requests begin is frozen,
+as it is in a server.
 
 `scheduler.us_per_event` is the mean over all requests of the large run; p50, p99 and the maximum stand beside it, and
 how many requests a second the scheduler alone could decide.
