@@ -25,6 +25,14 @@ PROMISED = {
         *(f"parallel.{grid}.overhead_ms" for grid in ("1x1", "2x1", "4x1", "1x2", "1x4", "2x2")),
     },
     "bench_overhead": {"overhead.rps_share", "overhead.added_p50_ms"},
+    "bench_rivals": {
+        f"rivals.{rival}.{figure}"
+        for rival in (
+            *("ray_serve", "torch_to", "switcher", "transformers_serve", "vllm_cpu"),
+            *("embed.ray_serve", "embed.torch_to", "embed.switcher"),
+        )
+        for figure in ("median_ratio", "p99_ratio")
+    },
     "bench_scheduler": {
         *(f"scheduler.{name}" for name in ("us_per_event", "p50_us", "p99_us", "max_us", "requests_per_second")),
         *(f"scheduler.idle_{count}.us_per_event" for count in (100, 1_000, 10_000)),
