@@ -33,6 +33,14 @@ PROMISED = {
         )
         for figure in ("median_ratio", "p99_ratio")
     },
+    "bench_simulation_fidelity": {
+        f"fidelity.{workload}.p{share}_error"
+        for workload in (
+            *("embed_uniform_cv0.25", "embed_uniform_cv1", "embed_skewed_cv4"),
+            *("generate_uniform_cv0.25", "generate_skewed_cv1", "generate_skewed_cv4"),
+        )
+        for share in (50, 99)
+    },
     "bench_scheduler": {
         *(f"scheduler.{name}" for name in ("us_per_event", "p50_us", "p99_us", "max_us", "requests_per_second")),
         *(f"scheduler.idle_{count}.us_per_event" for count in (100, 1_000, 10_000)),
