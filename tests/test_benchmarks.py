@@ -33,6 +33,12 @@ PROMISED = {
         )
         for figure in ("median_ratio", "p99_ratio")
     },
+    "bench_production_trace": {
+        f"trace.f{factor}.x{rate}.{row}"
+        for factor in (20, 100, 400)
+        for rate in (1, 4, 8)
+        for row in ("gpus_default", "gpus_computron2023", "gpus_all_resident", "gpus_gpu_per_model", "longest_wait")
+    },
     "bench_simulation_fidelity": {
         f"fidelity.{workload}.p{share}_error"
         for workload in (
