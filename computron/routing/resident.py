@@ -15,9 +15,9 @@ class Resident:
        go on at once, and a run follows its pages as they come, so that the longer of the two counts. A model with
        requests there already is on its way: it is not brought twice.
     2. Rent, unless the group is the model's home: the model takes memory there that others would have. That costs
-       nothing while there is room for it; else as much as bringing the model takes, less where what would have to
-       leave has not been used for longer: times (youngest age / age), the age being the silence of the model that was
-       used longest ago, the youngest that of the group under most pressure.
+       nothing while there is room for it; else a share (`rent`) of what bringing the model takes, and less where what
+       would have to leave has been silent for longer: times (youngest age / age), the age being that of the model
+       used longest ago in a group, the youngest that of the group under most pressure.
 
     The home is the group where the model came first, until it has left there; then one that has it still. So a hot
     model is spread when waiting costs more than one more copy, and copies that are needed no more fall silent and

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 class Tuning:
     """How a router weighs what it cannot know.
 
-    rent: what frames cost that another model would have had, as a share of the seconds that bringing their content
-        takes. 1: whatever leaves has to come back some day, and then costs what its place costs now.
+    rent: what a place costs that others would have, as a share of the seconds that filling it takes. 1: all that leaves
+        for it has to come back while the model is there; below that, since some is not asked for in that time.
     smoothing: weight of the newest sample in the running mean of a model's seconds for each request.
     first_guess: seconds that a request is taken to need before any request of any model has ended.
     """
 
-    rent: float = 1.0
+    rent: float = 0.5
     smoothing: float = 0.2
     first_guess: float = 1.0

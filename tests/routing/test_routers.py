@@ -149,7 +149,7 @@ def test_a_copy_that_would_displace_others_costs_more_than_one_into_free_memory(
     settle(it, 1, "m1", 9.0)
     settle(it, 1, "m2", 9.0)
     choices = [it.route("m0", 10.0) for _ in range(10)]
-    assert choices.index(1) == 8  # 2 s to bring it, and as much for what leaves
+    assert choices.index(1) == 6  # 2 s to bring it, and half as much for what leaves
 
 
 def test_a_cold_model_comes_where_silence_is_longest() -> None:
