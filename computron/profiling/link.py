@@ -35,9 +35,11 @@ class MeasuredLink:
 
 async def measure_link(server: Server, models: Sequence[Details]) -> MeasuredLink:
     """Take each model off the device and bring it back, some times. Raises CannotProfile."""
-    movable = [model for model in models if not model.pinned]
+    movable = [model for model in models if model.bytes and not model.pinned]
     if not movable:
-        raise CannotProfile("all models to be measured are pinned, and a pinned model's load cannot be timed")
+        raise CannotProfile(
+            "the link cannot be measured: all models asked for are pinned, or have no weights to be loaded"
+        )
     loads = [await _time_loads(server, model.id) for model in movable]
     link = fit_link(loads)
     errors = tuple((link.latency + load.nbytes / link.bandwidth) / load.seconds - 1.0 for load in loads)

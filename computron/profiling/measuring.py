@@ -64,8 +64,12 @@ async def measure(
         step_overhead=statistics.median(between) if between else 0.0,
     )
     described = tuple(_described(model, steps[model.id], frame_bytes) for model in chosen)
-    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Measured(Profile(hardware, described, {"server": server.url, "measured": when}), link, steps)
+    source = {
+        "server": server.url,
+        "version": await server.version(),
+        "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    return Measured(Profile(hardware, described, source), link, steps)
 
 
 def _device(server: Server, values: Mapping[tuple[str, str], float], name: str) -> int:

@@ -52,6 +52,10 @@ class _List(msgspec.Struct, frozen=True):
     data: list[Details]
 
 
+class _Version(msgspec.Struct, frozen=True):
+    version: str
+
+
 @dataclass(frozen=True, slots=True)
 class Counts:
     """What the server has counted of one model since its start."""
@@ -115,6 +119,9 @@ class Server:
             return msgspec.json.decode(body, type=kind)
         except msgspec.DecodeError as error:
             raise CannotProfile(f"{self.url} is no Computron server of this version: {error}") from error
+
+    async def version(self) -> str:
+        return self._decoded(await self._call("GET", "/version"), _Version).version
 
     async def load(self, model: str) -> None:
         """Bring all of it to the device."""

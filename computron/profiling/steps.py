@@ -54,7 +54,7 @@ async def measure_steps(server: Server, model: Details, seconds: float, body: An
     timings = await _time_shapes(server, model, shapes, asks, seconds)
     calls = [
         Timed(shape.name, shape.work(steps), statistics.median(seconds for seconds, _ in samples), len(samples))
-        for (shape, steps), samples in timings.items()
+        for (shape, steps), samples in sorted(timings.items(), key=lambda timed: shapes.index(timed[0][0]))
         if len(samples) >= FEWEST
     ]
     terms = GENERATES if kind == "generate" else LOOKS if kind == "other" else READS

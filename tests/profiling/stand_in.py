@@ -37,6 +37,7 @@ class StandIn:
         app.router.add_post("/v1/models/{model}/infer", self._infer)
         app.router.add_post("/v1/models/{model}/{order}", self._order)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/version", self._version)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/embeddings", self._embed)
         return app
@@ -68,6 +69,9 @@ class StandIn:
             "queue_depth": self.queue_depth,
             "running": 0,
         }
+
+    async def _version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": "1.2.3"})
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [self._details(model) for model in self.steps]})

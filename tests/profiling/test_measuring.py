@@ -35,6 +35,7 @@ async def test_profile_of_a_server_has_its_numbers(serving: Serving, tmp_path: P
     assert (chat.continuous, embed.continuous) == (True, False)
     assert (chat.bytes, chat.segments, chat.max_batch_size) == (server.sizes["chat"], 6, 4)
     assert (chat.cache_bytes_per_token, embed.cache_bytes_per_token) == (512.0, 0.0)
+    assert found.profile.source["version"] == "1.2.3"
     found.profile.write(tmp_path / "profile.json")
     assert Profile.read(tmp_path / "profile.json") == found.profile
 
@@ -73,10 +74,13 @@ async def test_custom_model_without_a_body_is_told(serving: Serving) -> None:
         await measured(serving, StandIn({"custom": CUSTOM}))
 
 
-async def test_pinned_models_are_told(serving: Serving) -> None:
+@pytest.mark.parametrize("why", ["pinned", "without weights"])
+async def test_link_that_nothing_can_be_loaded_over_is_told(why: str, serving: Serving) -> None:
     server = StandIn({"embed": EMBED})
-    server.pinned = True
-    with pytest.raises(CannotProfile, match="pinned"):
+    server.pinned = why == "pinned"
+    if why == "without weights":
+        server.sizes["embed"] = 0
+    with pytest.raises(CannotProfile, match="the link cannot be measured"):
         await measured(serving, server)
 
 
