@@ -47,6 +47,38 @@ PROMISED = {
         )
         for share in (50, 99)
     },
+    "bench_workloads": {
+        *(
+            f"cells.{cell}.cv{cv}.{row}"
+            for cell in (
+                *("3x2.1-1-1", "3x2.10-1-1", "3x2.10-10-1"),
+                *("6x4.1-1-1-1-1-1", "6x4.10-10-1-1-1-1", "6x4.10-10-10-10-1-1"),
+            )
+            for cv in ("0.25", "1", "4")
+            for row in (
+                *("mean_ratio", "p99_ratio", "over_clairvoyant", "over_all_resident"),
+                *("published", "lowest", "highest"),
+            )
+        ),
+        *("reproduction.cells_inside", "reproduction.geometric_mean"),
+        *(f"experiment1.{grid}.response" for grid in ("1x1", "2x1", "4x1", "1x2", "1x4", "2x2")),
+        *(
+            f"without.{part}.{row}"
+            for part in (
+                *("prefetch", "early_start", "amortisation", "partial_models"),
+                *("dropping_weights", "own_small_copies"),
+            )
+            for row in ("cv0.25", "cv1", "cv4", "worst")
+        ),
+    },
+    "bench_workloads_live": {
+        *("live.step_seconds", "live.swap_seconds"),
+        *(
+            f"live.{cell}.{row}"
+            for cell in ("3x2.1-1-1.cv0.25", "3x2.10-1-1.cv0.25", "3x2.10-1-1.cv1", "3x2.10-1-1.cv4")
+            for row in ("over_lru", "over_all_resident", "p99_over_lru", "p99_over_all_resident")
+        ),
+    },
     "bench_scheduler": {
         *(f"scheduler.{name}" for name in ("us_per_event", "p50_us", "p99_us", "max_us", "requests_per_second")),
         *(f"scheduler.idle_{count}.us_per_event" for count in (100, 1_000, 10_000)),

@@ -1,0 +1,117 @@
+"""The workloads of Computron's experiment 2, simulated for many seeds, every system on the same arrivals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+
+import numpy as np
+from numpy.typing import NDArray
+
+from computron.scheduling.policies.default import Default
+from computron.scheduling.tuning import Tuning
+from computron.simulation.group import Decider
+from computron.simulation.presets import EXPERIMENT_2, Cell
+from computron.simulation.simulate import simulate
+from computron.simulation.surroundings import Surroundings
+from computron.simulation.systems import SYSTEMS, Setup, System
+
+WITHOUT = "without "  # before the name of a part, the name of the default policy that lacks it
+
+
+class WholeModels(Default):
+    """The default policy, but a model comes and leaves as a whole."""
+
+    name = "whole-models"
+    whole_models = True
+
+
+def _tuned(part: str, tuning: Tuning) -> System:
+    return System(WITHOUT + part, lambda setup: setup.scheduler("default", tuning=tuning))
+
+
+def _whole_models(setup: Setup) -> Decider:
+    return setup.scheduler(WholeModels())
+
+
+def _default(setup: Setup) -> Decider:
+    return setup.scheduler("default")
+
+
+# What the default policy is without one of its parts, or on hardware that is used as the published system used it.
+ABLATIONS = (
+    System(WITHOUT + "prefetch", lambda setup: setup.scheduler("default", prefetch=False)),
+    _tuned("early_start", Tuning(early_start=0.0)),
+    _tuned("amortisation", Tuning(keep=0.0)),
+    System(WITHOUT + "partial_models", _whole_models),
+    System(WITHOUT + "dropping_weights", _default, surroundings=Surroundings(write_back=True)),
+    System(WITHOUT + "own_small_copies", _default, surroundings=Surroundings(steps_behind_copies=True)),
+)
+_BY_NAME = {**SYSTEMS, **{system.name: system for system in ABLATIONS}}
+
+Latencies = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Seconds of one seed's requests. reproduced: what the published client would have measured of computron2023."""
+
+    latencies: dict[str, Latencies]
+    reproduced: Latencies | None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All seeds of one cell that have any request."""
+
+    cell: Cell
+    samples: tuple[Sample, ...]
+
+    def mean(self, system: str) -> float:
+        """The mean over the seeds of their mean latencies."""
+        return float(np.mean([sample.latencies[system].mean() for sample in self.samples]))
+
+    def p99(self, system: str) -> float:
+        """Of the requests of all seeds together."""
+        return float(np.percentile(np.concatenate([sample.latencies[system] for sample in self.samples]), 99))
+
+    @property
+    def reproduced(self) -> list[float]:
+        """The mean of each seed, as the published client would have measured it."""
+        return [float(sample.reproduced.mean()) for sample in self.samples if sample.reproduced is not None]
+
+
+def measure(
+    systems: Sequence[str],
+    seeds: Iterable[int],
+    jobs: int,
+    *,
+    cells: Sequence[Cell] = EXPERIMENT_2,
+    reproduce: bool = True,
+) -> list[Measured]:
+    """In the order of `cells`, whatever `jobs`, the number of processes."""
+    seeds = tuple(seeds)
+    work = [(cell, seed) for cell in cells for seed in seeds]
+    run = partial(sample, systems=tuple(systems), reproduce=reproduce)
+    if jobs == 1:
+        samples = [run(task) for task in work]
+    else:
+        with get_context("spawn").Pool(jobs) as pool:
+            samples = pool.map(run, work, chunksize=len(seeds))
+    found = [samples[place * len(seeds) : (place + 1) * len(seeds)] for place in range(len(cells))]
+    return [Measured(cell, tuple(one for one in of if one is not None)) for cell, of in zip(cells, found, strict=True)]
+
+
+def sample(task: tuple[Cell, int], *, systems: Sequence[str], reproduce: bool) -> Sample | None:
+    """None where the seed gives no request."""
+    cell, seed = task
+    workload = cell.workload(seed)
+    if not workload.arrivals:
+        return None
+    latencies = {}
+    for name in systems:
+        log = simulate(workload, cell.hardware, cell.models, system=_BY_NAME[name])
+        latencies[name] = np.array(log.finished) - np.array(log.arrived)
+    return Sample(latencies, np.array(cell.reproduction(seed)) if reproduce else None)
