@@ -63,6 +63,10 @@ class Arrivals:
         mean = self._interval.value
         return 1.0 / mean if mean else 0.0
 
+    def silence(self, now: float) -> float:
+        """Seconds since the last request; 0 if there was none."""
+        return 0.0 if self._last is None else max(0.0, now - self._last)
+
     def next_in(self, now: float) -> float:
         """Expected seconds until the next request, infinite for a model that never had one.
 
@@ -72,14 +76,13 @@ class Arrivals:
         """
         if self._last is None:
             return math.inf
-        elapsed = max(0.0, now - self._last)
-        mean = self._interval.value
+        elapsed = now - self._last if now > self._last else 0.0
+        mean, variation = self._interval.value, self.variation
         if not mean:
             return elapsed
-        variation = self.variation
-        residual = mean + (variation - 1.0) * min(elapsed, mean)
-        if elapsed > self._tuning.quiet * mean * max(1.0, variation):
-            return max(residual, elapsed)
+        residual = mean + (variation - 1.0) * (elapsed if elapsed < mean else mean)
+        if elapsed > residual and elapsed > self._tuning.quiet * mean * (variation if variation > 1.0 else 1.0):
+            return elapsed
         return residual
 
     def regular_next(self) -> float | None:

@@ -48,7 +48,7 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
         if reach == Reach.SPARE:
             group = policy.spare(board, target, group, now)
             if not group:
-                break  # those that were used later are still less likely to be spared
+                break  # in those that were used later there would be still less
         for model in policy.victims(board, target, group, now):
             if model is not target:
                 plan.take_pages(model, policy.whole_models)

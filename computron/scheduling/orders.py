@@ -50,10 +50,10 @@ class Orders:
         frames = board.ledger.lacking(residency)
         if frames > board.ledger.free:
             self.set_cache(model, min(residency.cache, model.least_cache_need(now + board.lead)))
-        room = frames + self._cache_gap(model, now)
-        if self._policy.alone:
-            room = max(room, board.room_alone(model) + frames - residency.cache)
-        while not self._make_room(model, room, reach, REASONS[urgency], now):
+        alone = board.room_alone(model) + frames - residency.cache if self._policy.alone else 0
+        while not self._make_room(
+            model, max(alone, frames + self._cache_gap(model, now)), reach, REASONS[urgency], now
+        ):
             if reach < Reach.ALL or not self._preempt_own(model):
                 return False
         seconds = board.link.seconds(frames)

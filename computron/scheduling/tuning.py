@@ -25,8 +25,8 @@ class Tuning:
     max_variation: ceiling of the squared coefficient of variation of a model's arrivals; a few samples overstate it.
     regular: up to this squared coefficient of variation the next request of a model can be foretold.
     fetch_lead: a model whose next request can be foretold is fetched this many swap-in times before it.
-    fetch_margin: pages leave for a model that nobody waits for only if their own is expected later by one plus this
-        times the squared variation of its arrivals: what comes at random says little of what comes next.
+    fetch_margin: pages leave for a model that nobody waits for only if their own is expected so many times later: one
+        plus this times the squared variation of the fetched one's arrivals.
     history: how many of the last events an error tells.
     """
 
@@ -38,9 +38,9 @@ class Tuning:
     smoothing: float = 0.1
     quiet: float = 3.0
     max_variation: float = 16.0
-    regular: float = 0.5
+    regular: float = 0.3
     fetch_lead: float = 1.5
-    fetch_margin: float = 8.0
+    fetch_margin: float = 4.0
     prior: float = 20.0
     pooled_smoothing: float = 0.02
     history: int = 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -200,17 +201,11 @@ class VirtualGroup:
     def _segments(self, model: str, swap: Swap) -> tuple[float, ...]:
         """When each segment of the model had come, from the first to the last."""
         count = self._page_counts[model]
-        position = {page: place for place, page in enumerate(swap.new)}
         segments = min(self._models[model].segments, count) or 1
         arrivals = []
-        latest = -1
-        page = 0
         for segment in range(segments):
-            end = (segment + 1) * count // segments
-            while page < end:
-                latest = max(latest, position.get(page, -1))
-                page += 1
-            arrivals.append(swap.transfer.arrival(latest) if latest >= 0 else 0.0)
+            came = bisect_left(swap.new, (segment + 1) * count // segments)  # pages come in ascending order
+            arrivals.append(swap.transfer.arrival(came - 1) if came else 0.0)
         return tuple(arrivals)
 
     def _let_go(self, ended: str) -> None:

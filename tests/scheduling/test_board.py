@@ -5,6 +5,7 @@ from __future__ import annotations
 from driver import Driver, spec
 
 from computron.scheduling.agenda import Agenda
+from computron.scheduling.tuning import Tuning
 
 
 def board_of(driver: Driver):
@@ -40,7 +41,7 @@ def test_forecast_leaves_with_its_model():
 
 
 def test_later_request_replaces_the_forecast_of_an_earlier_one():
-    driver = Driver(4, [spec("a", 2)], prefetch=False)
+    driver = Driver(4, [spec("a", 2)], prefetch=False, tuning=Tuning(regular=1.0))
     starts = []
     for number in range(4):
         driver.arrive(number, "a", 1.0 * number)

@@ -123,7 +123,7 @@ def test_fetch_ahead_takes_nothing_from_models_that_will_be_wanted_sooner():
 
 def test_fetch_ahead_gives_way_to_a_growing_cache():
     models = [spec("a", 1, continuous=True, blocks_per_frame=1.0), spec("c", 10), spec("d", 6)]
-    driver = Driver(14, models, step_seconds=0.1)
+    driver = Driver(14, models, step_seconds=0.1, tuning=Tuning(regular=1.0))
     for number in range(3):
         driver.arrive(number, "c", 2.0 * number)
     driver.arrive(10, "d", 4.2)

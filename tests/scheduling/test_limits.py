@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from driver import Driver, spec
 
-from computron.scheduling.actions import Evict, EvictionReason, Run, SwapIn, Urgency
+from computron.scheduling.actions import Evict, EvictionReason, Preempt, Run, SwapIn, Urgency
 from computron.scheduling.events import LoadAsked, ModelAdded, ModelRemoved, Request, RequestArrived, UnloadAsked
 from computron.scheduling.policies import POLICIES
+from computron.scheduling.tuning import Tuning
 
 
 @pytest.fixture(params=sorted(POLICIES))
@@ -153,3 +154,14 @@ def test_removed_model_is_forgotten_and_its_frames_are_free(policy):
     assert scheduler.models == ("b",)
     [reject] = scheduler.handle(RequestArrived(Request(3, "a", driver.now)), driver.now)
     assert reject.reason == "unknown_model"
+
+
+def test_model_that_lost_a_page_while_its_sequences_grew_lets_one_of_them_go():
+    models = [spec("other", 1, batch=1), spec("long", 4, batch=2, continuous=True, blocks_per_frame=1.0)]
+    driver = Driver(9, models, step_seconds=0.5, max_wait=0.2, prefetch=False, tuning=Tuning(keep=0.0))
+    driver.arrive(1, "other", 1.0)
+    driver.arrive(2, "long", steps=3, growth=1, blocks=3)
+    driver.arrive(3, "long", steps=2, blocks=1)
+    driver.drain()
+    assert driver.of(Preempt) == [Preempt("long", 3)]
+    assert set(driver.outcomes.values()) == {"finished"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from computron.scheduling.board import Board
@@ -20,8 +21,8 @@ class Default:
        stays is what its next run needs first.
     4. A model with work gives its frames to one without a place when its turn is over and the requests of the other
        have together waited for as long as its own requests would lose by the change: rent for as long as buying costs.
-    5. On an idle link the model is fetched whose next request is expected first, if those that give pages for it are
-       expected so much later that chance does not decide.
+    5. On an idle link, of the models whose requests come regularly, that one is fetched which is expected first, if
+       those that give pages for it are expected so much later that chance does not decide.
     """
 
     name = "default"
@@ -34,6 +35,13 @@ class Default:
     def next_in(self, model: ModelState, now: float) -> float:
         """Expected seconds until the model's next request."""
         return model.arrivals.next_in(now)
+
+    def missed_in(self, model: ModelState, now: float) -> float:
+        """The same for who decides what leaves: the longer a model has been silent, the more its past is doubted.
+
+        Where requests come at random, this lies half-way between least recently and least frequently used.
+        """
+        return self.next_in(model, now) + min(1.0, model.arrivals.variation) * model.arrivals.silence(now)
 
     def next_to_run(self, board: Board, ready: Sequence[ModelState], now: float) -> ModelState:
         return ready[0]
@@ -51,21 +59,24 @@ class Default:
         return (min(model.work, model.spec.max_batch_size) + model.arrivals.rate * seconds) / seconds
 
     def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Sequence[ModelState]:
-        return sorted(idle, key=lambda model: -self.next_in(model, now))
+        return sorted(idle, key=lambda model: -self.missed_in(model, now))
 
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         change = swap_seconds(board, target) + board.link.seconds(len(victim.spec.pages))
         return target.waited(now) >= victim.work * (change + (target.expected_step() or 0.0))
 
     def next_to_fetch(self, board: Board, lacking: Sequence[ModelState], now: float) -> list[ModelState]:
-        return sorted(lacking, key=lambda model: self.next_in(model, now))[:2]
+        foreseen = [model for model in lacking if self.fetch_margin(board, model) < math.inf]
+        return sorted(foreseen, key=lambda model: self.next_in(model, now))[:2]
 
     def fetch_margin(self, board: Board, target: ModelState) -> float:
         """How many times later than the target's the next request of a model must be that gives pages for it.
 
-        The less regularly requests come, the less is known of when the next one will.
+        The less regularly requests come, the less is known of when the next one will; where they come at random, pages
+        are better left to whom they serve.
         """
-        return 1.0 + board.tuning.fetch_margin * target.arrivals.variation
+        variation = target.arrivals.variation
+        return 1.0 + board.tuning.fetch_margin * variation if variation <= board.tuning.regular else math.inf
 
     def spare(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> list[ModelState]:
         wanted = max(swap_seconds(board, target), self.next_in(target, now) * self.fetch_margin(board, target))

@@ -33,6 +33,9 @@ class Clairvoyant(Default):
     def next_in(self, model: ModelState, now: float) -> float:
         return self._future.next_arrival(model.name, now) - now
 
+    def missed_in(self, model: ModelState, now: float) -> float:
+        return self.next_in(model, now)
+
     def fetch_margin(self, board: Board, target: ModelState) -> float:
         return 1.0
 

@@ -54,7 +54,7 @@ class Computron2023:
         self._stages = stages
         self._specs: dict[str, ModelSpec] = {}
         self._states: dict[str, _State] = {}
-        self._waiting: dict[str, deque[Request]] = {}
+        self._waiting: dict[str, deque[Request]] = {}  # of models with requests
         self._recent: list[str] = []  # loaded and coming models, least recently used first
         self._reports: list[deque[Message]] = [deque() for _ in range(stages)]
         self._confirmed: dict[Copy, int] = {}
@@ -72,7 +72,6 @@ class Computron2023:
             case ModelAdded(spec):
                 self._specs[spec.model] = spec
                 self._states[spec.model] = _State.OFFLOADED
-                self._waiting[spec.model] = deque()
             case RequestArrived(request):
                 self._unnoticed.append(request)
                 if not self._blocked:
@@ -111,7 +110,7 @@ class Computron2023:
 
     def _notice(self) -> None:
         for request in self._unnoticed:
-            self._waiting[request.model].append(request)
+            self._waiting.setdefault(request.model, deque()).append(request)
             self._orders.append(Noticed(request.id))
         self._unnoticed.clear()
 
@@ -119,7 +118,7 @@ class Computron2023:
         heads = [
             (queue[0].arrival, model)
             for model, queue in self._waiting.items()
-            if queue and self._states[model] is not _State.WAITING
+            if self._states[model] is not _State.WAITING
         ]
         return min(heads, key=lambda head: head[0])[1] if heads else None
 
@@ -136,6 +135,8 @@ class Computron2023:
             queue = self._waiting[model]
             count = min(len(queue), self._specs[model].max_batch_size)
             batch = tuple(queue.popleft().id for _ in range(count))
+            if not queue:
+                del self._waiting[model]
             yield from self._send(Run(model, batch))
             return
         if len(self._recent) >= self._cap:
