@@ -289,3 +289,17 @@ def test_cells_are_those_of_the_paper():
 def test_experiment_1_comes_out(run):
     """Where one sleep explains it; 4x1, 1x2 and 1x4 took up to 0.28 s longer (docs/benchmarks.md)."""
     assert statistics.fmean(run.responses()) == pytest.approx(run.published, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("arrival", "compute"),
+    [
+        (Arrival(0.0, "a", seconds=3.0), 3.0),  # a trace tells it
+        (Arrival(0.0, "a", prompt_tokens=10, output_tokens=3), 2.0 + 2 * 1.0 + 0.01 * (11 + 12)),
+    ],
+)
+def test_whole_answer_is_one_forward(arrival: Arrival, compute: float):
+    timed = SimulatedModel("a", 1, StepTime(1.0, per_prompt_token=0.1, per_context_token=0.01), continuous=True)
+    log = simulate(Workload("w", ("a",), (arrival,)), Hardware(Link(1.0), 1, 1), [timed], system="computron2023")
+    assert [row.compute for row in log.steps] == [pytest.approx(compute)]
+    assert compute < log.finished[0] < compute + 0.04
