@@ -72,7 +72,7 @@ PROMISED = {
         ),
     },
     "bench_workloads_live": {
-        *("live.step_seconds", "live.swap_seconds"),
+        *("live.step_seconds", "live.swap_seconds", "live.workload_seconds"),
         *(
             f"live.{cell}.{row}"
             for cell in ("3x2.1-1-1.cv0.25", "3x2.10-1-1.cv0.25", "3x2.10-1-1.cv1", "3x2.10-1-1.cv4")
