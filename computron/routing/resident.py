@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from computron.routing.fleet import Fleet, GroupView, ModelFacts
@@ -28,23 +29,29 @@ class Resident:
         self._homes: dict[str, int] = {}
 
     def choose(self, model: ModelFacts, groups: Sequence[GroupView], fleet: Fleet, now: float) -> int:
-        name = model.name
         home = self._home(model, fleet)
-        if home is not None and home.outstanding == 0 and not home.lacks(model):
-            return home.number
-        ages = [_age(group, model, now) for group in groups]
-        youngest = min((age for age in ages if age is not None), default=0.0)
-        step = fleet.seconds(name)
-        best, least = groups[0], (float("inf"), True, 0.0)
-        for group, age in zip(groups, ages, strict=True):
+        step = fleet.seconds(model.name)
+        best, least = groups[0], (math.inf, True, 0)
+        others = groups
+        if home is not None:
+            best, least = home, (_wait(home, model, step), False, 0)
+            others = [group for group in groups if group.work + step < least[0] and group is not home]
+        youngest: float | None = None  # looked for only if it matters
+        for group in others:
             cost = _wait(group, model, step)
-            if group is not home and age is not None:
-                cost += fleet.tuning.rent * model.bytes / group.bandwidth * (youngest / age if age > 0.0 else 1.0)
-            order = (cost, group is not home, -group.free)
+            if cost > least[0]:
+                continue
+            age = _age(group, model, now)
+            if age is not None:
+                if youngest is None:
+                    youngest = min(age for age in (_age(group, model, now) for group in groups) if age is not None)
+                rent = fleet.tuning.rent * model.bytes / group.bandwidth
+                cost += rent * (youngest / age if age > 0.0 else 1.0)
+            order = (cost, True, -group.free)
             if order < least:
                 best, least = group, order
         if home is None:
-            self._homes[name] = best.number
+            self._homes[model.name] = best.number
         return best.number
 
     def _home(self, model: ModelFacts, fleet: Fleet) -> GroupView | None:
