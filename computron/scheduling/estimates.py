@@ -68,19 +68,14 @@ class Arrivals:
         return 0.0 if self._last is None else max(0.0, now - self._last)
 
     def next_in(self, now: float) -> float:
-        """Expected seconds until the next request, infinite for a model that never had one.
-
-        The mean residual life of a renewal process starts at the mean interval and, for gamma intervals, tends to the
-        mean times the squared variation; between the two it is taken as linear over the first mean interval. Regular
-        arrivals so come closer while one waits for them, and bursty ones recede once the burst is over.
-        """
+        """Expected seconds until the next request, infinite for a model that never had one."""
         if self._last is None:
             return math.inf
         elapsed = now - self._last if now > self._last else 0.0
         mean, variation = self._interval.value, self.variation
         if not mean:
             return elapsed
-        residual = mean + (variation - 1.0) * (elapsed if elapsed < mean else mean)
+        residual = residual_life(mean, variation, elapsed)
         if elapsed > residual and elapsed > self._tuning.quiet * mean * (variation if variation > 1.0 else 1.0):
             return elapsed
         return residual
@@ -102,6 +97,16 @@ class Arrivals:
         prior = self._tuning.prior
         relative = (self.count * square / (mean * mean) + prior * usual) / (self.count + prior)
         return min(max(0.0, relative - 1.0), self._tuning.max_variation)
+
+
+def residual_life(mean: float, variation: float, elapsed: float) -> float:
+    """Expected seconds until the next request of a renewal process, so long after the last one.
+
+    It starts at the mean interval and, for gamma intervals, tends to the mean times the squared variation; between the
+    two it is taken as linear over the first mean interval. Regular arrivals so come closer while one waits for them,
+    and bursty ones recede once the burst is over.
+    """
+    return mean + (variation - 1.0) * (elapsed if elapsed < mean else mean)
 
 
 class Steps:

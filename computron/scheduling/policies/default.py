@@ -75,7 +75,9 @@ class Default:
         The less regularly requests come, the less is known of when the next one will; where they come at random, pages
         are better left to whom they serve.
         """
-        variation = target.arrivals.variation
+        return self.margin(board, target.arrivals.variation)
+
+    def margin(self, board: Board, variation: float) -> float:
         return 1.0 + board.tuning.fetch_margin * variation if variation <= board.tuning.regular else math.inf
 
     def spare(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> list[ModelState]:

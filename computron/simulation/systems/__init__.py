@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from computron.simulation.systems.bounds import ALL_RESIDENT, CLAIRVOYANT, CLAIRVOYANT_PREFETCH
+from computron.simulation.systems.bounds import ALL_RESIDENT, CLAIRVOYANT, CLAIRVOYANT_PREFETCH, INFORMED
 from computron.simulation.systems.computron2023 import COMPUTRON_2023
 from computron.simulation.systems.one_at_a_time import ONE_AT_A_TIME
 from computron.simulation.systems.ours import OURS
@@ -10,7 +10,7 @@ from computron.simulation.systems.system import Setup, System
 
 SYSTEMS: dict[str, System] = {
     system.name: system
-    for system in (*OURS, ONE_AT_A_TIME, COMPUTRON_2023, ALL_RESIDENT, CLAIRVOYANT, CLAIRVOYANT_PREFETCH)
+    for system in (*OURS, ONE_AT_A_TIME, COMPUTRON_2023, ALL_RESIDENT, INFORMED, CLAIRVOYANT, CLAIRVOYANT_PREFETCH)
 }
 
 __all__ = ["SYSTEMS", "Setup", "System"]
