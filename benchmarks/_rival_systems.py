@@ -109,6 +109,10 @@ class Running:
         except psutil.NoSuchProcess:
             return []
 
+    def cpu_seconds(self) -> float:
+        """Of all processes so far, with those that ended and were waited for."""
+        return sum(map(_cpu_seconds, self.tree()))
+
     def watch(self, ended: threading.Event) -> None:
         while not ended.wait(SAMPLE_SECONDS):
             self.peak = max(self.peak, sum(map(_pss, self.tree())))
@@ -244,6 +248,14 @@ def _pss(process: psutil.Process) -> int:
         return int(process.memory_full_info().pss)
     except psutil.Error:
         return 0
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system + times.children_user + times.children_system)
 
 
 def _require_alive(process: subprocess.Popen[bytes], log: Path) -> None:

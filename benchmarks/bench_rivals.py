@@ -19,6 +19,8 @@ import argparse
 import asyncio
 import json
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +67,7 @@ WORKLOADS = {
         task="generate",
         dtype="bfloat16",
         rate=3.0,
-        seconds=60.0,
+        seconds=45.0,
         quick_seconds=10.0,
         rivals=("ray_serve", "torch_to", "switcher", "transformers_serve", "vllm_cpu"),
         quick_rivals=("ray_serve",),
@@ -75,7 +77,7 @@ WORKLOADS = {
         task="embed",
         dtype="float32",
         rate=20.0,
-        seconds=30.0,
+        seconds=20.0,
         quick_seconds=5.0,
         rivals=("ray_serve", "torch_to", "switcher"),
         quick_rivals=("ray_serve",),
@@ -97,18 +99,20 @@ class Measured:
     loads: float
     gigabytes: float
     memory: int
+    cpu: float
 
 
 def extend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rivals", metavar="A,B", help=f"of {', '.join(RIVALS)}; default: all, quick: ray_serve")
     parser.add_argument("--workload", choices=tuple(WORKLOADS), help="default: both")
     parser.add_argument("--rate", type=float, help="requests a second; default: 3 of completions, 20 of embeddings")
-    parser.add_argument("--seconds", type=float, help="of requests; default: 60 and 30, quick: 10 and 5")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds until a request is given up; default: 60")
+    parser.add_argument("--seconds", type=float, help="of requests; default: 45 and 20, quick: 10 and 5")
+    parser.add_argument("--limit", type=float, default=45.0, help="seconds until a request is given up; default: 45")
 
 
 def main() -> None:
     options = arguments(__doc__ or "", extend)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # not without stopping what was started
     import torch
 
     threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
@@ -199,12 +203,12 @@ def measure(system: System, asked: Sequence[Ask], limit: float, log: Path) -> Me
 
     with running(system, log) as started:
         asyncio.run(_warm_up(started.url, asked, started.name_of))
-        before = started.loads()
+        before, cpu = started.loads(), started.cpu_seconds()
         outcomes, seconds = asyncio.run(replay(started.url, asked, name_of=started.name_of, limit=limit))
-        loads = started.loads() - before
+        loads, cpu = started.loads() - before, started.cpu_seconds() - cpu
         summary = summarize(outcomes, seconds)
     print(f"{log.stem}: median {summary.median:.3f} s, p99 {summary.p99:.3f} s, {loads.models:g} loads", flush=True)
-    return Measured(summary, len(asked), loads.models, loads.nbytes / 1e9, started.peak)
+    return Measured(summary, len(asked), loads.models, loads.nbytes / 1e9, started.peak, cpu)
 
 
 def warm_up_order(asked: Sequence[Ask], room: int) -> list[Ask]:
@@ -244,6 +248,7 @@ def rows(report: Report, prefix: str, results: Mapping[str, Measured]) -> None:
         report.row(f"{here}.moved", result.gigabytes, "GB")
         report.row(f"{here}.requests", summary.requests, "requests/s")
         report.row(f"{here}.tokens", summary.tokens, "tokens/s")
+        report.row(f"{here}.cpu", result.cpu / max(1, summary.answered), "CPU s/request")
         report.row(f"{here}.memory", result.memory / (1 << 30), "GiB")
 
 

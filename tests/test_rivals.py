@@ -218,10 +218,10 @@ async def test_switcher_stops_the_process_used_least_recently_of_those_without_w
     switcher = switching.Switcher({"room": 2}, SimpleNamespace())
 
     async def start(model: str) -> Any:
-        return switching.Process(port=0, running=model)
+        return switching.Process(port=0, running=SimpleNamespace(model=model, returncode=None))
 
     async def stop(process: Any) -> None:
-        stopped.append(process.running)
+        stopped.append(process.running.model)
 
     monkeypatch.setattr(switcher, "_start", start)
     monkeypatch.setattr(switching, "_stop", stop)
@@ -237,5 +237,7 @@ async def test_switcher_stops_the_process_used_least_recently_of_those_without_w
     recent.in_flight = 0
     async with switcher._changed:
         switcher._changed.notify_all()
-    assert (await waiting).running == "fourth"
+    fourth = await waiting
     assert stopped == ["old", "recent"]
+    fourth.running.returncode = 1
+    assert await switcher._acquire("fourth") is not fourth

@@ -50,11 +50,7 @@ def deployment(settings: Settings) -> serve.Application:
             self._stats["bytes"] += model.nbytes
             return Loaded(model)
 
-        @serve.batch(
-            max_batch_size=settings.max_batch_size,
-            batch_wait_timeout_s=0.0,
-            max_concurrent_batches=int(os.environ.get("RAY_BATCHES", "1")),
-        )
+        @serve.batch(max_batch_size=settings.max_batch_size, batch_wait_timeout_s=0.0)
         async def answers(self, bodies: list[Body]) -> list[dict[str, Any]]:
             name = serve.get_multiplexed_model_id()
             async with self._places:

@@ -67,7 +67,9 @@ class Switcher:
         async with self._changed:
             while True:
                 if model in self._processes:
-                    break
+                    if self._processes[model].running.returncode is None:
+                        break
+                    del self._processes[model]  # it ended by itself
                 if len(self._processes) < self._settings["room"]:
                     self._processes[model] = await self._start(model)
                     break
@@ -142,4 +144,4 @@ async def start(settings: dict[str, Any]) -> web.Application:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    web.run_app(start(given), host=HOST, port=given["port"], print=None, access_log=None)
+    web.run_app(start(given), host=HOST, port=given["port"], print=None, access_log=None, shutdown_timeout=1)

@@ -102,4 +102,5 @@ async def start(settings: Settings) -> web.Application:
 
 if __name__ == "__main__":
     settings = settings_from_arguments()
-    web.run_app(start(settings), host="127.0.0.1", port=settings.port, print=None, access_log=None)
+    app = start(settings)
+    web.run_app(app, host="127.0.0.1", port=settings.port, print=None, access_log=None, shutdown_timeout=1)
