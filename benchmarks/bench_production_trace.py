@@ -46,6 +46,7 @@ ROUTED = {
     "computron2023": ("computron2023", "least-loaded"),
     "lru": ("lru", "least-loaded"),
 }
+STYLES = {"all_resident": "ks--", "default": "C1o-", "computron2023": "C2v-", "lru": "C0^-"}
 POLICIES = ("default", "computron2023", "all_resident", "gpu_per_model")
 
 
@@ -130,7 +131,10 @@ def report_cell(report: Report, cell: Cell) -> None:
 
 
 def draw(cells: list[Cell], axes: Axes) -> None:
-    """A picture for each factor and rate: attainment against GPUs, as far as it was tried."""
+    """A picture for each factor and rate: attainment against GPUs, as far as it was tried.
+
+    Its title says how many are enough if every model has its own.
+    """
     figure = axes.figure
     figure.suptitle(axes.get_title())
     axes.remove()
@@ -142,9 +146,11 @@ def draw(cells: list[Cell], axes: Axes) -> None:
         small = grid[factors.index(cell.factor)][rates.index(cell.rate)]
         for policy, search in cell.searches.items():
             counts = sorted(search.played)
-            small.plot(counts, [search.played[count].attainment for count in counts], "o-", markersize=3, label=policy)
+            attained = [search.played[count].attainment for count in counts]
+            small.plot(counts, attained, STYLES[policy], markersize=4, markerfacecolor="none", label=policy)
         small.axhline(SHARE, color="grey", linewidth=0.8, linestyle=":")
-        small.set_title(f"factor {cell.factor}, rate x{cell.rate}", fontsize=9)
+        small.set_title(f"factor {cell.factor}, rate x{cell.rate} (GPU per model: {cell.own_gpus})", fontsize=9)
+        small.xaxis.get_major_locator().set_params(integer=True)
         small.set_ylim(0.0, 1.02)
     for small in grid[-1]:
         small.set_xlabel("GPUs")
