@@ -128,24 +128,32 @@ class Steps:
 
 
 class Link:
-    """Bytes a second from the host to the device."""
+    """bandwidth: bytes a second from the host to the device.
 
-    __slots__ = ("_bandwidth", "frame_bytes")
+    What came over what it took, both as running means: a transfer of one short page, whose time says nothing, then
+    counts for as little as it moved.
+    """
+
+    __slots__ = ("_frames", "_seconds", "bandwidth", "frame_bytes")
 
     def __init__(self, hint: float, frame_bytes: int, weight: float) -> None:
-        self._bandwidth = Mean(weight, hint)
+        self._frames = Mean(weight)
+        self._seconds = Mean(weight)
+        self.bandwidth = hint
         self.frame_bytes = frame_bytes
-
-    @property
-    def bandwidth(self) -> float:
-        value = self._bandwidth.value
-        assert value is not None
-        return value
 
     def add(self, frames: int, seconds: float) -> None:
         """A transfer that had the link to itself took so long."""
-        if frames and seconds > 0.0:
-            self._bandwidth.add(frames * self.frame_bytes / seconds)
+        if not frames or seconds <= 0.0:
+            return
+        if self._seconds.value is None:  # the hint is worth as much as a transfer of this size
+            self._frames.add(frames)
+            self._seconds.add(self.seconds(frames))
+        self._frames.add(frames)
+        self._seconds.add(seconds)
+        assert self._frames.value is not None
+        assert self._seconds.value is not None
+        self.bandwidth = self._frames.value * self.frame_bytes / self._seconds.value
 
     def seconds(self, frames: int) -> float:
         return frames * self.frame_bytes / self.bandwidth
