@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
@@ -17,6 +17,7 @@ from computron.simulation.presets import EXPERIMENT_2, Cell
 from computron.simulation.simulate import simulate
 from computron.simulation.surroundings import Surroundings
 from computron.simulation.systems import SYSTEMS, Setup, System
+from computron.simulation.systems.computron2023 import POLLING, TICK, published
 
 WITHOUT = "without "  # before the name of a part, the name of the default policy that lacks it
 
@@ -49,6 +50,7 @@ ABLATIONS = (
     System(WITHOUT + "dropping_weights", _default, surroundings=Surroundings(write_back=True)),
     System(WITHOUT + "own_small_copies", _default, surroundings=Surroundings(steps_behind_copies=True)),
 )
+SLEEPLESS = published("sleepless", replace(POLLING, retry=TICK))
 _BY_NAME = {**SYSTEMS, **{system.name: system for system in ABLATIONS}}
 
 Latencies = NDArray[np.float64]
@@ -56,10 +58,13 @@ Latencies = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Seconds of one seed's requests. reproduced: what the published client would have measured of computron2023."""
+    """Seconds of one seed's requests. reproduced: what the published client would have measured of computron2023;
+    sleepless: and of one whose engine looks again every 10 ms where it found an inbox full.
+    """
 
     latencies: dict[str, Latencies]
-    reproduced: Latencies | None
+    reproduced: Latencies
+    sleepless: Latencies
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +85,20 @@ class Measured:
     @property
     def reproduced(self) -> list[float]:
         """The mean of each seed, as the published client would have measured it."""
-        return [float(sample.reproduced.mean()) for sample in self.samples if sample.reproduced is not None]
+        return [float(sample.reproduced.mean()) for sample in self.samples]
+
+    @property
+    def sleepless(self) -> list[float]:
+        return [float(sample.sleepless.mean()) for sample in self.samples]
 
 
 def measure(
-    systems: Sequence[str],
-    seeds: Iterable[int],
-    jobs: int,
-    *,
-    cells: Sequence[Cell] = EXPERIMENT_2,
-    reproduce: bool = True,
+    systems: Sequence[str], seeds: Iterable[int], jobs: int, *, cells: Sequence[Cell] = EXPERIMENT_2
 ) -> list[Measured]:
     """In the order of `cells`, whatever `jobs`, the number of processes."""
     seeds = tuple(seeds)
     work = [(cell, seed) for cell in cells for seed in seeds]
-    run = partial(sample, systems=tuple(systems), reproduce=reproduce)
+    run = partial(sample, systems=tuple(systems))
     if jobs == 1:
         samples = [run(task) for task in work]
     else:
@@ -104,7 +108,7 @@ def measure(
     return [Measured(cell, tuple(one for one in of if one is not None)) for cell, of in zip(cells, found, strict=True)]
 
 
-def sample(task: tuple[Cell, int], *, systems: Sequence[str], reproduce: bool) -> Sample | None:
+def sample(task: tuple[Cell, int], *, systems: Sequence[str]) -> Sample | None:
     """None where the seed gives no request."""
     cell, seed = task
     workload = cell.workload(seed)
@@ -114,4 +118,4 @@ def sample(task: tuple[Cell, int], *, systems: Sequence[str], reproduce: bool) -
     for name in systems:
         log = simulate(workload, cell.hardware, cell.models, system=_BY_NAME[name])
         latencies[name] = np.array(log.finished) - np.array(log.arrived)
-    return Sample(latencies, np.array(cell.reproduction(seed)) if reproduce else None)
+    return Sample(latencies, np.array(cell.reproduction(seed)), np.array(cell.reproduction(seed, SLEEPLESS)))

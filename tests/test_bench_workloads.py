@@ -38,20 +38,20 @@ def test_every_system_gets_the_same_arrivals_whatever_the_number_of_processes(ce
 
 def test_means_are_of_seeds_and_percentiles_of_requests(cells: ModuleType) -> None:
     samples = (
-        cells.Sample({"default": np.array([1.0])}, np.array([1.0])),
-        cells.Sample({"default": np.array([2.0, 4.0])}, np.array([2.0, 4.0])),
+        cells.Sample({"default": np.array([1.0])}, np.array([1.0]), np.array([0.5])),
+        cells.Sample({"default": np.array([2.0, 4.0])}, np.array([2.0, 4.0]), np.array([0.5, 1.0])),
     )
     measured = cells.Measured(EXPERIMENT_2[0], samples)
     assert measured.mean("default") == 2.0
     assert measured.p99("default") == pytest.approx(np.percentile([1.0, 2.0, 4.0], 99))
-    assert measured.reproduced == [1.0, 3.0]
+    assert (measured.reproduced, measured.sleepless) == ([1.0, 3.0], [0.5, 0.75])
 
 
 def test_published_mean_may_lie_on_the_edge_of_the_range(cells: ModuleType) -> None:
     is_inside = importlib.import_module("bench_workloads").is_inside
     published = EXPERIMENT_2[0].published
     for other, inside in ((published, True), (published + 1, False)):
-        samples = tuple(cells.Sample({}, np.array([mean])) for mean in (other, published + 2))
+        samples = tuple(cells.Sample({}, np.array([mean]), np.array([mean])) for mean in (other, published + 2))
         assert is_inside(cells.Measured(EXPERIMENT_2[0], samples)) is inside
 
 

@@ -60,7 +60,7 @@ PROMISED = {
                 *("published", "lowest", "highest"),
             )
         ),
-        *("reproduction.cells_inside", "reproduction.geometric_mean"),
+        *("reproduction.cells_inside", "reproduction.geometric_mean", "reproduction.sleepless"),
         *(f"experiment1.{grid}.response" for grid in ("1x1", "2x1", "4x1", "1x2", "1x4", "2x2")),
         *(
             f"without.{part}.{row}"

@@ -24,6 +24,8 @@ from computron.simulation.arrivals import Settings, generate
 from computron.simulation.hardware import Hardware, Link, SimulatedModel, StepTime
 from computron.simulation.log import Log
 from computron.simulation.simulate import simulate
+from computron.simulation.systems.computron2023 import COMPUTRON_2023
+from computron.simulation.systems.system import System
 from computron.simulation.workload import Arrival, Workload
 
 FRAME_BYTES = 64 << 20
@@ -123,18 +125,18 @@ class Cell:
         rates = {model.name: float(rate) for model, rate in zip(self.models, self.rates, strict=True)}
         return generate(Settings(rates, DURATION, self.cv, seed), self.name)
 
-    def reproduction(self, seed: int) -> list[float]:
+    def reproduction(self, seed: int, system: System = COMPUTRON_2023) -> list[float]:
         """Latencies that the published client would have measured: of what it sent, from when its loop sent it."""
         first = tuple(Arrival(0.0, model.name) for model in self.models)
         names = tuple(model.name for model in self.models)
-        starts = self._published(Workload(self.name, names, first)).finished
+        starts = self._cold(Workload(self.name, names, first), system).finished
         arrivals = first + sent(self.workload(seed), dict(zip(names, starts, strict=True)))
-        log = self._published(Workload(self.name, names, arrivals))
+        log = self._cold(Workload(self.name, names, arrivals), system)
         latencies = [end - begin for begin, end in zip(log.noticed, log.finished, strict=True)]
         return latencies[len(first) :]
 
-    def _published(self, workload: Workload) -> Log:
-        return simulate(workload, self.hardware, self.models, system="computron2023", warm=False)
+    def _cold(self, workload: Workload, system: System) -> Log:
+        return simulate(workload, self.hardware, self.models, system=system, warm=False)
 
 
 def sent(drawn: Workload, starts: Mapping[str, float]) -> tuple[Arrival, ...]:

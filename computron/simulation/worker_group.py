@@ -42,9 +42,7 @@ class Answer:
 class WorkerGroup(VirtualGroup):
     """Its decider is told `MessageTaken` and `Reported`, and orders whole models, `Noticed` and `Answer`."""
 
-    polling: Polling
-
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: Any, polling: Polling) -> None:
         super().__init__(*arguments)
         self._workers: list[Worker] = []
         following: Worker | None = None
@@ -52,7 +50,7 @@ class WorkerGroup(VirtualGroup):
         for stage in reversed(range(stages)):
             link = VirtualLink(self._clock, self._hardware.link, self._hardware.frame_bytes)
             taken = self._taken if stage == 0 else None
-            following = Worker(self._clock, link, self.polling, stages, following, self._reported, taken)
+            following = Worker(self._clock, link, polling, stages, following, self._reported, taken)
             self._workers.insert(0, following)
         self._copying: dict[Copy, int] = {}  # messages, and how many stages have still to report
 

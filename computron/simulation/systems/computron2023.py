@@ -36,10 +36,6 @@ TICK = 0.010  # both loops of computron/engine.py sleep this long after each tur
 POLLING = Polling(receive=0.010, acknowledge=0.020, retry=0.100)  # computron/worker.py; energonai/pipe.py
 
 
-class PublishedGroup(WorkerGroup):
-    polling = POLLING
-
-
 class _State(enum.Enum):
     OFFLOADED = enum.auto()
     LOADED = enum.auto()
@@ -47,10 +43,14 @@ class _State(enum.Enum):
 
 
 class Computron2023:
-    """cap: how many models may be on the device or on their way. stages: how many workers answer to a load."""
+    """cap: how many models may be on the device or on their way. stages: how many workers answer to a load.
 
-    def __init__(self, cap: int, stages: int) -> None:
+    retry: seconds of sleep before the loop looks again at a full inbox.
+    """
+
+    def __init__(self, cap: int, stages: int, retry: float = POLLING.retry) -> None:
         self._cap = cap
+        self._retry = retry
         self._stages = stages
         self._specs: dict[str, ModelSpec] = {}
         self._states: dict[str, _State] = {}
@@ -156,7 +156,7 @@ class Computron2023:
     def _send(self, message: Action) -> Iterator[float]:
         while self._full:
             self._blocked = True
-            yield POLLING.retry
+            yield self._retry
         self._blocked = False
         self._full = True
         self._orders.append(message)
@@ -186,13 +186,23 @@ def whole_models(hardware: Hardware, models: Sequence[SimulatedModel]) -> int:
     return max(1, count)
 
 
-def _build(setup: Setup) -> Computron2023:
-    return Computron2023(whole_models(setup.hardware, setup.models), setup.hardware.stages)
-
-
 def _without_http(hardware: Hardware, models: Sequence[SimulatedModel]) -> Hardware:
     """Its clients are in its process, and its overhead comes of its loops."""
     return replace(hardware, request_overhead=0.0, answer_overhead=0.0, step_overhead=0.0)
 
 
-COMPUTRON_2023 = System("computron2023", _build, group=PublishedGroup, hardware=_without_http)
+def published(name: str, polling: Polling) -> System:
+    """The published system, were it to poll like this."""
+
+    class Group(WorkerGroup):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, polling=polling)
+
+    def build(setup: Setup) -> Computron2023:
+        cap = whole_models(setup.hardware, setup.models)
+        return Computron2023(cap, setup.hardware.stages, polling.retry)
+
+    return System(name, build, group=Group, hardware=_without_http)
+
+
+COMPUTRON_2023 = published("computron2023", POLLING)
