@@ -9,7 +9,7 @@ answered within twice its execution time + 2 s (the 2 s are not divided).
 `trace.f{factor}.x{rate}.gpus_{policy}`: the smallest number of GPUs with which 99 % of the requests are in time.
 default: behind the router `resident`; its ratio is to all_resident.
 computron2023: behind `least-loaded`; its baseline is default, and its ratio default / computron2023.
-all_resident: every model on every GPU, behind `least-loaded`: what no policy can beat by swapping.
+all_resident: every model on every GPU, behind `least-loaded`: what is left to wait for without any swapping.
 gpu_per_model: every model has GPUs of its own; its baseline is default, and its ratio default / gpu_per_model.
 lru (with --lru): behind `least-loaded`.
 
