@@ -96,6 +96,7 @@ class Running:
         self.url = f"http://{HOST}:{system.port}"
         self.name_of = system.name_of
         self.peak = 0
+        self._cpu: dict[psutil.Process, float] = {}
         self._system = system
         self._process = psutil.Process(process.pid)
         self._log = log
@@ -110,12 +111,15 @@ class Running:
             return []
 
     def cpu_seconds(self) -> float:
-        """Of all processes so far, with those that ended and were waited for."""
-        return sum(map(_cpu_seconds, self.tree()))
+        """Of all processes so far; of one that was killed, until it was looked at last."""
+        for process in self.tree():
+            self._cpu[process] = _cpu_seconds(process) or self._cpu.get(process, 0.0)
+        return sum(list(self._cpu.values()))  # the watcher may add one meanwhile
 
     def watch(self, ended: threading.Event) -> None:
         while not ended.wait(SAMPLE_SECONDS):
             self.peak = max(self.peak, sum(map(_pss, self.tree())))
+            self.cpu_seconds()
 
 
 @contextmanager
@@ -255,7 +259,7 @@ def _cpu_seconds(process: psutil.Process) -> float:
         times = process.cpu_times()
     except psutil.Error:
         return 0.0
-    return float(times.user + times.system + times.children_user + times.children_system)
+    return float(times.user + times.system)
 
 
 def _require_alive(process: subprocess.Popen[bytes], log: Path) -> None:

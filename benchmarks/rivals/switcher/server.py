@@ -43,6 +43,7 @@ class Switcher:
         self._processes: dict[str, Process] = {}
         self._changed = asyncio.Condition()
         self._stats = {"loads": 0, "bytes": 0}
+        self._ending = False
 
     async def answer(self, request: web.Request) -> web.Response:
         body = await request.read()
@@ -66,6 +67,8 @@ class Switcher:
         """The model's process, perhaps not ready yet, with this request counted in it."""
         async with self._changed:
             while True:
+                if self._ending:
+                    raise web.HTTPServiceUnavailable
                 if model in self._processes:
                     if self._processes[model].running.returncode is None:
                         break
@@ -114,8 +117,10 @@ class Switcher:
         process.ready.set()  # what waits for a process that did not start finds nobody there, and says so
 
     async def stop_all(self) -> None:
-        for process in self._processes.values():
-            await _stop(process)
+        self._ending = True
+        async with self._changed:
+            for process in self._processes.values():
+                await _stop(process)
 
 
 async def _stop(process: Process) -> None:
