@@ -10,6 +10,7 @@ answered within twice its execution time + 2 s (the 2 s are not divided).
 default: behind the router `resident`; its ratio is to all_resident.
 computron2023: behind `least-loaded`; its baseline is default, and its ratio default / computron2023.
 all_resident: every model on every GPU, behind `least-loaded`: what is left to wait for without any swapping.
+all_resident_by_work: the same behind `resident`, which then balances by work: the bound of what default can reach.
 gpu_per_model: every model has GPUs of its own; its baseline is default, and its ratio default / gpu_per_model.
 lru (with --lru): behind `least-loaded`.
 
@@ -42,11 +43,18 @@ FACTORS = (20, 100, 400)
 RATES = (1, 4, 8)
 ROUTED = {
     "all_resident": ("all-resident", "least-loaded"),
+    "all_resident_by_work": ("all-resident", "resident"),
     "default": ("default", "resident"),
     "computron2023": ("computron2023", "least-loaded"),
     "lru": ("lru", "least-loaded"),
 }
-STYLES = {"all_resident": "ks--", "default": "C1o-", "computron2023": "C2v-", "lru": "C0^-"}
+STYLES = {
+    "all_resident": "ks--",
+    "all_resident_by_work": "k+:",
+    "default": "C1o-",
+    "computron2023": "C2v-",
+    "lru": "C0^-",
+}
 POLICIES = ("default", "computron2023", "all_resident", "gpu_per_model")
 
 
