@@ -99,7 +99,7 @@ class Case:
 CASES = (
     Case("embed", "uniform", 0.25, 2.0),
     Case("embed", "uniform", 1.0, 2.0),
-    Case("embed", "skewed", 4.0, 2.0),
+    Case("embed", "skewed", 4.0, 1.4),
     Case("generate", "uniform", 0.25, 1.7),
     Case("generate", "skewed", 1.0, 2.0),
     Case("generate", "skewed", 4.0, 2.0),
