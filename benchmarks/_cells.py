@@ -10,6 +10,8 @@ from multiprocessing import get_context
 import numpy as np
 from numpy.typing import NDArray
 
+from computron.scheduling.board import Board
+from computron.scheduling.models import ModelState
 from computron.scheduling.policies.default import Default
 from computron.scheduling.tuning import Tuning
 from computron.simulation.group import Decider
@@ -22,19 +24,22 @@ from computron.simulation.systems.computron2023 import POLLING, TICK, published
 WITHOUT = "without "  # before the name of a part, the name of the default policy that lacks it
 
 
-class WholeModels(Default):
-    """The default policy, but a model comes and leaves as a whole."""
+class OldestFirst(Default):
+    """The default policy, but whoever waited longest comes, and nothing before it."""
 
-    name = "whole-models"
-    whole_models = True
+    def next_to_bring(self, board: Board, absent: Sequence[ModelState], now: float) -> list[ModelState]:
+        return list(absent[:1])
+
+
+class LeastRecent(Default):
+    """The default policy, but the model used least recently gives its pages."""
+
+    def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Sequence[ModelState]:
+        return idle
 
 
 def _tuned(part: str, tuning: Tuning) -> System:
     return System(WITHOUT + part, lambda setup: setup.scheduler("default", tuning=tuning))
-
-
-def _whole_models(setup: Setup) -> Decider:
-    return setup.scheduler(WholeModels())
 
 
 def _default(setup: Setup) -> Decider:
@@ -45,8 +50,8 @@ def _default(setup: Setup) -> Decider:
 ABLATIONS = (
     System(WITHOUT + "prefetch", lambda setup: setup.scheduler("default", prefetch=False)),
     _tuned("early_start", Tuning(early_start=0.0)),
-    _tuned("amortisation", Tuning(keep=0.0)),
-    System(WITHOUT + "partial_models", _whole_models),
+    System(WITHOUT + "weighing", lambda setup: setup.scheduler(OldestFirst())),
+    System(WITHOUT + "expectation", lambda setup: setup.scheduler(LeastRecent())),
     System(WITHOUT + "dropping_weights", _default, surroundings=Surroundings(write_back=True)),
     System(WITHOUT + "own_small_copies", _default, surroundings=Surroundings(steps_behind_copies=True)),
 )
@@ -119,3 +124,27 @@ def sample(task: tuple[Cell, int], *, systems: Sequence[str]) -> Sample | None:
         log = simulate(workload, cell.hardware, cell.models, system=_BY_NAME[name])
         latencies[name] = np.array(log.finished) - np.array(log.arrived)
     return Sample(latencies, np.array(cell.reproduction(seed)), np.array(cell.reproduction(seed, SLEEPLESS)))
+
+
+def least_mean(cell: Cell) -> float | None:
+    """A mean latency in seconds below which nobody gets who cannot see the future; None unless requests come at random.
+
+    Of a Poisson process nobody knows which model the next request is for: it is for model i with the share of its rate,
+    whatever pages are there. Those that lack when it comes take their time on the link, and what comes last in the
+    image is computed after them. So the best is to lack pages of the models with the lowest rates, but of each model
+    those first whose transfer hides behind its compute. Queues, and what it takes to bring pages back, are left out.
+    """
+    if cell.cv != 1.0:
+        return None
+    hardware, model = cell.hardware, cell.models[0]
+    pages, page_seconds = model.pages(hardware.frame_bytes), hardware.frame_bytes / hardware.link.bandwidth
+    compute = model.step.seconds(1)
+    after_the_last = compute / hardware.stages * (hardware.stages - 1 + 1 / model.segments)
+    hidden = (compute - after_the_last) / page_seconds
+    lacking = len(cell.rates) * (pages - hidden) - hardware.frames
+    waited = 0.0
+    for rate in sorted(cell.rates):
+        pages_here = min(max(lacking, 0.0), pages - hidden)
+        waited += rate / sum(cell.rates) * pages_here * page_seconds
+        lacking -= pages_here
+    return hardware.request_overhead + compute + waited + hardware.answer_overhead

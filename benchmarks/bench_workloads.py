@@ -8,6 +8,8 @@ three or six OPT-13B with room for two or four, 40 seeds, every system on the sa
 the published system, on the same hardware. `.p99_ratio` likewise. `.over_clairvoyant`: baseline is a policy that knows
 all requests to come; `.over_all_resident`: memory for all models. A mean is the mean of the seeds' means, a p99 of all
 their requests together.
+`.over_bound`, where requests come at random: baseline is what nobody undercuts who cannot see the future (`least_mean`,
+or all models resident); `.bound_over_clairvoyant`: how far that is from who can.
 `.published`: the published mean of one run; baseline: that of computron2023 as the published client would have measured
 it, whose arrivals are not quite those that it drew (`sent` in presets.py); ratio: simulated / published. `.lowest` and
 `.highest`: the range of the seeds.
@@ -26,7 +28,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from _cells import ABLATIONS, WITHOUT, Measured, measure
+from _cells import ABLATIONS, WITHOUT, Measured, least_mean, measure
 from _common import Report, arguments
 from rich.console import Console
 from rich.table import Table
@@ -37,14 +39,25 @@ from computron.simulation.systems import SYSTEMS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLUMNS = ("default", "computron2023", "lru", "one-at-a-time", "all-resident", "clairvoyant", "clairvoyant-prefetch")
+COLUMNS = (
+    "default",
+    "computron2023",
+    "lru",
+    "one-at-a-time",
+    "all-resident",
+    "informed",
+    "clairvoyant",
+    "clairvoyant-prefetch",
+)
 STRICTEST = "clairvoyant-prefetch"
+BOUND = "bound_over_clairvoyant"
 SEEDS, QUICK_SEEDS = 40, 3
 CVS = (0.25, 1.0, 4.0)
 PARTS = tuple(system.name.removeprefix(WITHOUT) for system in ABLATIONS)
 PER_CELL = ("mean_ratio", "p99_ratio", "over_clairvoyant", "over_all_resident", "published", "lowest", "highest")
 NAMES = (
     *(f"cells.{cell.name}.{row}" for cell in EXPERIMENT_2 for row in PER_CELL),
+    *(f"cells.{cell.name}.{row}" for cell in EXPERIMENT_2 if cell.cv == 1.0 for row in ("over_bound", BOUND)),
     "reproduction.cells_inside",
     "reproduction.geometric_mean",
     "reproduction.sleepless",
@@ -87,6 +100,11 @@ def _add_cell(report: Report, cell: Measured) -> None:
     ):
         baseline = cell.mean(other)
         report.row(f"{name}.{row}", mean, "s", baseline, mean / baseline)
+    least = least_mean(cell.cell)
+    if least is not None:
+        bound = max(least, cell.mean("all-resident"))
+        report.row(f"{name}.over_bound", mean, "s", bound, mean / bound)
+        report.row(f"{name}.{BOUND}", bound, "s", cell.mean(STRICTEST), bound / cell.mean(STRICTEST))
     baseline = cell.p99("computron2023")
     report.row(f"{name}.p99_ratio", p99, "s", baseline, p99 / baseline)
     simulated, published = statistics.fmean(cell.reproduced), cell.cell.published

@@ -68,3 +68,15 @@ def test_live_swap_is_as_many_steps_as_in_the_paper() -> None:
     live = importlib.import_module("bench_workloads_live")
     assert pytest.approx(0.26 / 0.0424) == live.SWAP_IN_STEPS
     assert {cell.name for cell in EXPERIMENT_2} > set(live.CELLS)
+
+
+def test_bound_of_who_cannot_see_the_future(cells: ModuleType) -> None:
+    """Three equal models, memory for two: whoever is asked for lacks a third, and some of it hides behind compute."""
+    cell = next(cell for cell in EXPERIMENT_2 if cell.rates == (1, 1, 1) and cell.cv == 1.0)
+    hardware, model = cell.hardware, cell.models[0]
+    swap = model.pages(hardware.frame_bytes) * hardware.frame_bytes / hardware.link.bandwidth
+    least = cells.least_mean(cell)
+    assert swap / 3 < least < swap / 3 + model.step.base
+    samples = cells.measure(("default", "clairvoyant", "all-resident"), range(3), 1, cells=(cell,))
+    assert samples[0].mean("default") > least
+    assert cells.least_mean(EXPERIMENT_2[0]) is None

@@ -60,12 +60,20 @@ PROMISED = {
                 *("published", "lowest", "highest"),
             )
         ),
+        *(
+            f"cells.{cell}.cv1.{row}"
+            for cell in (
+                *("3x2.1-1-1", "3x2.10-1-1", "3x2.10-10-1"),
+                *("6x4.1-1-1-1-1-1", "6x4.10-10-1-1-1-1", "6x4.10-10-10-10-1-1"),
+            )
+            for row in ("over_bound", "bound_over_clairvoyant")
+        ),
         *("reproduction.cells_inside", "reproduction.geometric_mean", "reproduction.sleepless"),
         *(f"experiment1.{grid}.response" for grid in ("1x1", "2x1", "4x1", "1x2", "1x4", "2x2")),
         *(
             f"without.{part}.{row}"
             for part in (
-                *("prefetch", "early_start", "amortisation", "partial_models"),
+                *("prefetch", "early_start", "weighing", "expectation"),
                 *("dropping_weights", "own_small_copies"),
             )
             for row in ("cv0.25", "cv1", "cv4", "worst")

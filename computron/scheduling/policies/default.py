@@ -15,8 +15,9 @@ class Default:
     1. Several resident models have work: the highest priority runs; among equals the one that waited longest, so that
        generations of several models take turns step by step.
     2. Several absent models have work: of the highest priority, the one that serves most requests for each second of
-       link and device comes first, counting those that will probably arrive meanwhile. The others follow in that order
-       if their frames can be had from models without work, so that the link is never idle for the sake of order.
+       link and device comes first, counting those that will probably arrive meanwhile, and more the longer it waited.
+       The others follow in that order if their frames can be had from models without work, so that the link is never
+       idle for the sake of order.
     3. Pages leave whose model is expected to be wanted latest: as many as are needed, the last ones first, so that what
        stays is what its next run needs first.
     4. A model with work gives its frames to one without a place when its turn is over and the requests of the other
@@ -49,14 +50,20 @@ class Default:
     def next_to_bring(self, board: Board, absent: Sequence[ModelState], now: float) -> list[ModelState]:
         if len(absent) < 2:
             return list(absent)
-        return sorted(absent, key=lambda model: (board.rank(model)[0], -self._yield(board, model)))
+        return sorted(absent, key=lambda model: (board.rank(model)[0], -self._return(board, model, now)))
 
-    def _yield(self, board: Board, model: ModelState) -> float:
-        """Requests served for each second that bringing and running the model takes."""
+    def _return(self, board: Board, model: ModelState, now: float) -> float:
+        """Requests served for each second that bringing and running the model takes, times the response ratio.
+
+        The latter, one plus the wait of the oldest request in multiples of those seconds, lets nobody be overtaken for
+        ever (highest response ratio next: Brinch Hansen, Short-term scheduling in multiprogramming systems, 1971).
+        """
         seconds = swap_seconds(board, model) + (model.expected_step() or 0.0)
         if seconds == 0.0:
-            return float("inf")
-        return (min(model.work, model.spec.max_batch_size) + model.arrivals.rate * seconds) / seconds
+            return math.inf
+        served = min(model.work, model.spec.max_batch_size) + model.arrivals.rate * seconds
+        waited = now - board.rank(model)[1]
+        return served / seconds * (1.0 + waited / seconds)
 
     def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Sequence[ModelState]:
         return sorted(idle, key=lambda model: -self.missed_in(model, now))
