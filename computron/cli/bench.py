@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +56,10 @@ def profile(
     bodies = dict(_body(given) for given in body or ())
     if not out.absolute().parent.is_dir():
         fail(f"there is no folder {out.parent} to write {out.name} to", ASKED_WRONGLY)
+    if out.is_dir():
+        fail(f"{out} is a folder: say which file to write", ASKED_WRONGLY)
+    if not math.isfinite(seconds):
+        fail("--seconds must be a number", ASKED_WRONGLY)
 
     async def run() -> Measured:
         async with Server(url, api_key) as server:

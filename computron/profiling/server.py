@@ -203,7 +203,7 @@ class Server:
         try:
             words = str(msgspec.json.decode(body)["error"]["message"])
         except (msgspec.DecodeError, KeyError, TypeError):
-            words = body.decode(errors="replace")[:200]
+            words = " ".join(body.decode(errors="replace").split())[:200]
         if status == 401:
             return CannotProfile(f"{self.url} asks for an API key; give it with --api-key or COMPUTRON_API_KEY")
         return CannotProfile(f"{self.url}{path} answered {status}: {words}")

@@ -17,6 +17,9 @@ Times = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 _TIMES, _LENGTHS = 0, 1  # the random streams of a model
+MAX_CV = 100.0  # above it nearly all intervals are 0, and a model's first request brings thousands with it
+MIN_CV = 1e-6  # below it intervals are the same but for rounding
+MAX_REQUESTS = 1e8  # some GB of memory
 
 
 class Lengths(Protocol):
@@ -47,7 +50,8 @@ class LogNormal:
     high: int = 32_768
 
     def __post_init__(self) -> None:
-        if self.mean <= 0 or self.sd < 0 or not 1 <= self.low <= self.high:
+        possible = 0.0 < self.mean < math.inf and 0.0 <= self.sd < math.inf
+        if not possible or not 1 <= self.low <= self.high:
             raise ValueError(
                 f"no log-normal lengths have mean {self.mean:g}, sd {self.sd:g}, {self.low} to {self.high}"
             )
@@ -94,8 +98,11 @@ class Settings:
                 raise ValueError(f"{model}: the rate must be a number of requests a second, not {rate:g}")
         if not (0 < self.duration < math.inf):
             raise ValueError(f"the duration must be more than 0 seconds, not {self.duration:g}")
-        if not (0 <= self.cv < math.inf):
-            raise ValueError(f"the coefficient of variation must be at least 0, not {self.cv:g}")
+        if not (0 <= self.cv <= MAX_CV):
+            raise ValueError(f"the coefficient of variation must be from 0 to {MAX_CV:g}, not {self.cv:g}")
+        expected = sum(self.rates.values()) * self.duration
+        if expected > MAX_REQUESTS:
+            raise ValueError(f"{expected:.3g} requests are more than can be simulated ({MAX_REQUESTS:g})")
 
 
 def zipf(models: Sequence[str], rate: float, exponent: float) -> dict[str, float]:
@@ -105,9 +112,13 @@ def zipf(models: Sequence[str], rate: float, exponent: float) -> dict[str, float
 
 
 def popularity(models: int, exponent: float) -> Times:
-    """Shares that sum to 1, the largest first."""
-    weights = np.arange(1, models + 1, dtype=np.float64) ** -exponent
-    shares: Times = weights / weights.sum()
+    """Shares that sum to 1, the largest first. Raises ValueError for an exponent that gives none."""
+    with np.errstate(over="ignore"):
+        weights = np.arange(1, models + 1, dtype=np.float64) ** -exponent
+        total = float(weights.sum())
+    if not math.isfinite(total):
+        raise ValueError(f"models cannot be as unequal as by Zipf's exponent {exponent:g}")
+    shares: Times = weights / total
     return shares
 
 
@@ -124,7 +135,7 @@ def gamma_times(generator: Generator, rate: float, cv: float, duration: float) -
     while now < duration:
         expected = rate * (duration - now)
         count = math.ceil(expected + 4 * cv * math.sqrt(expected)) + 1  # enough nearly always
-        between = generator.gamma(cv**-2, cv**2 / rate, count) if cv > 0 else np.full(count, 1 / rate)
+        between = generator.gamma(cv**-2, cv**2 / rate, count) if cv > MIN_CV else np.full(count, 1 / rate)
         parts.append(now + np.cumsum(between))
         now = float(parts[-1][-1])
     times = np.concatenate(parts)

@@ -26,9 +26,9 @@ class Future:
             self._last = arrival.time + delay
 
     def mean_interval(self, model: str) -> float:
-        """Seconds between its requests, on the whole; infinite if it has none."""
+        """Seconds between its requests, on the whole; infinite if it has none, or if all that come do so at once."""
         times = self._times.get(model)
-        return self._last / len(times) if times else math.inf
+        return self._last / len(times) if times and self._last else math.inf
 
     def variation(self) -> float:
         """Squared coefficient of variation of the intervals, of all models together; 1 where there are none."""

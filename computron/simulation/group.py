@@ -57,17 +57,17 @@ class Observer(Protocol):
 
 
 class Live:
-    """A request that has arrived and not ended. tokens: of its sequence so far. left: steps until it is answered.
+    """A request that has arrived and not ended. tokens: of its sequence so far. left: of its `steps`.
 
     seconds: of compute of the steps that it was part of.
     """
 
-    __slots__ = ("arrival", "holds_cache", "left", "number", "seconds", "tokens")
+    __slots__ = ("arrival", "holds_cache", "left", "number", "seconds", "steps", "tokens")
 
-    def __init__(self, number: int, arrival: Arrival, left: int) -> None:
+    def __init__(self, number: int, arrival: Arrival, steps: int) -> None:
         self.number = number
         self.arrival = arrival
-        self.left = left
+        self.steps = self.left = steps
         self.tokens = arrival.prompt_tokens
         self.seconds = 0.0
         self.holds_cache = False
@@ -270,7 +270,7 @@ class VirtualGroup:
                 if request >= 0 and self._log.started[request] != self._log.started[request]:
                     self._log.started[request] = now - self._future.begin
             if live.arrival.seconds is not None:
-                seconds = (seconds or 0.0) + live.arrival.seconds
+                seconds = (seconds or 0.0) + live.arrival.seconds / live.steps
         if seconds is None:
             seconds = model.step.seconds(len(action.requests), prompt, context)
         step = VirtualStep(name, action.requests, now, seconds, opened, None, self._step_ended)

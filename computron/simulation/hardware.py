@@ -7,7 +7,7 @@ frames are one node's, its link is one node's, and a model's bytes are those tha
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,11 @@ class Link:
     latency: float = 0.0
     duplex: float = 1.0
 
+    def __post_init__(self) -> None:
+        _require(0.0 < self.bandwidth < math.inf, "a link's bandwidth must be more than 0", self.bandwidth)
+        _require(0.0 <= self.latency < math.inf, "a link's latency must be at least 0", self.latency)
+        _require(0.0 < self.duplex <= 1.0, "a link's duplex must be above 0 and at most 1", self.duplex)
+
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
@@ -39,6 +44,11 @@ class StepTime:
     per_sequence: float = 0.0
     per_context_token: float = 0.0
     opening: float = 0.0
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            _require(0.0 <= value < math.inf, f"{each.name} of a step must be at least 0 seconds", value)
 
     def seconds(self, requests: int, prompt_tokens: int = 0, context_tokens: int = 0) -> float:
         fixed = self.base + (self.opening if prompt_tokens else 0.0)
@@ -70,6 +80,14 @@ class SimulatedModel:
     shares: str | None = None
     shared: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name, least in (("bytes", 0), ("max_batch_size", 1), ("max_queue", 0), ("segments", 1)):
+            value = getattr(self, name)
+            _require(value >= least, f"{name} of model {self.name!r} must be at least {least}", value)
+        cache = self.cache_bytes_per_token
+        _require(0.0 <= cache < math.inf, f"cache_bytes_per_token of model {self.name!r} must be at least 0", cache)
+        _require(0.0 <= self.shared <= 1.0, f"shared of model {self.name!r} must be a share, 0 to 1", self.shared)
+
     def pages(self, frame_bytes: int) -> int:
         return math.ceil(self.bytes / frame_bytes)
 
@@ -93,6 +111,13 @@ class Hardware:
     step_overhead: float = 0.0
     block_tokens: int = 16
 
+    def __post_init__(self) -> None:
+        for name, least in (("frame_bytes", 1), ("frames", 0), ("stages", 1), ("block_tokens", 1)):
+            _require(getattr(self, name) >= least, f"{name} must be at least {least}", getattr(self, name))
+        for name in ("request_overhead", "answer_overhead", "step_overhead"):
+            value = getattr(self, name)
+            _require(0.0 <= value < math.inf, f"{name} must be at least 0 seconds", value)
+
     def with_frames(self, frames: int) -> Hardware:
         return replace(self, frames=frames)
 
@@ -105,6 +130,11 @@ class Profile:
     models: tuple[SimulatedModel, ...]
     source: dict[str, str] = field(default_factory=dict)  # what was measured, when, on which machine
 
+    def __post_init__(self) -> None:
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError("several models have one name")
+
     def write(self, path: Path) -> None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self)) + b"\n")
 
@@ -115,3 +145,8 @@ class Profile:
             return msgspec.json.decode(path.read_bytes(), type=Profile)
         except msgspec.DecodeError as error:
             raise ValueError(f"{path}: {error}; write a profile with `computron bench profile`") from error
+
+
+def _require(holds: bool, rule: str, value: float) -> None:
+    if not holds:
+        raise ValueError(f"{rule}, not {value:g}")

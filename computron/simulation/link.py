@@ -5,6 +5,7 @@ A copy in the other direction, by a system that writes weights back, slows both 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -131,7 +132,8 @@ class VirtualLink:
         if plan != self._plan:
             return
         self._move()
-        ended = [transfer for transfer in self._moving() if transfer is not None and transfer.left <= EPSILON]
+        rest = max(EPSILON, 2.0 * math.ulp(self._clock.now))  # late on the clock, times are coarser than EPSILON
+        ended = [transfer for transfer in self._moving() if transfer is not None and transfer.left <= rest]
         for transfer in ended:
             (self._down if transfer in self._down else self._up).remove(transfer)
         self._plan_end()

@@ -15,6 +15,8 @@ from computron.simulation.log import Log
 from computron.simulation.systems import SYSTEMS, Setup, System
 from computron.simulation.workload import Arrival, Workload
 
+LONGEST = 1e9  # seconds, three decades: later, a clock in floating point is too coarse for steps
+
 
 def simulate(
     workload: Workload,
@@ -32,7 +34,8 @@ def simulate(
     hardware: of each of `groups`, before which `router`, a name of `ROUTERS`, decides; one group has none.
     warm: before the first arrival one request to each model has been served, in order, none of it in the log; by
     every group where all models are resident, else by the group that the router chose.
-    Raises ValueError for an unknown system, router or model, and for a model that does not fit the device.
+    Raises ValueError for an unknown system, router or model, for a model that does not fit the device, and for
+    arrivals that go on for decades.
     """
     if isinstance(system, str):
         if system not in SYSTEMS:
@@ -48,6 +51,10 @@ def simulate(
                 f"model {model.name!r} takes {model.bytes} bytes of a device that has "
                 f"{hardware.frames * hardware.frame_bytes}"
             )
+    if workload.arrivals and workload.arrivals[-1].time > LONGEST:
+        raise ValueError(
+            f"the last request comes after {workload.arrivals[-1].time:g} s, at most {LONGEST:g} are simulated"
+        )
     if groups < 1:
         raise ValueError(f"a simulation needs at least one group, not {groups}")
     return _Simulation(workload, hardware, models, system, max_wait, groups, router).run(warm)

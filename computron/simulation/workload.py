@@ -11,7 +11,8 @@ class Arrival(NamedTuple):
     """One request to come.
 
     prompt_tokens, output_tokens: of models that generate; the others have one step.
-    seconds: compute of this request by itself, where a trace tells it; it replaces what the model's steps would take.
+    seconds: compute of this request by itself, where a trace tells it, spread evenly over its steps; it replaces what
+    these would take, of all requests in them.
     deadline: seconds after `time` at which an unstarted request is rejected.
     """
 

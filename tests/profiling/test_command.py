@@ -52,12 +52,22 @@ async def test_what_is_wrong_is_one_line(serving: Serving, tmp_path: Path) -> No
     assert not out.exists()
 
 
-async def test_folder_that_is_not_there_is_told_before_anything_is_measured(serving: Serving, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("out", "seconds", "words"),
+    [
+        ("none/profile.json", "1", "there is no folder"),
+        (".", "1", "is a folder"),
+        ("profile.json", "inf", "--seconds must be a number"),
+    ],
+)
+async def test_what_is_asked_wrongly_is_told_before_anything_is_measured(
+    serving: Serving, tmp_path: Path, out: str, seconds: str, words: str
+) -> None:
     server = StandIn({"chat": CHAT})
     async with serving(server) as address:
-        result = await asyncio.to_thread(run, "--url", address, "--out", tmp_path / "none" / "profile.json")
+        result = await asyncio.to_thread(run, "--url", address, "--out", tmp_path / out, "--seconds", seconds)
     assert result.exit_code == 2
-    assert "there is no folder" in result.stderr
+    assert words in result.stderr
     assert not server.counted["chat"]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 
 import numpy as np
@@ -33,8 +34,9 @@ def test_intervals_have_the_mean_and_the_variation_that_were_asked_for(cv):
     assert between.std() / between.mean() == pytest.approx(cv, rel=0.05)
 
 
-def test_without_variation_arrivals_are_regular():
-    times = gamma_times(np.random.default_rng(0), 4.0, 0.0, 2.0)
+@pytest.mark.parametrize("cv", [0.0, 1e-200])
+def test_without_variation_arrivals_are_regular(cv):
+    times = gamma_times(np.random.default_rng(0), 4.0, cv, 2.0)
     assert times.tolist() == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
 
 
@@ -102,9 +104,15 @@ def test_a_workload_tells_how_it_was_made():
         (lambda: Settings({"a": -1.0}, 1.0), "a: the rate"),
         (lambda: Settings({"a": 1.0}, 0.0), "duration must be more than 0"),
         (lambda: Settings({"a": 1.0}, 1.0, cv=-1.0), "coefficient of variation"),
+        (lambda: Settings({"a": 1.0}, 1.0, cv=1e9), "coefficient of variation must be from 0 to 100"),
+        (lambda: Settings({"a": 1e12}, 60.0), r"6e\+13 requests are more than can be simulated"),
+        (lambda: zipf(["a", "b", "c"], 1.0, -1000.0), "exponent -1000"),
+        (lambda: zipf(["a", "b", "c"], 1.0, math.nan), "exponent nan"),
         (lambda: Constant(0), "at least 1 token"),
         (lambda: Empirical(()), "at least one value"),
         (lambda: LogNormal(0.0, 1.0), "mean 0"),
+        (lambda: LogNormal(math.nan, 1.0), "mean nan"),
+        (lambda: LogNormal(1.0, math.inf), "sd inf"),
         (lambda: LogNormal(5.0, 1.0, low=9, high=8), "9 to 8"),
     ],
 )

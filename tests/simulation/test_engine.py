@@ -57,6 +57,18 @@ class TestLink:
         assert slow.busy == 10.0
         assert [slow.arrival(frame) for frame in (0, 3, 4, 9)] == [1.0, 4.0, 7.0, 12.0]
 
+    @pytest.mark.parametrize("begin", [0.0, 1e7, 1e8, 1e9])
+    def test_transfers_end_however_late_it_is(self, begin: float):
+        for part in range(100):
+            clock, link, ends = self.link(latency=part / 97)
+            clock.now = begin + part / 89
+            sent = clock.now
+            link.bring(2, DEMAND, lambda transfer, sent=sent, ends=ends, clock=clock: ends.update(a=clock.now - sent))
+            for _ in range(3):
+                if clock.next_time is not None:
+                    clock.advance()
+            assert ends == {"a": pytest.approx(2 + part / 97, abs=1e-6)}
+
     def test_transfers_of_the_same_urgency_follow_each_other(self):
         clock, link, ends = self.link()
         for name in "ab":
@@ -256,6 +268,15 @@ def test_continuous_request_takes_a_step_for_each_token():
     run(clock)
     assert (log.first_token[0], log.finished[0]) == (2.5, 4.5)
     assert not made.live
+
+
+def test_execution_time_of_a_continuous_request_is_spread_over_its_steps():
+    script = Script(RequestArrived=[[Run("a", (0,))]], StepFinished=[[Run("a", (0,))]])
+    timed = SimulatedModel("a", FRAME, StepTime(9.0), continuous=True)
+    clock, made, log = group(script, timed)
+    made.arrive(0, Arrival(0.0, "a", output_tokens=2, seconds=3.0))
+    run(clock)
+    assert (log.first_token[0], log.finished[0]) == (1.5, 3.0)
 
 
 def test_models_are_added_before_anything_else():

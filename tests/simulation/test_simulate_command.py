@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from computron import cli
 from computron.simulation.hardware import Hardware, Link, Profile, SimulatedModel, StepTime
+from computron.simulation.systems import SYSTEMS
 
 QUICK = ("--duration", "5s", "--rate", "8", "--models", "3", "--model-size", "1GB", "--memory", "2GB")
 
@@ -171,6 +172,9 @@ def test_a_trace_without_models_is_spread_over_them(tmp_path: Path):
         (("--trace", "no.csv", "--trace-format", "xls"), '--trace-format: "xls" is not known'),
         (("--profile", "no.json"), "no.json: No such file or directory"),
         (("--json", "no/where.json"), "no/where.json cannot be written: there is no folder no"),
+        (("--timeline", "/"), "/ cannot be written: it is a folder"),
+        (("--zipf", "-1000"), "models cannot be as unequal"),
+        (("--sweep-load", "1e-12", "--duration", "5s"), "the last request comes after "),
     ],
 )
 def test_what_cannot_be_is_one_line_with_the_remedy(arguments, said):
@@ -189,6 +193,40 @@ def test_a_file_that_is_no_profile_is_told(tmp_path: Path):
     path.write_text("{}")
     result = run("--profile", path)
     assert (result.exit_code, result.stderr.startswith(f"error: {path}: ")) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "said"),
+    [
+        (("hardware",), {"stages": 0}, "stages must be at least 1, not 0"),
+        (("hardware",), {"frame_bytes": 0}, "frame_bytes must be at least 1"),
+        (("hardware",), {"request_overhead": -1}, "request_overhead must be at least 0 seconds"),
+        (("hardware", "link"), {"bandwidth": 0}, "bandwidth must be more than 0"),
+        (("hardware", "link"), {"latency": -1}, "latency must be at least 0"),
+        (("models", 0), {"max_batch_size": 0}, "max_batch_size of model 'chat' must be at least 1"),
+        (("models", 0), {"name": "search"}, "several models have one name"),
+        (("models", 0, "step"), {"base": -1}, "base of a step must be at least 0 seconds"),
+    ],
+)
+def test_a_profile_that_cannot_be_is_told(profile: Path, part: tuple, values: dict, said: str):
+    content = json.loads(profile.read_text())
+    changed = content
+    for name in part:
+        changed = changed[name]
+    changed.update(values)
+    profile.write_text(json.dumps(content))
+    result = run("--profile", profile)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert said in result.stderr
+
+
+def test_one_request_can_be_simulated_by_every_system(tmp_path: Path):
+    path = tmp_path / "trace.csv"
+    path.write_text("time,model\n0,chat\n")
+    every = [word for system in SYSTEMS for word in ("--system", system)]
+    result = run("--trace", path, *every)
+    assert result.exit_code == 0, result.output
+    assert row(result.output, "finished") == ["1"] * len(SYSTEMS)
 
 
 def test_help_tells_every_system_and_gives_examples():

@@ -119,6 +119,8 @@ def _check_files(wanted: Wanted) -> None:
     for path in (wanted.json, wanted.timeline):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{path} cannot be written: it is a folder")
 
 
 def _title(experiment: Experiment) -> str:
