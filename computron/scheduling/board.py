@@ -55,6 +55,7 @@ class Board:
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._foretold = Agenda()
         self._usual = Mean(tuning.pooled_smoothing, 2.0)  # as of a Poisson process, until requests tell otherwise
+        self._ran_last: ModelState | None = None
         self._largest = 0  # pages of the largest model so far
         self.lead = 0.0  # how long before its limit a request is due
         self._added = 0
@@ -182,6 +183,9 @@ class Board:
     # The device
 
     def begin_step(self, model: ModelState, step: Step, now: float) -> None:
+        if self._ran_last is not model or now >= model.slice_end:
+            model.slice_end = now + self.tuning.time_slice
+            self._ran_last = model
         model.step, model.last_used = step, now
         for ticket in step.tickets.values():
             ticket.started = True

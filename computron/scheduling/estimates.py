@@ -110,13 +110,20 @@ def residual_life(mean: float, variation: float, elapsed: float) -> float:
 
 
 class Steps:
-    """Seconds of a model's steps: those that take in new requests (a prefill, a whole batch), and those that go on."""
+    """Seconds of a model's steps: those that take in new requests (a prefill, a whole batch), and those that go on.
 
-    __slots__ = ("going_on", "opening")
+    service: of all the steps that a request is in until it is answered.
+    """
+
+    __slots__ = ("going_on", "opening", "service")
 
     def __init__(self, weight: float) -> None:
         self.opening = Mean(weight)
         self.going_on = Mean(weight)
+        self.service = Mean(weight)
+
+    def answered(self, seconds: float) -> None:
+        self.service.add(seconds)
 
     def add(self, seconds: float, opening: bool) -> None:
         (self.opening if opening else self.going_on).add(seconds)

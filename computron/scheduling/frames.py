@@ -55,11 +55,11 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
             if plan.enough:
                 return plan
     if reach >= Reach.AGREED:
-        for model in sorted(board.busy.values(), key=lambda model: model.last_used):
+        for model in sorted(board.busy.values(), key=lambda model: (model.residency.complete, model.last_used)):
             if model is target or _has_turn(board, target, model, reach, now):
                 continue
-            if reach > Reach.AGREED or policy.may_take(board, target, model, now):
-                plan.take_pages(model, policy.whole_models)
+            if reach > Reach.AGREED or not model.residency.complete or policy.may_take(board, target, model, now):
+                plan.take_pages(model, whole=True)
             if plan.enough:
                 return plan
     if reach >= Reach.DUE:
@@ -85,9 +85,11 @@ def _has_turn(board: Board, target: ModelState, victim: ModelState, reach: Reach
     """
     if reach == Reach.ALL:
         return False
-    if now < victim.turn_end:
-        return True
     if board.is_due(victim, now) and victim.limit <= target.limit:
+        return True
+    if not victim.residency.complete:
+        return False
+    if now < victim.turn_end:
         return True
     return reach == Reach.AGREED and not victim.stepped
 

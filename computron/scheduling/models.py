@@ -59,6 +59,7 @@ class ModelState:
         "residency",
         "room_alone",
         "shunned",
+        "slice_end",
         "spec",
         "step",
         "stepped",
@@ -88,6 +89,7 @@ class ModelState:
         self.held_in: dict[str, ModelState] | None = None  # `idle` or `busy` of the board
         self.idle_pages = 0  # its share of the board's count
         self.room_alone: tuple[int, int] | None = None  # the board's memory of it, and for which set of pinned models
+        self.slice_end = -math.inf  # until then it goes on before other models that are resident
         self.shunned = False  # its last swap-in failed, or it was unloaded: not fetched before somebody asks for it
         self.load_asked = False
         self.unload_asked = False
@@ -133,6 +135,17 @@ class ModelState:
 
     def expected_step(self) -> float | None:
         return self.steps.expected(opening=bool(self.waiting))
+
+    def expected_service(self) -> float:
+        """Seconds of compute until a request that starts now is answered; 0 while that is not known."""
+        return self.steps.service.value or self.expected_step() or 0.0
+
+    def oldest_arrival(self) -> float:
+        """When the oldest of its requests came. The model has work."""
+        times = [ticket.request.arrival for ticket in self.admitted.values()]
+        if self.waiting:
+            times.append(self.waiting.most_urgent().request.arrival)
+        return min(times)
 
     def waited(self, now: float) -> float:
         """Seconds that its requests together have waited for a step."""

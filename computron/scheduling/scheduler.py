@@ -176,6 +176,7 @@ class Scheduler(Views):
         for request in event.cache_blocks.keys() & admitted.keys():
             board.grow(admitted[request], event.cache_blocks[request])
         for request in event.finished if going_on else step.tickets:
+            model.steps.answered(admitted[request].served + event.seconds)
             board.forget(admitted[request])
         for request in step.cancelled & admitted.keys():
             board.forget(admitted[request])
@@ -185,6 +186,7 @@ class Scheduler(Views):
             for request in step.tickets.keys() & admitted.keys():
                 ticket = admitted[request]
                 ticket.since, ticket.limit = now, limit
+                ticket.served += event.seconds
             rejected = self._reject_outgrown(list(admitted.values()))
         board.file(model)
         return rejected

@@ -15,18 +15,20 @@ class Ticket:
     """A request on its way through the scheduler.
 
     blocks: KV blocks that its next step will hold.
+    served: seconds of the steps that it has been in.
     since: when it began to wait: its arrival, or the end of the last step that it was in.
     limit: when it shall have been in a step: `max_wait` after `since`, or its deadline if that is earlier.
     started: it has been in a step; a deadline no longer concerns it.
     waiting: it is in its model's waiting queue.
     """
 
-    __slots__ = ("blocks", "limit", "model", "request", "since", "started", "waiting")
+    __slots__ = ("blocks", "limit", "model", "request", "served", "since", "started", "waiting")
 
     def __init__(self, request: Request, model: ModelState, limit: float) -> None:
         self.request = request
         self.model = model
         self.blocks = request.cache_blocks
+        self.served = 0.0
         self.since = request.arrival
         self.limit = limit
         self.started = False

@@ -176,6 +176,32 @@ def test_what_was_unloaded_or_failed_is_not_fetched_before_somebody_asks_for_it(
     assert driver.outcomes[3] == "finished"
 
 
+def test_generation_goes_on_for_its_time_slice_and_then_others_have_theirs():
+    models = [spec("a", 2, continuous=True, blocks_per_frame=9.0), spec("b", 2, continuous=True, blocks_per_frame=9.0)]
+    driver = Driver(8, models, step_seconds=0.1, tuning=Tuning(time_slice=0.45))
+    driver.arrive(0, "a", steps=15, blocks=1)
+    driver.arrive(1, "b", 0.05, steps=15, blocks=1)
+    driver.drain()
+    turns = [len(list(steps)) for _, steps in itertools.groupby(run.model for run in driver.of(Run))]
+    assert turns[1:5] == [5, 5, 5, 5]
+
+
+def test_model_with_work_gives_way_to_older_requests_only_and_then_leaves_as_a_whole():
+    def swaps(first, second):
+        models = [spec(name, 4, batch=1) for name in (first, second)]
+        driver = Driver(6, models, step_seconds=0.5, max_wait=100.0, tuning=Tuning(keep=0.0))
+        driver.arrive(0, first)
+        for number in range(1, 8):
+            driver.arrive(number, first, 0.6 + 0.01 * number)
+        driver.arrive(8, second, 0.5 if second == "older" else 0.7)
+        driver.drain()
+        evicted = [evict for evict in driver.of(Evict) if evict.model == first]
+        return [swap.model for swap in driver.of(SwapIn)], evicted[0].pages
+
+    assert swaps("busy", "older") == (["busy", "older", "busy"], (3, 2, 1, 0))
+    assert swaps("busy", "younger") == (["busy", "younger"], (3, 2))
+
+
 def test_lru_evicts_whole_models_the_least_recently_used_first():
     driver = Driver(9, [spec("a", 3), spec("b", 3), spec("c", 3), spec("d", 1)], policy="lru")
     for number, name in enumerate("abca"):

@@ -12,16 +12,18 @@ from computron.scheduling.models import ModelState
 class Default:
     """Its cases:
 
-    1. Several resident models have work: the highest priority runs; among equals the one that waited longest, so that
-       generations of several models take turns step by step.
+    1. Several resident models have work: the highest priority runs; among equals the one that waited longest. One that
+       generates goes on for a time slice, so that requests gather behind it and share their steps; then others have
+       their turn.
     2. Several absent models have work: of the highest priority, the one that serves most requests for each second of
        link and device comes first, counting those that will probably arrive meanwhile, and more the longer it waited.
        The others follow in that order if their frames can be had from models without work, so that the link is never
        idle for the sake of order.
     3. Pages leave whose model is expected to be wanted latest: as many as are needed, the last ones first, so that what
        stays is what its next run needs first.
-    4. A model with work gives its frames to one without a place when its turn is over and the requests of the other
-       have together waited for as long as its own requests would lose by the change: rent for as long as buying costs.
+    4. A model with work gives its frames, all of them, to one without a place if all its requests are younger, its turn
+       is over, and the requests of the other have together waited for as long as its own would lose by the change: the
+       swap-ins, and the time that the other takes. Rent for as long as buying costs.
     5. On an idle link, of the models whose requests come regularly, that one is fetched which is expected first, if
        those that give pages for it are expected so much later that chance does not decide.
     """
@@ -45,7 +47,11 @@ class Default:
         return self.next_in(model, now) + min(1.0, model.arrivals.variation) * model.arrivals.silence(now)
 
     def next_to_run(self, board: Board, ready: Sequence[ModelState], now: float) -> ModelState:
-        return ready[0]
+        first = ready[0]
+        for model in ready:
+            if model.admitted and now < model.slice_end and board.rank(model)[0] == board.rank(first)[0]:
+                return model
+        return first
 
     def next_to_bring(self, board: Board, absent: Sequence[ModelState], now: float) -> list[ModelState]:
         if len(absent) < 2:
@@ -58,7 +64,7 @@ class Default:
         The latter, one plus the wait of the oldest request in multiples of those seconds, lets nobody be overtaken for
         ever (highest response ratio next: Brinch Hansen, Short-term scheduling in multiprogramming systems, 1971).
         """
-        seconds = swap_seconds(board, model) + (model.expected_step() or 0.0)
+        seconds = swap_seconds(board, model) + model.expected_service()
         if seconds == 0.0:
             return math.inf
         served = min(model.work, model.spec.max_batch_size) + model.arrivals.rate * seconds
@@ -69,8 +75,10 @@ class Default:
         return sorted(idle, key=lambda model: -self.missed_in(model, now))
 
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
+        if victim.oldest_arrival() <= target.oldest_arrival():
+            return False
         change = swap_seconds(board, target) + board.link.seconds(len(victim.spec.pages))
-        return target.waited(now) >= victim.work * (change + (target.expected_step() or 0.0))
+        return target.waited(now) >= victim.work * (change + target.expected_service())
 
     def next_to_fetch(self, board: Board, lacking: Sequence[ModelState], now: float) -> list[ModelState]:
         foreseen = [model for model in lacking if self.fetch_margin(board, model) < math.inf]

@@ -34,18 +34,10 @@ class Lru:
         return idle
 
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
-        return oldest(victim) > oldest(target)
+        return victim.oldest_arrival() > target.oldest_arrival()
 
     def next_to_fetch(self, board: Board, lacking: Sequence[ModelState], now: float) -> list[ModelState]:
         return []
 
     def spare(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> list[ModelState]:
         return []
-
-
-def oldest(model: ModelState) -> float:
-    """When the oldest of its requests began to wait. The model has work."""
-    times = [ticket.request.arrival for ticket in model.admitted.values()]
-    if model.waiting:
-        times.append(model.waiting.most_urgent().request.arrival)
-    return min(times)

@@ -13,7 +13,9 @@ class Policy(Protocol):
     """Reads the board, never changes it. Requests that are due (`max_wait`, deadlines) never come to a policy."""
 
     name: str
-    whole_models: bool  # who leaves, leaves with all its pages
+    whole_models: (
+        bool  # who gives pages gives all of them, as one with work does under any policy: it cannot run anyway
+    )
     alone: bool  # who comes has the device to itself, but for pinned models
 
     def next_request(self, model: ModelState, now: float) -> float | None:
