@@ -27,12 +27,10 @@ HARDWARE = Hardware(Link(25e9), FRAME_BYTES, int(40e9 // FRAME_BYTES))
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """One simulation. longest_wait: from an arrival to the first step, in seconds. swapped: bytes that came."""
+    """One simulation. longest_wait: from an arrival to the first step, in seconds."""
 
     attainment: float
     longest_wait: float
-    mean_latency: float
-    swapped: int
 
 
 @dataclass(slots=True)
@@ -105,8 +103,6 @@ def play(
     return Played(
         float(np.mean(latency <= allowed(workload))),  # what was rejected is NaN, and not in time
         float(np.nanmax(np.asarray(log.started) - arrived)),
-        float(np.nanmean(latency)),
-        sum(swap.frames for swap in log.swaps) * FRAME_BYTES,
     )
 
 

@@ -31,7 +31,7 @@ def test_the_smallest_number_that_is_enough_is_found_from_any_guess(
     replayed: ModuleType, guess: int, needed: int | None
 ) -> None:
     search = replayed.Search()
-    search.run(lambda gpus: replayed.Played(float(needed is not None and gpus >= needed), 0.0, 0.0, 0), guess)
+    search.run(lambda gpus: replayed.Played(float(needed is not None and gpus >= needed), 0.0), guess)
     assert search.needed == needed
     if needed is not None:  # the neighbours were tried
         assert {needed - 1, needed, needed + 1} & set(range(1, 33)) <= set(search.played)
@@ -39,7 +39,7 @@ def test_the_smallest_number_that_is_enough_is_found_from_any_guess(
 
 def test_a_number_above_which_more_fails_is_not_enough(replayed: ModuleType) -> None:
     search = replayed.Search()
-    search.run(lambda gpus: replayed.Played(float(gpus == 4 or gpus >= 7), 0.0, 0.0, 0), 4)
+    search.run(lambda gpus: replayed.Played(float(gpus == 4 or gpus >= 7), 0.0), 4)
     assert search.needed == 7
 
 
