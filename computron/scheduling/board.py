@@ -55,7 +55,6 @@ class Board:
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._foretold = Agenda()
         self._usual = Mean(tuning.pooled_smoothing, 2.0)  # as of a Poisson process, until requests tell otherwise
-        self._ran_last: ModelState | None = None
         self._largest = 0  # pages of the largest model so far
         self.lead = 0.0  # how long before its limit a request is due
         self._added = 0
@@ -183,9 +182,8 @@ class Board:
     # The device
 
     def begin_step(self, model: ModelState, step: Step, now: float) -> None:
-        if self._ran_last is not model or now >= model.slice_end:
+        if now >= model.slice_end:  # not anew because others ran meanwhile, or two could take turns for ever
             model.slice_end = now + self.tuning.time_slice
-            self._ran_last = model
         model.step, model.last_used = step, now
         for ticket in step.tickets.values():
             ticket.started = True
@@ -249,10 +247,6 @@ class Board:
         model = self._foretold.first()
         if model is not None:
             self._foretold.drop(model)
-
-    def transfer_ends(self) -> list[float]:
-        """When the transfers under way will probably end."""
-        return [model.residency.swap.expected_end for model in self.loading.values() if model.residency.swap]
 
     # Agendas
 

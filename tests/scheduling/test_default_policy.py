@@ -186,6 +186,16 @@ def test_generation_goes_on_for_its_time_slice_and_then_others_have_theirs():
     assert turns[1:5] == [5, 5, 5, 5]
 
 
+def test_two_generations_in_flight_do_not_keep_a_third_model_waiting():
+    models = [spec(name, 2, continuous=True, blocks_per_frame=9.0) for name in "abc"]
+    driver = Driver(12, models, step_seconds=0.1, max_steps_in_flight=2, tuning=Tuning(time_slice=0.45))
+    driver.arrive(0, "a", steps=60, blocks=1)
+    driver.arrive(1, "b", 0.05, steps=60, blocks=1)
+    driver.arrive(2, "c", 1.0, steps=1, blocks=1)
+    driver.drain()
+    assert times(driver, Run, "c")[0] < 1.0 + 2 * 0.45 + 2 * 0.1
+
+
 def test_model_with_work_gives_way_to_older_requests_only_and_then_leaves_as_a_whole():
     def swaps(first, second):
         models = [spec(name, 4, batch=1) for name in (first, second)]
