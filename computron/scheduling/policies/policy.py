@@ -13,9 +13,7 @@ class Policy(Protocol):
     """Reads the board, never changes it. Requests that are due (`max_wait`, deadlines) never come to a policy."""
 
     name: str
-    whole_models: (
-        bool  # who gives pages gives all of them, as one with work does under any policy: it cannot run anyway
-    )
+    whole_models: bool  # who gives pages gives all of them; one with work does so under any policy, for it cannot run
     alone: bool  # who comes has the device to itself, but for pinned models
 
     def next_request(self, model: ModelState, now: float) -> float | None:
