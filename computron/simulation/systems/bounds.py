@@ -1,7 +1,7 @@
 """Systems that have, or know, what no real one does.
 
-They queue and choose as the default policy does; a cleverer order of the same requests could still pass them. What comes
-is known of each model on the whole, not group by group, so that behind a router they are no bounds at all.
+They queue and choose as the default policy does; a cleverer order of the same requests could still pass them. What
+comes is known of each model on the whole, not group by group, so that behind a router they are no bounds at all.
 """
 
 from __future__ import annotations
