@@ -4,7 +4,7 @@
 
 Each sees the packages of the environment that runs this (the project's own, with its test extra) behind its own ones,
 through a .pth file: torch is the same everywhere, and nothing large is fetched twice. A rival that cannot be installed
-gets its reason written beside the environment, and bench_rivals shows it in place of figures. Needs 2.5 GB of disk.
+gets its reason written beside the environment, and bench_rivals shows it in place of figures. Needs 2.7 GB of disk.
 """
 
 from __future__ import annotations
