@@ -44,7 +44,9 @@ def install(rival: str) -> str | None:
     environment = ENVIRONMENTS / rival
     shutil.rmtree(environment, ignore_errors=True)
     _reason_file(rival).unlink(missing_ok=True)
-    _run(sys.executable, "-m", "venv", "--without-pip", str(environment))
+    failed = _run(sys.executable, "-m", "venv", "--without-pip", str(environment))
+    if failed:
+        return failed
     packages = subprocess.check_output(
         [str(python_of(rival)), "-c", "import site; print(site.getsitepackages()[0])"], text=True
     )

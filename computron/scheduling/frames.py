@@ -18,7 +18,8 @@ class Reach(enum.IntEnum):
 
     SPARE: spare cache, and pages of models without work that the policy can spare for a fetch ahead.
     IDLE: spare cache, and pages of models without work.
-    AGREED: pages of models with work whose turn is over, where the policy agrees.
+    AGREED: pages of models with work whose turn is over, where the policy agrees; and those of younger requests' models
+        that cannot run with what they have.
     DUE: pages of any model with work whose turn is over and that is not due earlier; then paused sequences.
     ALL: the same without regard to turns. Only when nothing is under way and nothing could start otherwise.
     """
@@ -58,7 +59,7 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
         for model in sorted(board.busy.values(), key=lambda model: (model.residency.complete, model.last_used)):
             if model is target or _has_turn(board, target, model, reach, now):
                 continue
-            if reach > Reach.AGREED or not model.residency.complete or policy.may_take(board, target, model, now):
+            if reach > Reach.AGREED or _hoards(target, model) or policy.may_take(board, target, model, now):
                 plan.take_pages(model, whole=True)
             if plan.enough:
                 return plan
@@ -68,6 +69,11 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
             if plan.enough:
                 return plan
     return plan
+
+
+def _hoards(target: ModelState, victim: ModelState) -> bool:
+    """Does the victim keep pages that it cannot run with, while an older request waits for them?"""
+    return not victim.residency.complete and victim.oldest_arrival() > target.oldest_arrival()
 
 
 def _groups(models: dict[str, ModelState], size: int) -> Iterator[list[ModelState]]:

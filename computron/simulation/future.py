@@ -14,7 +14,7 @@ from computron.simulation.workload import Arrival
 class Future:
     """The arrivals of each model at the scheduler, `delay` seconds after they were sent.
 
-    `begin`: the clock's time at which the workload begins; nothing comes before.
+    `begin`: the clock's time at which the workload begins; infinite until that is known.
     """
 
     def __init__(self, arrivals: Iterable[Arrival], delay: float = 0.0) -> None:
@@ -42,5 +42,7 @@ class Future:
     def next_arrival(self, model: str, now: float) -> float:
         """The clock's time of the first arrival after `now`, infinite if there is none."""
         times = self._times.get(model, [])
+        if math.isinf(self.begin):
+            return math.inf
         place = bisect_right(times, now - self.begin)
         return self.begin + times[place] if place < len(times) else math.inf

@@ -172,6 +172,10 @@ class VirtualGroup:
             case SetCache():
                 pass  # the scheduler's ledger counts frames; tests hold it to that
 
+    def wake(self) -> None:
+        """Let the scheduler decide anew, without anything having happened."""
+        self._tell(TimePassed())
+
     def _woken(self, time: float) -> None:
         if self._wake == time:
             self._wake = None

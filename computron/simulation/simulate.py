@@ -77,6 +77,7 @@ class _Simulation:
         self._overhead = hardware.request_overhead
         self._clock = clock = Clock()
         self._log = Log(len(workload.arrivals), groups)
+        self._foresees = system.foresees
         self._future = Future(workload.arrivals, hardware.request_overhead)
         specs = model_specs(models, hardware)
         setup = Setup(hardware, models, specs, max_wait, self._future)
@@ -107,9 +108,13 @@ class _Simulation:
     def run(self, warm: bool) -> Log:
         clock, cluster, log = self._clock, self._cluster, self._log
         if warm:
+            self._future.begin = math.inf
             self._warm_up()
         log.forget_rows()
         epoch = self._future.begin = clock.now
+        if self._foresees:
+            for group in cluster.groups:
+                group.wake()
         for number, arrival in enumerate(self._arrivals):
             log.arrived[number] = arrival.time
             time = epoch + arrival.time + self._overhead

@@ -56,7 +56,12 @@ class Server:
                     self._arrived.clear()
                     await self._arrived.wait()
                 batch = self._take_batch()
-                answers = await loop.run_in_executor(thread, self._run, batch)
+                try:
+                    answers = await loop.run_in_executor(thread, self._run, batch)
+                except Exception as error:
+                    for waiting in batch:
+                        waiting.answer.set_exception(error)
+                    continue
                 for waiting, answer in zip(batch, answers, strict=True):
                     if not waiting.answer.done():  # its client may be gone
                         waiting.answer.set_result(answer)

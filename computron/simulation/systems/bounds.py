@@ -75,4 +75,6 @@ class Informed(Default):
 ALL_RESIDENT = System("all-resident", lambda setup: setup.scheduler("default"), hardware=_room_for_all)
 INFORMED = System("informed", lambda setup: setup.scheduler(Informed(setup.future)))
 CLAIRVOYANT = System("clairvoyant", lambda setup: setup.scheduler(Clairvoyant(setup.future), prefetch=False))
-CLAIRVOYANT_PREFETCH = System("clairvoyant-prefetch", lambda setup: setup.scheduler(Clairvoyant(setup.future)))
+CLAIRVOYANT_PREFETCH = System(
+    "clairvoyant-prefetch", lambda setup: setup.scheduler(Clairvoyant(setup.future)), foresees=True
+)

@@ -45,10 +45,14 @@ def _as_it_is(hardware: Hardware, models: Sequence[SimulatedModel]) -> Hardware:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """build: its scheduler. hardware: what it may use of what there is. group: what carries out its actions."""
+    """build: its scheduler. hardware: what it may use of what there is. group: what carries out its actions.
+
+    foresees: it is asked what to do when the workload begins, before anything has come.
+    """
 
     name: str
     build: Callable[[Setup], Decider]
     surroundings: Surroundings = field(default_factory=Surroundings)
     hardware: Callable[[Hardware, Sequence[SimulatedModel]], Hardware] = _as_it_is
     group: type[VirtualGroup] = VirtualGroup
+    foresees: bool = False
