@@ -18,6 +18,8 @@ the same if the engine did not sleep for 100 ms where it finds a worker's inbox 
 `experiment1.{tp}x{pp}.response`: the mean response of experiment 1 with the constants of 2x2; baseline: published.
 `without.{part}.cv{cv}`: how many times as long the default policy takes without one of its parts, geometric mean over
 the cells; `worst` over all of them.
+`generations.{way}.mean`, `.p99`: how many times as long others take, or the default policy without a part, where models
+generate (`_generations.py`), geometric mean of three workloads. Without seniority, the younger may interrupt the older.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from _cells import ABLATIONS, WITHOUT, Measured, least_mean, measure
 from _common import Report, arguments
+from _generations import WAYS, latencies
 from rich.console import Console
 from rich.table import Table
 
@@ -52,6 +56,7 @@ COLUMNS = (
 STRICTEST = "clairvoyant-prefetch"
 BOUND = "bound_over_clairvoyant"
 SEEDS, QUICK_SEEDS = 40, 3
+GENERATION_SEEDS = 8
 CVS = (0.25, 1.0, 4.0)
 PARTS = tuple(system.name.removeprefix(WITHOUT) for system in ABLATIONS)
 PER_CELL = ("mean_ratio", "p99_ratio", "over_clairvoyant", "over_all_resident", "published", "lowest", "highest")
@@ -62,6 +67,7 @@ NAMES = (
     "reproduction.geometric_mean",
     "reproduction.sleepless",
     *(f"experiment1.{run.name}.response" for run in EXPERIMENT_1),
+    *(f"generations.{way}.{row}" for way in WAYS if way != "default" for row in ("mean", "p99")),
     *(f"without.{part}.{row}" for part in PARTS for row in (*(f"cv{cv:g}" for cv in CVS), "worst")),
 )
 
@@ -79,6 +85,7 @@ def main() -> None:
         response = statistics.fmean(run.responses())
         report.row(f"experiment1.{run.name}.response", response, "s", run.published, response / run.published)
     _add_ablation(report, cells)
+    _add_generations(report, seeds)
     report.plot(lambda axes: _draw(axes, cells))
     _print_means(cells, systems)
     _print_reproduction(cells)
@@ -137,6 +144,16 @@ def _add_ablation(report: Report, cells: Sequence[Measured]) -> None:
             ratio = statistics.geometric_mean(ratio for cell, ratio in slower.items() if cell.cv == cv)
             report.row(f"without.{part}.cv{cv:g}", ratio, "times", None, ratio)
         report.row(f"without.{part}.worst", max(slower.values()), "times", None, max(slower.values()))
+
+
+def _add_generations(report: Report, seeds: range) -> None:
+    samples = {way: latencies(way, seeds[:GENERATION_SEEDS]) for way in WAYS}
+    ours = samples.pop("default")
+    for way, others in samples.items():
+        for row, figure in (("mean", np.mean), ("p99", lambda sample: np.percentile(sample, 99))):
+            ratios = [float(figure(other) / figure(our)) for our, other in zip(ours, others, strict=True)]
+            ratio = statistics.geometric_mean(ratios)
+            report.row(f"generations.{way}.{row}", ratio, "times", None, ratio)
 
 
 def _print_means(cells: Sequence[Measured], systems: Iterable[str]) -> None:

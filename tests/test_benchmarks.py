@@ -71,6 +71,11 @@ PROMISED = {
         *("reproduction.cells_inside", "reproduction.geometric_mean", "reproduction.sleepless"),
         *(f"experiment1.{grid}.response" for grid in ("1x1", "2x1", "4x1", "1x2", "1x4", "2x2")),
         *(
+            f"generations.{way}.{row}"
+            for way in ("lru", "all-resident", "without_time_slice", "without_seniority")
+            for row in ("mean", "p99")
+        ),
+        *(
             f"without.{part}.{row}"
             for part in (
                 *("prefetch", "early_start", "weighing", "expectation"),
