@@ -45,5 +45,5 @@ class Tuning:
     fetch_margin: float = 4.0
     prior: float = 20.0
     pooled_smoothing: float = 0.02
-    time_slice: float = 1.0
+    time_slice: float = 0.5
     history: int = 32
