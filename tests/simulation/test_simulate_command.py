@@ -107,6 +107,22 @@ def test_lengths_make_models_generate(tmp_path: Path):
     assert slower["systems"]["default"]["first_token"]["p50"] > first + 0.05
 
 
+def test_what_costs_nothing_because_it_was_left_out_is_noted(tmp_path: Path):
+    asked = (*QUICK, "--step-time", "1ms", "--output-tokens", "5")
+    costs = ("--prompt-token-time", "10us", "--request-time", "2ms", "--cache-per-token", "1MB")
+    assert run(*asked).stderr == (
+        "note: KV caches take no memory: give --cache-per-token; prompts cost nothing: give --prompt-token-time; "
+        "a step takes as long for many requests as for one: give --request-time\n"
+    )
+    assert run(*asked, *costs[:4]).stderr == "note: KV caches take no memory: give --cache-per-token\n"
+    assert run(*asked, *costs).stderr == run(*QUICK).stderr == ""
+    model = results(tmp_path, *asked, *costs)["models"][0]
+    assert model["cache_bytes_per_token"] == 1e6
+    assert model["step"] == pytest.approx(
+        {"base": 0.001, "per_prompt_token": 1e-5, "per_sequence": 0.002, "per_context_token": 0.0, "opening": 0.0}
+    )
+
+
 def test_a_profile_gives_hardware_and_models(tmp_path: Path, profile: Path):
     found = results(tmp_path, "--profile", profile, "--duration", "5s", "--bandwidth", "2GB/s")
     assert [(model["name"], model["bytes"]) for model in found["models"]] == [("chat", 2e6), ("search", 1e6)]

@@ -15,6 +15,8 @@ def simulate(
     frame: flags.Frame = None,
     step_time: flags.StepTime = None,
     prompt_token_time: flags.PromptTokenTime = None,
+    request_time: flags.RequestTime = None,
+    cache_per_token: flags.CachePerToken = None,
     batch: flags.Batch = None,
     rate: flags.Rate = None,
     cv: flags.Cv = None,
@@ -55,7 +57,19 @@ def simulate(
 
     try:
         asked = experiment(
-            HardwareOptions(profile, models, model_size, memory, bandwidth, frame, step_time, prompt_token_time, batch),
+            HardwareOptions(
+                profile,
+                models,
+                model_size,
+                memory,
+                bandwidth,
+                frame,
+                step_time,
+                prompt_token_time,
+                request_time,
+                cache_per_token,
+                batch,
+            ),
             WorkloadOptions(
                 rate, cv, zipf, duration, seed, prompt_tokens, output_tokens, trace, trace_format, speed_up, overlay
             ),

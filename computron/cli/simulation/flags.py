@@ -33,6 +33,10 @@ StepTime = Annotated[str | None, _hardware(help="Of one step of one model.", sho
 PromptTokenTime = Annotated[
     str | None, _hardware(help="Of each token of the prompts that a step takes in.", show_default="nothing")
 ]
+RequestTime = Annotated[str | None, _hardware(help="Of each request in a step.", show_default="nothing")]
+CachePerToken = Annotated[
+    str | None, _hardware(help="KV cache of a token, on one node.", metavar="SIZE", show_default="nothing")
+]
 Batch = Annotated[int | None, _hardware(min=1, help="Most requests of a step.", show_default=str(defaults.BATCH))]
 
 Rate = Annotated[

@@ -49,6 +49,8 @@ class HardwareOptions:
     frame: str | None = None
     step_time: str | None = None
     prompt_token_time: str | None = None
+    request_time: str | None = None
+    cache_per_token: str | None = None
     batch: int | None = None
 
 
@@ -82,10 +84,13 @@ class SystemOptions:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
+    """notes: what whoever asked may not have meant, a line each."""
+
     experiment: Experiment
     systems: tuple[str, ...]
     loads: tuple[float, ...]
     group_counts: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
 
 def experiment(
@@ -107,6 +112,7 @@ def experiment(
         tuple(dict.fromkeys(system.systems)),
         loads,
         counts,
+        _notes(hardware, models),
     )
 
 
@@ -125,6 +131,19 @@ def fleet(
     if hardware.profile is None:
         models = tuple(replace(model, continuous=generates) for model in models)
     return requests, device, models
+
+
+def _notes(hardware: HardwareOptions, models: Sequence[SimulatedModel]) -> tuple[str, ...]:
+    """What costs nothing where models generate, because nobody said what it costs."""
+    if hardware.profile is not None or not any(model.continuous for model in models):
+        return ()
+    free = {
+        "KV caches take no memory: give --cache-per-token": hardware.cache_per_token,
+        "prompts cost nothing: give --prompt-token-time": hardware.prompt_token_time,
+        "a step takes as long for many requests as for one: give --request-time": hardware.request_time,
+    }
+    missing = [words for words, given in free.items() if given is None]
+    return ("; ".join(missing),) if missing else ()
 
 
 def _targets(texts: Sequence[str]) -> tuple[Target, ...]:
@@ -149,11 +168,17 @@ def _synthetic(options: HardwareOptions) -> tuple[Hardware, tuple[SimulatedModel
     bandwidth = _quantity("--bandwidth", options.bandwidth or BANDWIDTH, Bandwidth)
     memory = _quantity("--memory", options.memory or MEMORY, Size)
     base = _quantity("--step-time", options.step_time or STEP_TIME, Duration)
-    token = options.prompt_token_time
-    step = StepTime(base, 0.0 if token is None else _quantity("--prompt-token-time", token, Duration))
+    step = StepTime(
+        base,
+        _if_given("--prompt-token-time", options.prompt_token_time, Duration),
+        _if_given("--request-time", options.request_time, Duration),
+    )
+    cache = _if_given("--cache-per-token", options.cache_per_token, Size)
     batch = options.batch or BATCH
     sizes = _sizes(options.model_size or MODEL_SIZE)
-    models = tuple(SimulatedModel(f"model {size}", size, step, max_batch_size=batch) for size in sizes)
+    models = tuple(
+        SimulatedModel(f"model {size}", size, step, max_batch_size=batch, cache_bytes_per_token=cache) for size in sizes
+    )
     return Hardware(Link(bandwidth), frame, memory // frame), models
 
 
@@ -168,7 +193,8 @@ def _measured(path: Path, options: HardwareOptions) -> tuple[Hardware, tuple[Sim
     device, models = profile.hardware, profile.models
     if not models:
         raise ValueError(f"{path}: no model in it")
-    _refuse(options, ("frame", "step_time", "prompt_token_time"), "is for hardware without --profile, which tells it")
+    told = ("frame", "step_time", "prompt_token_time", "request_time", "cache_per_token")
+    _refuse(options, told, "is for hardware without --profile, which tells it")
     if options.bandwidth is not None:
         link = replace(device.link, bandwidth=_quantity("--bandwidth", options.bandwidth, Bandwidth))
         device = replace(device, link=link)
@@ -273,6 +299,11 @@ def _listed(option: str, text: str | None, kind: Callable[[str], N], what: str) 
     if not found or not all(0 < value < math.inf for value in found):
         raise ValueError(f'{option}: "{text}" is no list of {what}')
     return tuple(found)
+
+
+def _if_given(option: str, text: str | None, kind: Any) -> Any:
+    """0 of what was not given."""
+    return kind(0) if text is None else _quantity(option, text, kind)
 
 
 def _quantity(option: str, text: str, kind: Any) -> Any:

@@ -84,6 +84,8 @@ def run(asked: Asked, wanted: Wanted) -> None:
     """Raises ValueError for what cannot be simulated or drawn, OSError for what cannot be written."""
     experiment = asked.experiment
     _check_files(wanted)
+    for note in asked.notes:
+        errors.print(f"note: {note}", markup=False)
     runs = Runs(experiment, wanted)
     summaries = {system: runs.main(system) for system in asked.systems}
     against_load = sweep(asked.systems, asked.loads, runs.at_load) if asked.loads else {}
