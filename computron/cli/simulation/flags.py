@@ -79,7 +79,12 @@ Groups = Annotated[int, _system(min=1, help="Groups of nodes; each can serve eve
 RouterName = Annotated[
     str, _system("--router", help=f"Which group a request goes to: {', '.join(ROUTERS)}.", metavar="NAME")
 ]
-MaxWait = Annotated[str, _system(help="No request waits longer because of other models.")]
+MaxWait = Annotated[
+    str,
+    _system(
+        help="Until overload, no request waits longer because of other models; docs/scheduling.md has the exact promise."
+    ),
+]
 Cold = Annotated[bool, _system("--cold", help="Begin with empty devices, not after a request to each model.")]
 
 Slo = Annotated[
