@@ -51,7 +51,7 @@ def trace(tmp_path: Path) -> Path:
 def test_without_anything_said_something_useful_is_simulated():
     result = run()
     assert result.exit_code == 0
-    assert "8 models (gamma) on 1 group of 40 GB at 25 GB/s" in result.output
+    assert "8 models (gamma) on 1 group of 40 GB at 25 GB/s\nneeds 104 GB of host memory a group, " in result.output
     assert row(result.output, "requests") == row(result.output, "finished") != ["0"]
     assert re.search(r"\d+ requests simulated in [\d.]+ s: \d+ a second\n$", result.output)
 

@@ -135,10 +135,16 @@ def _title(experiment: Experiment) -> str:
     )
 
 
+def _host_memory(experiment: Experiment) -> str:
+    needed = table.size(sum(model.bytes for model in experiment.models))
+    return f"needs {needed} of host memory a group, for each of its nodes"
+
+
 def _show(
     experiment: Experiment, summaries: Mapping[str, Summary], load: Sweep, groups: Sweep, *, per_model: bool
 ) -> None:
-    _print(_title(experiment), table.comparison(summaries))
+    wide.print(_title(experiment), style="bold", markup=False)
+    _print(_host_memory(experiment), table.comparison(summaries))
     if per_model:
         for system, summary in summaries.items():
             _print(f"\n{system}, by model", table.per_model(summary))
