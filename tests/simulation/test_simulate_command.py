@@ -67,6 +67,18 @@ def test_systems_are_compared_on_the_same_requests_and_a_seed_gives_them_again(t
     assert results(tmp_path, *QUICK, "--seed", 4)["settings"] != first["settings"]
 
 
+def test_an_overloaded_system_is_named_with_what_was_too_slow(tmp_path: Path):
+    path = tmp_path / "results.json"
+    asked = (*QUICK, "--duration", "30s", "--policy", "default", "--policy", "all-resident", "--json", path)
+    assert "overloaded" not in run(*QUICK, "--memory", "4GB", "--rate", "2").stdout
+    result = run(*asked, "--rate", "40", "--bandwidth", "1GB/s", "--max-wait", "100ms")
+    (line,) = (line for line in result.stdout.splitlines() if "overloaded" in line)
+    assert line.startswith("default: overloaded: ")
+    assert json.loads(path.read_text())["overloaded"] == ["default"]
+    devices = run(*QUICK, "--duration", "30s", "--rate", "40", "--step-time", "1s", "--batch", "1", "--memory", "4GB")
+    assert "quicker steps or larger batches" in devices.stdout
+
+
 def test_json_holds_what_is_needed_to_repeat_and_to_plot(tmp_path: Path):
     found = results(tmp_path, *QUICK, "--slo", "500ms", "--slo", "first=2s", "--sweep-load", "2,1")
     assert found["hardware"]["link"]["bandwidth"] == 25e9

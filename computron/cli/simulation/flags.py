@@ -82,7 +82,7 @@ RouterName = Annotated[
 MaxWait = Annotated[
     str,
     _system(
-        help="Until overload, no request waits longer because of other models; docs/scheduling.md has the exact promise."
+        help="Until overload, no request waits longer because of other models. The exact promise: docs/scheduling.md."
     ),
 ]
 Cold = Annotated[bool, _system("--cold", help="Begin with empty devices, not after a request to each model.")]

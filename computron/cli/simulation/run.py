@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from computron.cli.simulation.options import Asked
 from computron.simulation.experiment import Experiment, Sweep, sweep
 from computron.simulation.hardware import Hardware, SimulatedModel
 from computron.simulation.log import Log
+from computron.simulation.overload import asked_for, overloaded
 from computron.simulation.report import plots, table
 from computron.simulation.report.timeline import write_timeline
 from computron.simulation.results import Floats, Summary, latencies
@@ -42,6 +43,7 @@ class Results:
     router: str
     max_wait: float
     systems: dict[str, Summary]
+    overloaded: tuple[str, ...] = ()
     against_load: Sweep = field(default_factory=dict)
     against_groups: Sweep = field(default_factory=dict)
 
@@ -54,11 +56,14 @@ class Runs:
         self.seconds = 0.0
         self.latencies: dict[str, Floats] = {}
         self.logs: dict[str, Log] = {}
+        self.overloaded: list[str] = []
         self._experiment = experiment
         self._wanted = wanted
 
     def main(self, system: str) -> Summary:
         summary, log = self._run(system)
+        if overloaded(log, self._experiment.workload, summary, self._experiment.max_wait):
+            self.overloaded.append(system)
         if self._wanted.plot is not None:
             self.latencies[system] = latencies(log)
         if self._wanted.timeline is not None:
@@ -73,7 +78,10 @@ class Runs:
 
     def _run(self, system: str, *, load: float = 1.0, groups: int | None = None) -> tuple[Summary, Log]:
         began = time.perf_counter()
-        with errors.status(f"simulating {system}"):
+        words = f"simulating {system}"
+        words += f" at {load:g} of the load" if load != 1.0 else ""
+        words += f" on {groups} groups" if groups is not None else ""
+        with errors.status(words):  # on a terminal only
             summary, log = self._experiment.run(system, load=load, groups=groups)
         self.requests += summary.requests
         self.seconds += time.perf_counter() - began
@@ -90,7 +98,7 @@ def run(asked: Asked, wanted: Wanted) -> None:
     summaries = {system: runs.main(system) for system in asked.systems}
     against_load = sweep(asked.systems, asked.loads, runs.at_load) if asked.loads else {}
     against_groups = sweep(asked.systems, asked.group_counts, runs.on_groups) if asked.group_counts else {}
-    _show(experiment, summaries, against_load, against_groups, per_model=wanted.per_model)
+    _show(experiment, summaries, runs.overloaded, against_load, against_groups, per_model=wanted.per_model)
     output.print(
         f"{runs.requests} requests simulated in {runs.seconds:.1f} s: {runs.requests / runs.seconds:.0f} a second"
     )
@@ -104,6 +112,7 @@ def run(asked: Asked, wanted: Wanted) -> None:
             experiment.router,
             experiment.max_wait,
             summaries,
+            tuple(runs.overloaded),
             against_load,
             against_groups,
         )
@@ -141,10 +150,20 @@ def _host_memory(experiment: Experiment) -> str:
 
 
 def _show(
-    experiment: Experiment, summaries: Mapping[str, Summary], load: Sweep, groups: Sweep, *, per_model: bool
+    experiment: Experiment,
+    summaries: Mapping[str, Summary],
+    too_much: Sequence[str],
+    load: Sweep,
+    groups: Sweep,
+    *,
+    per_model: bool,
 ) -> None:
     wide.print(_title(experiment), style="bold", markup=False)
     _print(_host_memory(experiment), table.comparison(summaries))
+    for system in too_much:
+        wide.print(
+            table.overload(system, summaries[system], asked_for(experiment.workload)), markup=False, soft_wrap=True
+        )
     if per_model:
         for system, summary in summaries.items():
             _print(f"\n{system}, by model", table.per_model(summary))

@@ -61,6 +61,16 @@ def swept(against: str, found: Sweep, target: str) -> Table:
     return table
 
 
+def overload(system: str, summary: Summary, asked: float) -> str:
+    """One line. asked: requests a second."""
+    device, link = summary.device_utilisation, max(summary.link_utilisation, summary.link_back_utilisation)
+    remedy = "more memory or a quicker link" if link > device else "quicker steps or larger batches"
+    return (
+        f"{system}: overloaded: {summary.throughput:.4g} of {asked:.4g} requests a second answered, device "
+        f"{percent(device)} busy, link {percent(link)}: more groups, {remedy}, or fewer requests would help"
+    )
+
+
 def _table() -> Table:
     return Table(header_style="bold", box=None, pad_edge=False)
 
