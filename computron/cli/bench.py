@@ -76,6 +76,12 @@ def profile(
         fail(f"{out} cannot be written: {error.strerror}")
     for table in tables(measured):
         output.print(table)
+    if missed := misfits(measured):
+        errors.print(
+            f"warning: the fit misses by more than {MISS:.0%} for {', '.join(missed)}: "
+            "the machine was busy or the server was: measure again",
+            markup=False,
+        )
     output.print(f"written to {out}")
 
 
@@ -89,6 +95,15 @@ def _body(given: str) -> tuple[str, Any]:
         fail(f"{path} cannot be read: {error.strerror}", ASKED_WRONGLY)
     except ValueError as error:
         fail(f"{path} is no JSON: {error}", ASKED_WRONGLY)
+
+
+MISS = 0.2  # how far a fit may be off before a warning
+
+
+def misfits(measured: Measured) -> list[str]:
+    """What the profile would foretell badly."""
+    missed = [f"the steps of {model}" for model, steps in measured.steps.items() if steps.fitted.worst_error > MISS]
+    return missed + (["the link"] if max(map(abs, measured.link.errors)) > MISS else [])
 
 
 def tables(measured: Measured) -> Sequence[Table]:
@@ -106,7 +121,7 @@ def _link(measured: MeasuredLink) -> Table:
         table.add_row(
             load.model,
             f"{load.nbytes / 2**20:.1f} MiB",
-            f"{load.seconds * 1e3:.1f} ms",
+            _time(load.seconds),
             f"{load.nbytes / load.seconds / 1e9:.2f} GB/s",
             f"{error:+.1%}",
         )
@@ -114,28 +129,26 @@ def _link(measured: MeasuredLink) -> Table:
 
 
 def _steps(model: str, measured: MeasuredSteps) -> Table:
-    title = f"Steps of {model}"
+    title = f"Steps of {model}, {measured.discarded} of {measured.made} calls discarded"
     table = Table("call", "steps", "compute", "calls", "fit", title=title, title_justify="left", box=None)
     for call, error in zip(measured.calls, measured.fitted.errors, strict=True):
-        table.add_row(
-            call.name, str(call.work.steps), f"{call.seconds * 1e3:.2f} ms", str(call.repeats), f"{error:+.1%}"
-        )
+        table.add_row(call.name, str(call.work.steps), _time(call.seconds), str(call.repeats), f"{error:+.1%}")
     return table
 
 
 def _found(measured: Measured) -> Table:
     hardware = measured.profile.hardware
     table = Table("what", "", title="Profile", title_justify="left", box=None, show_header=False)
-    table.add_row("link", f"{hardware.link.bandwidth / 1e9:.3f} GB/s, {hardware.link.latency * 1e3:.2f} ms")
+    table.add_row("link", f"{hardware.link.bandwidth / 1e9:.3f} GB/s, {_time(hardware.link.latency)}")
     table.add_row("device", f"{hardware.frames} frames of {hardware.frame_bytes / 2**20:g} MiB")
     overhead = hardware.request_overhead + hardware.answer_overhead
-    table.add_row("beside steps", f"{overhead * 1e3:.2f} ms a call, {hardware.step_overhead * 1e3:.2f} ms a step")
+    table.add_row("beside steps", f"{_time(overhead)} a call, {_time(hardware.step_overhead)} a step")
     for model in measured.profile.models:
         step, fitted = model.step, measured.steps[model.name].fitted
-        terms = [f"{step.base * 1e3:.2f} ms"]
-        terms += [f"{step.opening * 1e3:.2f} ms if it takes in a prompt"] if step.opening else []
+        terms = [_time(step.base)]
+        terms += [f"{_time(step.opening)} if it takes in a prompt"] if step.opening else []
         terms += [
-            f"{seconds * 1e6:.3g} us a {what}"
+            f"{_time(seconds)} a {what}"
             for what, seconds in (
                 ("prompt token", step.per_prompt_token),
                 ("request", step.per_sequence),
@@ -146,3 +159,10 @@ def _found(measured: Measured) -> Table:
         fit = f"fit within {fitted.typical_error:.1%} typically, {fitted.worst_error:.1%} at worst"
         table.add_row(f"step of {model.name}", f"{' + '.join(terms)} ({fit})")
     return table
+
+
+def _time(seconds: float) -> str:
+    """In the unit that suits: 4.65 ms, 12.3 us."""
+    if seconds >= 1.0:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 or not seconds else f"{seconds * 1e6:.3g} us"

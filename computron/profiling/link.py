@@ -48,12 +48,15 @@ async def measure_link(server: Server, models: Sequence[Details]) -> MeasuredLin
 
 async def _time_loads(server: Server, model: str) -> Load:
     seconds, sizes = [], []
+    last = await server.counts(model)
     for _ in range(LOADS):
         await server.unload(model)
         before = await server.counts(model)
         await server.load(model)
-        took = (await server.counts(model)).since(before)
-        if took.swaps == 1 and took.swap_bytes and took.swap_seconds:
+        now = await server.counts(model)
+        now.since(last).refuse_others(model)
+        took, last = now.since(before), now
+        if not took.step_requests and took.swaps == 1 and took.swap_bytes and took.swap_seconds:
             seconds.append(took.swap_seconds)
             sizes.append(took.swap_bytes)
     if not seconds:

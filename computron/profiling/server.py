@@ -58,7 +58,7 @@ class _Version(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What the server has counted of one model since its start."""
+    """What the server has counted of one model since its start. others: requests in steps of each other model."""
 
     steps: int
     step_seconds: float
@@ -66,6 +66,7 @@ class Counts:
     swaps: int
     swap_seconds: float
     swap_bytes: int
+    others: Mapping[str, int]
 
     def since(self, before: Counts) -> Counts:
         return Counts(
@@ -75,7 +76,16 @@ class Counts:
             self.swaps - before.swaps,
             self.swap_seconds - before.swap_seconds,
             self.swap_bytes - before.swap_bytes,
+            {name: more for name, count in self.others.items() if (more := count - before.others.get(name, 0))},
         )
+
+    def refuse_others(self, model: str) -> None:
+        """Raises CannotProfile if, since what this was counted from, other models than this one had requests."""
+        if self.others:
+            names = ", ".join(sorted(self.others))
+            raise CannotProfile(
+                f"requests to {names} came while {model} was measured: measure a server that nobody else uses"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +175,11 @@ class Server:
             swaps=round(value("swap_in_seconds_count")),
             swap_seconds=value("swap_in_seconds_sum"),
             swap_bytes=round(value("swap_in_bytes_total")),
+            others={
+                other: round(count)
+                for (name, other), count in values.items()
+                if name == "computron_batch_size_sum" and other != model
+            },
         )
 
     async def ask(self, question: Question) -> Answer:

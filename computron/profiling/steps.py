@@ -21,7 +21,8 @@ ROUNDS = 3  # at least so many calls of each shape are timed, after one that is 
 FEWEST = 2  # of calls that took equally many steps, for a median
 STEP_TOKENS = 2048  # of prompts in one call; more may be read in several steps
 PAUSE = 0.1  # seconds between two calls: between requests a server rests, and the caches of its cores forget
-DISTURBED = 0.3  # share of calls between which other requests may come
+FOREIGN = 0.05  # share of calls between which others' requests to the model may come
+DISTURBED = 0.3  # share of calls that may be discarded, those and others that joined steps in another way
 GENERATES = ("base", "per_prompt_token", "per_sequence", "per_context_token", "opening")
 READS = ("base", "per_prompt_token", "per_sequence")
 LOOKS = ("base", "per_sequence")
@@ -29,12 +30,17 @@ LOOKS = ("base", "per_sequence")
 
 @dataclass(frozen=True, slots=True)
 class MeasuredSteps:
-    """`call_overhead`: seconds of a call beside its steps. `step_overhead`: between two steps; None: it has but one."""
+    """`call_overhead`: seconds of a call beside its steps. `step_overhead`: between two steps; None: it has but one.
+
+    `discarded`: of the calls that were `made`, those whose steps were not known to hold what they should.
+    """
 
     calls: tuple[Timed, ...]
     fitted: Fitted
     call_overhead: float
     step_overhead: float | None
+    made: int = 0
+    discarded: int = 0
 
 
 Asks = Callable[[Shape], Sequence[Question]]
@@ -51,7 +57,7 @@ async def measure_steps(server: Server, model: Details, seconds: float, body: An
     await server.load(model.id)
     for shape in shapes:
         await _ask(server, asks(shape))
-    timings = await _time_shapes(server, model, shapes, asks, seconds)
+    timings, made = await _time_shapes(server, model, shapes, asks, seconds)
     calls = [
         Timed(shape.name, shape.work(steps), statistics.median(seconds for seconds, _ in samples), len(samples))
         for (shape, steps), samples in sorted(timings.items(), key=lambda timed: shapes.index(timed[0][0]))
@@ -59,7 +65,8 @@ async def measure_steps(server: Server, model: Details, seconds: float, body: An
     ]
     terms = GENERATES if kind == "generate" else LOOKS if kind == "other" else READS
     call_overhead, step_overhead = _overheads(timings)
-    return MeasuredSteps(tuple(calls), fit(calls, terms), call_overhead, step_overhead)
+    kept = sum(map(len, timings.values()))
+    return MeasuredSteps(tuple(calls), fit(calls, terms), call_overhead, step_overhead, made, made - kept)
 
 
 async def _how_to_ask(server: Server, model: Details, body: Any) -> tuple[str, Asks]:
@@ -96,9 +103,13 @@ Timings = dict[tuple[Shape, int], list[tuple[float, float]]]
 """(shape, steps that it took) -> (seconds of the steps, of the whole call), call by call."""
 
 
-async def _time_shapes(server: Server, model: Details, shapes: Sequence[Shape], asks: Asks, seconds: float) -> Timings:
+async def _time_shapes(
+    server: Server, model: Details, shapes: Sequence[Shape], asks: Asks, seconds: float
+) -> tuple[Timings, int]:
+    """And how many calls were made."""
     timings: Timings = defaultdict(list)
-    disturbed = rounds = 0
+    disturbed = foreign = rounds = 0
+    last = await server.counts(model.id)
     order = random.Random(0)
     end = time.monotonic() + seconds
     while rounds < ROUNDS or time.monotonic() < end:
@@ -107,15 +118,24 @@ async def _time_shapes(server: Server, model: Details, shapes: Sequence[Shape], 
             await asyncio.sleep(PAUSE)
             before = await server.counts(model.id)
             whole = await _ask(server, asks(shape))
-            took = (await server.counts(model.id)).since(before)
+            now = await server.counts(model.id)
+            now.since(last).refuse_others(model.id)
+            took, last = now.since(before), now
             expected = shape.batch * shape.output_tokens
+            foreign += took.step_requests > expected
             if took.step_requests != expected or (shape.output_tokens > 1 and took.steps != shape.steps):
                 disturbed += 1
                 continue
             timings[shape, took.steps].append((took.step_seconds, whole))
-    if disturbed > rounds * len(shapes) * DISTURBED:
+    made = rounds * len(shapes)
+    if foreign > made * FOREIGN:
         raise CannotProfile(f"other requests to {model.id} came between: measure a server that nobody else uses")
-    return timings
+    if disturbed > made * DISTURBED:
+        raise CannotProfile(
+            f"{disturbed} of {made} calls of {model.id} took other steps than expected: measure a server and a machine "
+            "that have nothing else to do"
+        )
+    return timings, made
 
 
 def _overheads(timings: Timings) -> tuple[float, float | None]:

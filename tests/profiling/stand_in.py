@@ -16,13 +16,15 @@ BANDWIDTH = 2e9
 
 class StandIn:
     """One model of each name in `steps`: those that begin with "chat" generate, those with "custom" take anything, the
-    others embed. `tamper`: added to the counted requests of each step.
+    others embed. `tamper`: added to the counted requests of each step. `beside`: a model that is asked by somebody else
+    whenever another one runs or is loaded.
     """
 
     def __init__(self, steps: dict[str, StepTime], *, key: str | None = None) -> None:
         self.steps = steps
         self.key = key
         self.tamper = 0
+        self.beside: str | None = None
         self.pinned = False
         self.queue_depth = 0
         self.resident: dict[str, float] = dict.fromkeys(steps, 0.0)
@@ -86,8 +88,13 @@ class StandIn:
             self._count(model, "swap_in_seconds_count", 1)
             self._count(model, "swap_in_seconds_sum", 0.001 + self.sizes[model] / BANDWIDTH)
             self._count(model, "swap_in_bytes_total", self.sizes[model])
+            self._disturb()
         self.resident[model] = float(order == "load")
         return web.json_response(before, status=202)
+
+    def _disturb(self) -> None:
+        if self.beside is not None:
+            self._count(self.beside, "batch_size_sum", 1)
 
     def _count(self, model: str, what: str, amount: float) -> None:
         self.counted[model][what] = self.counted[model].get(what, 0.0) + amount
@@ -103,6 +110,7 @@ class StandIn:
         return web.Response(text="\n".join(lines) + "\n")
 
     def _step(self, model: str, requests: int, prompt: int, context: int = 0) -> None:
+        self._disturb()
         self._count(model, "step_seconds_count", 1)
         self._count(model, "step_seconds_sum", self.steps[model].seconds(requests, prompt, context))
         self._count(model, "batch_size_sum", requests + self.tamper)

@@ -38,8 +38,20 @@ async def test_profile_is_written_and_shown(serving: Serving, tmp_path: Path) ->
         "2.000 GB/s",
         "10.00 ms + 4.00 ms if it takes in",
         "fit",
+        "Steps of chat, 0 of ",
+        "200 us a prompt token",
     ):
         assert words in result.output
+    assert "warning" not in result.output
+
+
+async def test_fit_that_misses_is_warned_of(serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("computron.cli.bench.MISS", -1.0)
+    async with serving(StandIn({"chat": CHAT})) as address:
+        result = await asyncio.to_thread(run, "--url", address, "--out", tmp_path / "profile.json", "--seconds", 0)
+    assert "warning: the fit misses by more than -100% for the steps of chat, the link: the machine was busy" in (
+        result.stderr
+    )
 
 
 async def test_what_is_wrong_is_one_line(serving: Serving, tmp_path: Path) -> None:

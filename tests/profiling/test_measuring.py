@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from computron.profiling.link import measure_link
 from computron.profiling.measuring import Measured, measure
 from computron.profiling.server import CannotProfile, Server
 from computron.simulation.hardware import Profile, StepTime
@@ -97,6 +98,22 @@ async def test_requests_of_others_in_between_are_noticed(serving: Serving) -> No
     server.tamper = 1
     with pytest.raises(CannotProfile, match="other requests to chat came between"):
         await measured(serving, server)
+
+
+async def test_requests_to_other_models_are_noticed(serving: Serving) -> None:
+    server = StandIn({"chat": CHAT, "embed": EMBED})
+    server.beside = "embed"
+    with pytest.raises(CannotProfile, match="requests to embed came while chat was measured"):
+        await measured(serving, server, models=["chat"])
+
+
+async def test_requests_to_other_models_are_noticed_while_the_link_is_measured(serving: Serving) -> None:
+    server = StandIn({"chat": CHAT, "embed": EMBED})
+    server.beside = "embed"
+    async with serving(server) as address, Server(address) as client:
+        (details,) = [model for model in await client.models() if model.id == "chat"]
+        with pytest.raises(CannotProfile, match="requests to embed came while chat was measured"):
+            await measure_link(client, [details])
 
 
 async def test_no_server_is_told() -> None:
