@@ -134,12 +134,14 @@ def _check_files(wanted: Wanted) -> None:
             raise ValueError(f"{path} cannot be written: it is a folder")
 
 
-def _title(experiment: Experiment) -> str:
+def _title(experiment: Experiment, groups: int | None = None) -> str:
+    """groups: 0: several numbers of them."""
     workload = experiment.workload
-    groups = "1 group" if experiment.groups == 1 else f"{experiment.groups} groups"
+    count = experiment.groups if groups is None else groups
+    words = "1 group" if count == 1 else f"{count or ''} groups".strip()
     hardware = experiment.hardware
     return (
-        f"{len(workload.arrivals)} requests to {len(workload.models)} models ({workload.name}) on {groups} of "
+        f"{len(workload.arrivals)} requests to {len(workload.models)} models ({workload.name}) on {words} of "
         f"{table.size(hardware.frames * hardware.frame_bytes)} at {table.size(hardware.link.bandwidth)}/s"
     )
 
@@ -179,9 +181,10 @@ def _print(title: str, what: Table) -> None:
 
 def _draw(experiment: Experiment, ordered: Mapping[str, Floats], load: Sweep, groups: Sweep, path: Path) -> None:
     target = str(experiment.targets[0])
-    pictures = {"latency": plots.latency_cdfs(ordered)}
+    pictures = {"latency": plots.latency_cdfs(ordered, _title(experiment))}
     for name, found in (("load", load), ("groups", groups)):
         if found:
             curves = {system: [(p.at, p.attainment[target]) for p in points] for system, points in found.items()}
-            pictures[name] = plots.attainment(curves, name, target)
+            about = _title(experiment, 0 if name == "groups" else None)
+            pictures[name] = plots.attainment(curves, name, target, about)
     plots.write(pictures, path)

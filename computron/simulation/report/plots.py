@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +18,17 @@ if TYPE_CHECKING:
 Draw = Callable[["Axes"], None]
 Curve = Sequence[tuple[float, float]]
 
-_SIZE = (6.4, 4.0)  # inches, of one picture
+_SIZE = (8.0, 4.4)  # inches, of one picture
+_FONT = 9  # points, of titles
 _DPI = 150
 _CDF_POINTS = 2_000
+_GOOD = 0.99  # has a line
+_SHARES = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)  # have a mark
+_NEAR_ALL = 1e-4  # misses below this are hardly told apart
 
 
-def latency_cdfs(latencies: Mapping[str, Floats]) -> Draw:
-    """latencies: of each system, in ascending order."""
+def latency_cdfs(latencies: Mapping[str, Floats], about: str = "") -> Draw:
+    """latencies: of each system, in ascending order. about: what was simulated, for the title."""
 
     def draw(axes: Axes) -> None:
         for system, ordered in latencies.items():
@@ -31,20 +36,47 @@ def latency_cdfs(latencies: Mapping[str, Floats]) -> Draw:
                 continue
             places = np.unique(np.linspace(0, len(ordered) - 1, _CDF_POINTS).astype(np.int64))
             axes.step(ordered[places], (places + 1) / len(ordered), where="post", label=system)
-        axes.set(xscale="log", xlabel="latency, s", ylabel="share of requests", ylim=(0, 1.01), title="Latency")
+        axes.set(xscale="log", xlabel="latency, s", ylabel="share of requests", ylim=(0, 1.01))
+        axes.set_title(_title("Latency", about), fontsize=_FONT)
 
     return draw
 
 
-def attainment(curves: Mapping[str, Curve], against: str, target: str) -> Draw:
-    """curves: of each system, (load or number of groups, share of requests in time)."""
+def attainment(curves: Mapping[str, Curve], against: str, target: str, about: str = "") -> Draw:
+    """curves: of each system, (load or number of groups, share of requests in time). Half as many misses are as far up
+    wherever they are, so that 99 % and 99.9 % can be told apart.
+    """
 
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        axes.set_yscale("function", functions=(_spread, _gathered))
+        axes.set_ylim(
+            min((math.floor(share * 10) / 10 for curve in curves.values() for _, share in curve), default=0), 1
+        )
+        axes.set_yticks(_SHARES, [f"{share * 100:g}" for share in _SHARES])
+        axes.axhline(_GOOD, color="black", linewidth=0.8, linestyle=":")
         for system, curve in curves.items():
-            axes.plot([x for x, _ in curve], [share for _, share in curve], marker="o", markersize=4, label=system)
-        axes.set(xlabel=against, ylabel=f"share within {target}", ylim=(0, 1.02), title=f"In time against {against}")
+            places, shares = [x for x, _ in curve], [share for _, share in curve]
+            axes.plot(places, shares, marker="o", markersize=4, label=system, clip_on=False)
+        if all(x == int(x) for curve in curves.values() for x, _ in curve):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(xlabel=against, ylabel=f"share within {target}, %")
+        axes.set_title(_title(f"In time against {against}", about), fontsize=_FONT)
 
     return draw
+
+
+def _spread(share: Floats) -> Floats:
+    return -np.log10(np.maximum(1.0 + _NEAR_ALL - share, _NEAR_ALL**2))
+
+
+def _gathered(place: Floats) -> Floats:
+    return 1.0 + _NEAR_ALL - 10.0**-place
+
+
+def _title(what: str, about: str) -> str:
+    return f"{what}\n{about}" if about else what
 
 
 def check(path: Path) -> None:
@@ -91,7 +123,7 @@ def _write(draws: Sequence[Draw], path: Path) -> Path:
             draw(place)
             place.grid(alpha=0.3)
             if place.get_legend_handles_labels()[0]:
-                place.legend()
+                place.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the curves
         figure.savefig(path, dpi=_DPI)
     finally:
         pyplot.close(figure)
