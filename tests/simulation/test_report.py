@@ -103,13 +103,26 @@ def test_a_timeline_has_lanes_for_runs_and_swaps_of_every_group():
     assert (bars["begin"], bars["end"]) == ([0.5, 2.0, 4.0], [2.0, 3.0, 5.0])
     assert [data["models"][n] for n in bars["model"]] == ["b", "c", "a"]
     assert [data["kinds"][n] for n in bars["kind"]] == ["swap-in on demand", "swap-in ahead", "swap-in, cancelled"]
-    assert bars["note"][0] == "7 frames, ordered 500 ms before it had the link"
+    assert bars["note"][0] == "7 pages, ordered 500 ms before it had the link"
 
 
 def test_bars_at_one_time_lie_in_different_lanes():
     steps = [StepRow(0, "a", begin, begin + 1.0, 1.0, 1) for begin in (0.0, 0.5, 1.0, 1.5)]
-    runs = [lane for lane in timeline.lanes(log_with(steps), "s") if lane.name == "s: runs"]
+    runs = [lane for lane in timeline.lanes(log_with(steps), "s") if lane.name.startswith("s: runs")]
+    assert [lane.name for lane in runs] == ["s: runs", "s: runs (at once)"]
     assert [[bar.begin for bar in lane.bars] for lane in runs] == [[0.0, 1.0], [0.5, 1.5]]
+
+
+def test_models_of_a_page_are_in_the_order_of_their_names_and_rows_have_different_ones():
+    swaps = [SwapRow(0, f"m-{n}", 0.0, 1.0, 1.0, 1, URGENT, False) for n in (10, 9, 1)]
+    data = page_data(timeline.page({"s": log_with(swaps=swaps)}, "t"))
+    assert data["models"] == ["m-1", "m-9", "m-10"]
+    assert [lane["name"] for lane in data["lanes"]] == [
+        "s: runs",
+        "s: swaps",
+        "s: swaps (overtaken)",
+        "s: swaps (overtaken, 2)",
+    ]
 
 
 def test_a_page_cannot_be_broken_by_names_and_needs_no_other_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,9 +50,7 @@ def attainment(curves: Mapping[str, Curve], against: str, target: str, about: st
         from matplotlib.ticker import MaxNLocator
 
         axes.set_yscale("function", functions=(_spread, _gathered))
-        axes.set_ylim(
-            min((math.floor(share * 10) / 10 for curve in curves.values() for _, share in curve), default=0), 1
-        )
+        axes.set_ylim(0, 1)
         axes.set_yticks(_SHARES, [f"{share * 100:g}" for share in _SHARES])
         axes.axhline(_GOOD, color="black", linewidth=0.8, linestyle=":")
         for system, curve in curves.items():

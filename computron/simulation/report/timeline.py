@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -51,7 +52,7 @@ def page(logs: Mapping[str, Log], title: str) -> str:
     until = _until(logs.values())
     shown = [lane for system, log in logs.items() for lane in lanes(log, system, until)]
     ended = max((log.ended for log in logs.values()), default=0.0)
-    models = list(dict.fromkeys(bar.model for lane in shown for bar in lane.bars))
+    models = sorted({bar.model for lane in shown for bar in lane.bars}, key=_in_order)
     numbers = {model: number for number, model in enumerate(models)}
     data = {
         "title": title,
@@ -74,9 +75,21 @@ def lanes(log: Log, system: str, until: float = float("inf")) -> list[Lane]:
         name = f"{system}, group {group}" if log.groups > 1 else system
         runs = (_run(row) for row in log.steps if row.group == group and row.started <= until)
         swaps = (_swap(row) for row in log.swaps if row.group == group and row.ended - row.busy <= until)
-        found += [Lane(f"{name}: {what}", bars) for what, all_bars in (("runs", runs), ("swaps", swaps))
-                  for bars in _apart(all_bars)]  # fmt: skip
+        for what, beside, all_bars in (("runs", "at once", runs), ("swaps", "overtaken", swaps)):
+            for row, bars in enumerate(_apart(all_bars)):
+                found.append(Lane(f"{name}: {what}{_which(row, beside)}", bars))
     return found
+
+
+def _which(row: int, beside: str) -> str:
+    """What is said of a further row: its bars lie at the time of others."""
+    return "" if row == 0 else f" ({beside})" if row == 1 else f" ({beside}, {row})"
+
+
+def _in_order(name: str) -> list[tuple[str, int]]:
+    """As a reader has names in order: model-2 before model-10."""
+    parts = [*re.split(r"(\d+)", name), "0"]
+    return [(text, int(number)) for text, number in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _run(row: StepRow) -> Bar:
@@ -89,8 +102,8 @@ def _run(row: StepRow) -> Bar:
 def _swap(row: SwapRow) -> Bar:
     kind = _CANCELLED if row.cancelled else _DEMAND if row.urgency == Urgency.DEMAND else _AHEAD
     waited = max(row.ended - row.busy - row.ordered, 0.0)
-    frames = "1 frame" if row.frames == 1 else f"{row.frames} frames"
-    note = f"{frames}, ordered {waited * 1e3:.3g} ms before it had the link"
+    pages = "1 page" if row.frames == 1 else f"{row.frames} pages"
+    note = f"{pages}, ordered {waited * 1e3:.3g} ms before it had the link"
     return Bar(row.ended - row.busy, row.ended, row.model, kind, 1.0, note)
 
 
