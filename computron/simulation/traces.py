@@ -18,6 +18,12 @@ from computron.simulation.workload import Arrival, Workload
 DAY = 86_400.0
 COLUMNS = Arrival._fields
 NEEDED = ("time", "model")
+HEADERS = {
+    "csv": NEEDED,
+    "gentd26": ("gmt_create", "exec_time_seconds", "checkpoint_model_version_id"),
+    "azure": ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
+}
+LATEST = 1e11  # seconds since 1970 are less for a thousand years
 
 Row = dict[str, str]
 T = TypeVar("T")
@@ -59,7 +65,9 @@ class Lines:
         missing = [name for name in self._needed if name not in columns]
         if missing:
             known = ", ".join(columns) or "none"
-            raise self.error(f"no column {', '.join(missing)} (there are: {known})")
+            kinds = [kind for kind, header in HEADERS.items() if set(header) <= set(columns)]
+            hint = f"; it looks like --trace-format {kinds[0]}" if kinds else ""
+            raise self.error(f"no column {', '.join(missing)} (there are: {known}){hint}")
 
 
 def read_gentd26(path: Path) -> Workload:
@@ -68,7 +76,7 @@ def read_gentd26(path: Path) -> Workload:
     A request counts if it has an execution time: those that failed after computing do, those that still waited when
     the trace was taken (time 0, no model) do not. `seconds` is its execution time; the first request is at 0.
     """
-    lines = Lines(path, ("gmt_create", "exec_time_seconds", "checkpoint_model_version_id"))
+    lines = Lines(path, HEADERS["gentd26"])
     arrivals = []
     for row in lines:
         seconds = lines.value(row, "exec_time_seconds", _number_or_nothing, "a number of seconds")
@@ -87,7 +95,7 @@ def read_azure(path: Path, models: Sequence[str], *, zipf: float = 0.0, seed: in
 
     Each request goes to one of `models`, drawn with Zipf popularity of this exponent (0: all alike), the first most.
     """
-    lines = Lines(path, ("TIMESTAMP", "ContextTokens", "GeneratedTokens"))
+    lines = Lines(path, HEADERS["azure"])
     times, prompts, outputs = [], [], []
     for row in lines:
         times.append(lines.value(row, "TIMESTAMP", _timestamp, "a time like 2023-11-16 18:15:46.68"))
@@ -114,9 +122,12 @@ def read_csv(path: Path) -> Workload:
             raise lines.error(f"unknown column {', '.join(unknown)}; known: {', '.join(COLUMNS)}")
         if not row["model"]:
             raise lines.error("a request without a model")
+        time = lines.value(row, "time", _number, "a number of seconds")
+        if abs(time) > LATEST:
+            raise lines.error(f"time must be in seconds, and {row['time']} looks like milliseconds: divide it by 1000")
         arrivals.append(
             Arrival(
-                lines.value(row, "time", _number, "a number of seconds"),
+                time,
                 row["model"],
                 _given(lines, row, "prompt_tokens", _tokens, "a whole number from 1", 1),
                 _given(lines, row, "output_tokens", _tokens, "a whole number from 1", 1),

@@ -182,10 +182,11 @@ def test_a_trace_without_models_is_spread_over_them(tmp_path: Path):
     [
         (("--memory", "40"), '--memory: "40" has no unit; write it like "300MiB"'),
         (("--bandwidth", "0GB/s"), '--bandwidth: must be more than nothing, not "0GB/s"'),
-        (("--memory", "10GB"), "model 'model-0' takes 13000000000 bytes of a device that has "),
+        (("--memory", "10GB"), "model model-0 takes 13 GB of a device with 10 GB: raise --memory"),
+        (("--frame", "50GB"), "--memory: 40 GB has no room for one page of 50 GB (--frame)"),
         (("--system", "defualt"), '--system: "defualt" is not known; did you mean "default"?'),
         (("--router", "x"), '--router: "x" is not known; choose from hash, '),
-        (("--slo", "2"), '--slo: "2" has no unit'),
+        (("--slo", "2"), '--slo: "2" has no unit; write it like "30s"; targets are like 2s, first=1s and 2x+2s'),
         (("--slo", "2x+1s"), "--slo: this workload does not tell execution times"),
         (("--sweep-load", "1,a"), '--sweep-load: "1,a" is no list of numbers above 0'),
         (("--sweep-groups", "1.5"), '--sweep-groups: "1.5" is no list of whole numbers above 0'),
@@ -201,7 +202,7 @@ def test_a_trace_without_models_is_spread_over_them(tmp_path: Path):
         (("--profile", "no.json"), "no.json: No such file or directory"),
         (("--json", "no/where.json"), "no/where.json cannot be written: there is no folder no"),
         (("--timeline", "/"), "/ cannot be written: it is a folder"),
-        (("--zipf", "-1000"), "models cannot be as unequal"),
+        (("--zipf", "-1"), "--zipf must be at least 0, not -1"),
         (("--sweep-load", "1e-12", "--duration", "5s"), "the last request comes after "),
     ],
 )

@@ -82,6 +82,8 @@ def test_a_log_needs_only_times_and_models_and_may_be_in_any_order(write):
         (read_gentd26, GENTD26 + "2024-11-15 23:59:50,T,S,5.0,\n", ":2: .* without a model"),
         (read_gentd26, GENTD26, ": no request in it"),
         (lambda path: read_azure(path, ["a"]), AZURE + "2023-11-16 18:15:46,0,5\n", ":2: ContextTokens must be"),
+        (read_csv, "TIMESTAMP,ContextTokens,GeneratedTokens\n", r"no column .*; it looks like --trace-format azure"),
+        (read_csv, "time,model\n1700000000000,a\n", r":2: time must be in seconds, and 1700000000000 looks like mill"),
         (read_csv, "", r":1: no column time, model \(there are: none\)"),
         (read_csv, "time,model,colour\n1,a,red\n", ":2: unknown column colour; known: time, model, prompt_tokens"),
         (read_csv, "time,model\n1,a\nnan,a\n", ':3: time must be a number of seconds, not "nan"'),

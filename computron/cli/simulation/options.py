@@ -29,6 +29,7 @@ from computron.routing import ROUTERS
 from computron.simulation.arrivals import Constant, Empirical, Lengths, LogNormal, Settings, generate, zipf
 from computron.simulation.experiment import Experiment
 from computron.simulation.hardware import Hardware, Link, Profile, SimulatedModel, StepTime
+from computron.simulation.report.table import size
 from computron.simulation.results import Target
 from computron.simulation.systems import SYSTEMS
 from computron.simulation.traces import overlay, read_azure, read_csv, read_gentd26, read_lengths, speed_up
@@ -105,6 +106,7 @@ def experiment(
     targets = _targets(slo)
     max_wait = _quantity("--max-wait", system.max_wait, Duration)
     requests, device, models = fleet(hardware, workload)
+    _check_room(system.systems, device, models)
     if any(target.multiple for target in targets) and any(arrival.seconds is None for arrival in requests.arrivals):
         raise ValueError("--slo: this workload does not tell execution times, which a trace's `seconds` do")
     return Asked(
@@ -124,6 +126,8 @@ def fleet(
         device, shapes = _synthetic(hardware)
     else:
         device, shapes = _measured(hardware.profile, hardware)
+    if workload.zipf is not None and not workload.zipf >= 0:
+        raise ValueError(f"--zipf must be at least 0, not {workload.zipf:g}")
     names = _names(hardware.models, shapes, measured=hardware.profile is not None)
     requests = _synthetic_workload(workload, names) if workload.trace is None else _traced(workload, hardware, names)
     generates = any(arrival.output_tokens > 1 for arrival in requests.arrivals)
@@ -131,6 +135,17 @@ def fleet(
     if hardware.profile is None:
         models = tuple(replace(model, continuous=generates) for model in models)
     return requests, device, models
+
+
+def _check_room(systems: Sequence[str], device: Hardware, models: Sequence[SimulatedModel]) -> None:
+    for system in systems:
+        room = SYSTEMS[system].hardware(device, models)
+        for model in models:
+            if model.pages(room.frame_bytes) > room.frames:
+                raise ValueError(
+                    f"model {model.name} takes {size(model.bytes)} of a device with "
+                    f"{size(room.frames * room.frame_bytes)}: raise --memory"
+                )
 
 
 def _notes(hardware: HardwareOptions, models: Sequence[SimulatedModel]) -> tuple[str, ...]:
@@ -153,7 +168,11 @@ def _targets(texts: Sequence[str]) -> tuple[Target, ...]:
         match = re.fullmatch(r"(first=)?(?:(\d+(?:\.\d+)?)x\+)?(.*)", text)
         assert match is not None
         first, multiple, seconds = match.groups()
-        found.append(Target(_quantity("--slo", seconds, Duration), float(multiple or 0), first is not None))
+        try:
+            limit = _quantity("--slo", seconds, Duration)
+        except ValueError as error:
+            raise ValueError(f"{error}; targets are like 2s, first=1s and 2x+2s") from error
+        found.append(Target(limit, float(multiple or 0), first is not None))
     return tuple(found)
 
 
@@ -166,7 +185,6 @@ def _choose(option: str, word: str, known: Iterable[str]) -> str:
 def _synthetic(options: HardwareOptions) -> tuple[Hardware, tuple[SimulatedModel, ...]]:
     frame = _quantity("--frame", options.frame or FRAME, Size)
     bandwidth = _quantity("--bandwidth", options.bandwidth or BANDWIDTH, Bandwidth)
-    memory = _quantity("--memory", options.memory or MEMORY, Size)
     base = _quantity("--step-time", options.step_time or STEP_TIME, Duration)
     step = StepTime(
         base,
@@ -175,11 +193,18 @@ def _synthetic(options: HardwareOptions) -> tuple[Hardware, tuple[SimulatedModel
     )
     cache = _if_given("--cache-per-token", options.cache_per_token, Size)
     batch = options.batch or BATCH
+    frames = _frames(_quantity("--memory", options.memory or MEMORY, Size), frame)
     sizes = _sizes(options.model_size or MODEL_SIZE)
     models = tuple(
-        SimulatedModel(f"model {size}", size, step, max_batch_size=batch, cache_bytes_per_token=cache) for size in sizes
+        SimulatedModel(f"model {each}", each, step, max_batch_size=batch, cache_bytes_per_token=cache) for each in sizes
     )
-    return Hardware(Link(bandwidth), frame, memory // frame), models
+    return Hardware(Link(bandwidth), frame, frames), models
+
+
+def _frames(memory: int, frame: int) -> int:
+    if frame > memory:
+        raise ValueError(f"--memory: {size(memory)} has no room for one page of {size(frame)} (--frame)")
+    return memory // frame
 
 
 def _sizes(text: str) -> list[int]:
@@ -199,10 +224,10 @@ def _measured(path: Path, options: HardwareOptions) -> tuple[Hardware, tuple[Sim
         link = replace(device.link, bandwidth=_quantity("--bandwidth", options.bandwidth, Bandwidth))
         device = replace(device, link=link)
     if options.memory is not None:
-        device = device.with_frames(_quantity("--memory", options.memory, Size) // device.frame_bytes)
+        device = device.with_frames(_frames(_quantity("--memory", options.memory, Size), device.frame_bytes))
     if options.model_size is not None:
         sizes = cycle(_sizes(options.model_size))
-        models = tuple(replace(model, bytes=size) for model, size in zip(models, sizes, strict=False))
+        models = tuple(replace(model, bytes=each) for model, each in zip(models, sizes, strict=False))
     if options.batch is not None:
         models = tuple(replace(model, max_batch_size=options.batch) for model in models)
     return device, models
