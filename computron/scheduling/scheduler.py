@@ -44,7 +44,7 @@ class Scheduler(Views):
 
     frames, frame_bytes: the device's memory for parameters and KV caches together.
     link_bandwidth_hint: bytes a second; what is measured replaces it.
-    max_wait: seconds; no request waits longer because of other models (docs/scheduling.md has the exact guarantee).
+    max_wait: seconds; until overload no request waits longer because of others (docs/scheduling.md has the promise).
     prefetch: use an idle link for a model whose next request can be foretold.
     max_steps_in_flight: how many steps, of different models, the device takes at once.
     """
