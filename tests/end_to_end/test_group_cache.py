@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from computron.config import Config, DeviceConfig, GroupConfig, HostConfig, ModelConfig
+from computron.config import Config, DeviceConfig, GroupConfig, HostConfig, ModelConfig, SchedulerConfig
 from computron.models import Shard, plan_model
 from computron.models.byte_tokenizer import byte_tokenizer
 from computron.node.worker import Worker
@@ -79,6 +79,7 @@ def served(checkpoints: Path) -> Config:
     return Config(
         device=DeviceConfig(kind="host", memory=MEMORY * PAGE, page_size=PAGE),
         host=HostConfig(memory=16 * MIB),
+        scheduler=SchedulerConfig(max_wait=0.05),  # so short that caches in use have to shrink for the other model
         group=GroupConfig(1, 2),
         models=tuple(
             ModelConfig(id=name, source=str(checkpoints / name), dtype="float32", max_batch_size=BATCH)
