@@ -27,6 +27,7 @@ class Tuning:
     fetch_lead: a model whose next request can be foretold is fetched this many swap-in times before it.
     fetch_margin: pages leave for a model that nobody waits for only if their own is expected so many times later: one
         plus this times the squared variation of the fetched one's arrivals.
+    fetch_tries: how many models are tried for one fetch ahead. Bounds its cost.
     time_slice: seconds for which a model that generates goes on before others that are resident have their turn. Long
         enough that requests gather meanwhile and share steps, short enough to wait for a first token.
     history: how many of the last events an error tells.
@@ -43,6 +44,7 @@ class Tuning:
     regular: float = 0.3
     fetch_lead: float = 1.5
     fetch_margin: float = 4.0
+    fetch_tries: int = 2
     prior: float = 20.0
     pooled_smoothing: float = 0.02
     time_slice: float = 0.5

@@ -261,14 +261,13 @@ class VirtualGroup:
     def _run(self, action: Run) -> None:
         name = action.model
         model, now = self._models[name], self._clock.now
-        prompt = context = opened = 0
+        prompt = context = 0
         seconds: float | None = None
         for request in action.requests:
             live = self.live[request]
             if live.holds_cache:
                 context += live.tokens
             else:
-                opened += 1
                 prompt += live.tokens
                 live.holds_cache = True
                 if request >= 0 and self._log.started[request] != self._log.started[request]:
@@ -277,7 +276,7 @@ class VirtualGroup:
                 seconds = (seconds or 0.0) + live.arrival.seconds / live.steps
         if seconds is None:
             seconds = model.step.seconds(len(action.requests), prompt, context)
-        step = VirtualStep(name, action.requests, now, seconds, opened, None, self._step_ended)
+        step = VirtualStep(name, action.requests, now, seconds, None, self._step_ended)
         self._steps[name] = step
         if self._surroundings.steps_behind_copies and self._swaps:
             self._held.append((step, set(self._swaps)))

@@ -33,8 +33,6 @@ class Transfer:
     @property
     def arrived(self) -> int:
         """Whole frames that have come."""
-        if self.frame_seconds == 0.0:
-            return self.frames if self.left <= 0.0 else 0
         return min(self.frames, self.frames - _ceil(self.left / self.frame_seconds))
 
     def arrival(self, frame: int) -> float:
@@ -64,10 +62,6 @@ class VirtualLink:
         self._moved_until = 0.0
         self._plan = 0
         self._ordered = 0
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._down)
 
     def bring(self, frames: int, urgency: int, done: Callable[[Transfer], None]) -> Transfer:
         """A transfer to the device."""

@@ -17,7 +17,6 @@ class VirtualStep:
     requests: tuple[int, ...]
     ordered: float
     compute: float
-    opened: int
     arrivals: tuple[float, ...] | None
     done: Callable[[VirtualStep], None]
     begun: float = 0.0

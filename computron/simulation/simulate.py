@@ -80,7 +80,7 @@ class _Simulation:
         self._foresees = system.foresees
         self._future = Future(workload.arrivals, hardware.request_overhead)
         specs = model_specs(models, hardware)
-        setup = Setup(hardware, models, specs, max_wait, self._future)
+        setup = Setup(hardware, models, max_wait, self._future)
         chooser = router_of(router, models, hardware, groups)
         reports = Reports(clock, chooser, hardware.frame_bytes) if groups > 1 else None
         self._cluster = Cluster(

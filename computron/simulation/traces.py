@@ -139,14 +139,6 @@ def read_csv(path: Path) -> Workload:
     return _workload("csv", path, arrivals)
 
 
-def write_csv(workload: Workload, path: Path) -> None:
-    """What `read_csv` reads; floats are written in full."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(workload.arrivals)
-
-
 def read_lengths(path: Path, column: Literal["prompt_tokens", "output_tokens"]) -> tuple[int, ...]:
     """The lengths in a trace of Azure's or in a CSV of ours, whichever it is by its header."""
     lines = Lines(path, ())

@@ -106,4 +106,5 @@ async def test_embeddings_of_a_split_model_stay_the_same_after_swaps(demo, embed
             assert ((half * embedded).sum(-1) > 0.999).all()
             assert_near(await embed(group, *SENTENCES), embedded)
         evicted = await group.metric("computron_evicted_pages_total")
-        assert len(evicted) == 2
+        for name in ("minilm", "half"):
+            assert any(f'"{name}"' in labels for labels in evicted), evicted

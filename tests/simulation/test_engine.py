@@ -110,9 +110,7 @@ class TestPipeline:
         return clock, Pipeline(clock, stages), {}
 
     def step(self, name, clock, ends, compute, arrivals=()):
-        return VirtualStep(
-            name, (0,), clock.now, compute, 1, arrivals, lambda step: ends.update({step.model: clock.now})
-        )
+        return VirtualStep(name, (0,), clock.now, compute, arrivals, lambda step: ends.update({step.model: clock.now}))
 
     def test_segments_run_as_they_come(self):
         clock, pipeline, ends = self.steps(1)

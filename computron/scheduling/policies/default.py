@@ -44,7 +44,11 @@ class Default:
 
         Where requests come at random, this lies half-way between least recently and least frequently used.
         """
-        return self.next_in(model, now) + min(1.0, model.arrivals.variation) * model.arrivals.silence(now)
+        return self.next_in(model, now) + min(1.0, self.variation(model)) * model.arrivals.silence(now)
+
+    def variation(self, model: ModelState) -> float:
+        """Squared coefficient of variation of the intervals between its requests."""
+        return model.arrivals.variation
 
     def next_to_run(self, board: Board, ready: Sequence[ModelState], now: float) -> ModelState:
         first = ready[0]
@@ -56,9 +60,14 @@ class Default:
     def next_to_bring(self, board: Board, absent: Sequence[ModelState], now: float) -> list[ModelState]:
         if len(absent) < 2:
             return list(absent)
-        return sorted(absent, key=lambda model: (board.rank(model)[0], -self._return(board, model, now)))
 
-    def _return(self, board: Board, model: ModelState, now: float) -> float:
+        def place(model: ModelState) -> tuple[float, float]:
+            priority, since = board.rank(model)
+            return priority, -self._return(board, model, now - since)
+
+        return sorted(absent, key=place)
+
+    def _return(self, board: Board, model: ModelState, waited: float) -> float:
         """Requests served for each second that bringing and running the model takes, times the response ratio.
 
         The latter, one plus the wait of the oldest request in multiples of those seconds, lets nobody be overtaken for
@@ -68,7 +77,6 @@ class Default:
         if seconds == 0.0:
             return math.inf
         served = min(model.work, model.spec.max_batch_size) + model.arrivals.rate * seconds
-        waited = now - board.rank(model)[1]
         return served / seconds * (1.0 + waited / seconds)
 
     def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Sequence[ModelState]:
@@ -81,22 +89,15 @@ class Default:
         return target.waited(now) >= victim.work * (change + target.expected_service())
 
     def next_to_fetch(self, board: Board, lacking: Sequence[ModelState], now: float) -> list[ModelState]:
-        foreseen = [model for model in lacking if self.fetch_margin(board, model) < math.inf]
-        return sorted(foreseen, key=lambda model: self.next_in(model, now))[:2]
-
-    def fetch_margin(self, board: Board, target: ModelState) -> float:
-        """How many times later than the target's the next request of a model must be that gives pages for it.
-
-        The less regularly requests come, the less is known of when the next one will; where they come at random, pages
-        are better left to whom they serve.
-        """
-        return self.margin(board, target.arrivals.variation)
-
-    def margin(self, board: Board, variation: float) -> float:
-        return 1.0 + board.tuning.fetch_margin * variation if variation <= board.tuning.regular else math.inf
+        regular = [model for model in lacking if self.variation(model) <= board.tuning.regular]
+        return sorted(regular, key=lambda model: self.next_in(model, now))[: board.tuning.fetch_tries]
 
     def spare(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> list[ModelState]:
-        wanted = max(swap_seconds(board, target), self.next_in(target, now) * self.fetch_margin(board, target))
+        variation = self.variation(target)
+        if variation > board.tuning.regular:
+            return []  # where requests come at random, pages are better left to whom they serve
+        margin = 1.0 + board.tuning.fetch_margin * variation
+        wanted = max(swap_seconds(board, target), margin * self.next_in(target, now))
         return [model for model in idle if self.next_in(model, now) > wanted]
 
 

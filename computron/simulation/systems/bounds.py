@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from computron.scheduling.board import Board
 from computron.scheduling.estimates import residual_life
 from computron.scheduling.models import ModelState
 from computron.scheduling.policies.default import Default
@@ -38,11 +37,8 @@ class Clairvoyant(Default):
     def next_in(self, model: ModelState, now: float) -> float:
         return self._future.next_arrival(model.name, now) - now
 
-    def missed_in(self, model: ModelState, now: float) -> float:
-        return self.next_in(model, now)
-
-    def fetch_margin(self, board: Board, target: ModelState) -> float:
-        return 1.0
+    def variation(self, model: ModelState) -> float:
+        return 0.0
 
     def next_request(self, model: ModelState, now: float) -> float | None:
         expected = self._future.next_arrival(model.name, now)
@@ -68,8 +64,8 @@ class Informed(Default):
     def missed_in(self, model: ModelState, now: float) -> float:
         return self.next_in(model, now)
 
-    def fetch_margin(self, board: Board, target: ModelState) -> float:
-        return self.margin(board, self._variation)
+    def variation(self, model: ModelState) -> float:
+        return self._variation
 
 
 ALL_RESIDENT = System("all-resident", lambda setup: setup.scheduler("default"), hardware=_room_for_all)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from computron.scheduling.events import ModelSpec
 from computron.scheduling.policies.policy import Policy
 from computron.scheduling.scheduler import Scheduler
 from computron.scheduling.tuning import Tuning
@@ -21,7 +20,6 @@ class Setup:
 
     hardware: Hardware
     models: Sequence[SimulatedModel]
-    specs: Sequence[ModelSpec]
     max_wait: float
     future: Future
 
