@@ -1,0 +1,1 @@
+"""How the processes of the Parameter Service talk: messages, frames, links, shared memory."""

@@ -1,0 +1,119 @@
+"""Memory that processes share: segments, which are files in memory, and windows, in which segments are mapped side by
+side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from typing import Any
+
+import torch
+
+ELEMENT = 4  # bytes of an fp32 element
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+]  # fmt: skip
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_PROT_NONE = 0
+
+
+class Segment:
+    """A file in memory without a name, mapped here. It lives as long as a process has it open or mapped."""
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        """Takes over `fd`. Raises ValueError if the file is smaller than `nbytes`."""
+        size = os.fstat(fd).st_size
+        if size < nbytes:
+            os.close(fd)
+            raise ValueError(f"a segment of {size} bytes where {nbytes} are needed")
+        self.fd = fd
+        self.nbytes = nbytes
+        self._map = mmap.mmap(fd, nbytes)
+
+    @classmethod
+    def create(cls, name: str, nbytes: int) -> Segment:
+        """Zeroes. name: what /proc calls it. Raises OSError."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, nbytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd, nbytes)
+
+    def view(self) -> memoryview:
+        """Its bytes. They stay mapped while this or a tensor made of it lives, also after `close`."""
+        return memoryview(self._map)
+
+    def tensor(self, dtype: torch.dtype, offset: int, elements: int) -> torch.Tensor:
+        """A part of it; offset: in bytes."""
+        return torch.frombuffer(self._map, dtype=dtype, count=elements, offset=offset)
+
+    def close(self) -> None:
+        """Close the file; its memory is given back when nothing views it any more."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Window:
+    """A range of addresses of this process. What is mapped there changes, the addresses do not."""
+
+    def __init__(self, nbytes: int) -> None:
+        """Raises OSError if there are no addresses left. A page that nothing is mapped to must not be touched."""
+        self.nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.address = _map(
+            None, self.nbytes, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0
+        )
+        # Whatever torch makes of these bytes keeps them alive, and they the window.
+        kind: Any = type("WindowBytes", (ctypes.c_char * self.nbytes,), {})
+        self._bytes = kind.from_address(self.address)
+        self._bytes.mapping = _Mapping(self.address, self.nbytes)
+
+    def map(self, offset: int, fd: int, nbytes: int, file_offset: int = 0) -> None:
+        """Show this part of a segment's file at `offset`. All are multiples of the page size; raises OSError."""
+        self._check(offset, nbytes)
+        flags = mmap.MAP_SHARED | _MAP_FIXED
+        _map(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, file_offset)
+
+    def map_private(self, offset: int, nbytes: int) -> None:
+        """Show zeroed memory of this process at `offset`."""
+        self._check(offset, nbytes)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        _map(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+
+    def tensor(self, offset: int, elements: int) -> torch.Tensor:
+        """fp32 elements from byte `offset` on. The window's addresses stay reserved as long as it lives."""
+        return torch.frombuffer(self._bytes, dtype=torch.float32, count=elements, offset=offset)
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        return memoryview(self._bytes).cast("B")[offset : offset + nbytes]
+
+    def _check(self, offset: int, nbytes: int) -> None:
+        if offset % mmap.PAGESIZE or nbytes % mmap.PAGESIZE or not 0 <= offset <= offset + nbytes <= self.nbytes:
+            raise ValueError(f"{nbytes} bytes at {offset} are no pages of a window of {self.nbytes} bytes")
+
+
+class _Mapping:
+    """Gives the addresses back when it dies."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self._range = (address, nbytes)
+
+    def __del__(self) -> None:
+        _libc.munmap(*self._range)
+
+
+def _map(address: int | None, nbytes: int, protection: int, flags: int, fd: int, offset: int) -> int:
+    found = _libc.mmap(address, nbytes, protection, flags, fd, offset)
+    if found == ctypes.c_void_p(-1).value:
+        code = ctypes.get_errno()
+        raise OSError(code, f"cannot map {nbytes} bytes of memory: {os.strerror(code)}")
+    return int(found)
