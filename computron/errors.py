@@ -127,6 +127,13 @@ class SwapFailed(ComputronError):
     code = "swap_failed"
 
 
+class StorageFailed(ComputronError):
+    """A file could not be written. The message names it and the remedy: room on the disk, a folder's permissions."""
+
+    status = 507
+    code = "storage_failed"
+
+
 class ExecutionFailed(ComputronError):
     """The model's own code raised during a run."""
 
