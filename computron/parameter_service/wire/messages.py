@@ -2,8 +2,8 @@
 
 Every message about parameters names `(job, epoch, step)` and its blocks, and may come twice: who has it already
 answers as before. `epoch` is the master's count of a job's reconfigurations (members change, somebody died, it rolls
-back); who has an older one is refused with "stale_epoch". Within an epoch a block changes hands only by its owner's act.
-`step` 1 is the first; `applied` is the last step that a block has seen, 0 before the first.
+back); who has an older one is refused with "stale_epoch". Within an epoch a block changes hands only by its owner's
+act. `step` 1 is the first; `applied` is the last step that a block has seen, 0 before the first.
 """
 
 from __future__ import annotations
@@ -242,10 +242,9 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 # Between two aggregators.
 
 
-class Adopt(msgspec.Struct, tag="adopt", frozen=True):
-    """A block's state follows: its segment's file descriptor where memory is shared, else its bytes as payload.
-
-    key: of the service. epoch: from which on the receiver owns it. members, token: of the job.
+class Expect(msgspec.Struct, tag="expect", frozen=True):
+    """Blocks will be handed over: workers that are told so may come before their states. key: of the service.
+    members, token: of the job.
     """
 
     key: str
@@ -253,6 +252,22 @@ class Adopt(msgspec.Struct, tag="adopt", frozen=True):
     token: str
     epoch: int
     members: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+
+class Expecting(msgspec.Struct, tag="expecting", frozen=True):
+    job: str
+    epoch: int
+    blocks: tuple[int, ...]
+
+
+class Adopt(msgspec.Struct, tag="adopt", frozen=True):
+    """An expected block's state follows: its segment's file descriptor where memory is shared, else its bytes as
+    payload. From now on the receiver owns it.
+    """
+
+    job: str
+    epoch: int
     block: int
     applied: int
     memory: str
@@ -266,7 +281,7 @@ class Adopted(msgspec.Struct, tag="adopted", frozen=True):
 
 Data = (
     Join | Joined | Push | Flush | Pushed | Commit | Applied | Parameters | Moved | AskNorms | Norms | Extra | Read
-    | Contents | Write | Written | Refused | Adopt | Adopted
+    | Contents | Write | Written | Refused | Expect | Expecting | Adopt | Adopted
 )  # fmt: skip
 
 
