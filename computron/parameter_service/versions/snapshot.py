@@ -198,7 +198,7 @@ def _check(path: Path, header: Header, tensors: list[Tensor]) -> tuple[int, int]
     if (kind, version) != (KIND, FORMAT):
         raise CheckpointError(f"{path}: is no snapshot of format {FORMAT} ({kind}, {version}); use another file")
     expected = make_header(tensors, {}).entries
-    for name in expected.keys() | header.entries.keys():
+    for name in sorted(expected.keys() | header.entries.keys()):
         if (wanted := _described(expected.get(name))) != (there := _described(header.entries.get(name))):
             raise CheckpointError(
                 f"{path}: does not fit the job: {name} is {there} in the file and {wanted} in the job; "
