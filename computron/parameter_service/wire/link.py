@@ -9,6 +9,7 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from computron.parameter_service.wire.frames import FrameError, FrameReader, frame
 from computron.parameter_service.wire.messages import Address
@@ -86,10 +87,12 @@ class RemoteLink(_Reading, asyncio.BufferedProtocol):
 
     def __init__(self, receiver: Receiver) -> None:
         super().__init__(receiver)
-        self._transport: asyncio.Transport
+        self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
+        if self.closed:
+            transport.abort()  # type: ignore[attr-defined]
         connection: socket.socket = transport.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -99,7 +102,7 @@ class RemoteLink(_Reading, asyncio.BufferedProtocol):
     def send(self, message: Any, *, payload: Buffer | None = None, fds: Sequence[int] = ()) -> None:
         if fds:
             raise ValueError("file descriptors do not travel over TCP")
-        if self.closed:
+        if self.closed or self._transport is None:
             return
         if payload is None:
             self._transport.write(frame(message))
@@ -110,7 +113,8 @@ class RemoteLink(_Reading, asyncio.BufferedProtocol):
 
     def close(self) -> None:
         self.closed = True
-        self._transport.abort()
+        if self._transport is not None:
+            self._transport.abort()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._reader.buffer()
@@ -119,6 +123,7 @@ class RemoteLink(_Reading, asyncio.BufferedProtocol):
         try:
             self._reader.filled(nbytes)
         except FrameError as error:
+            assert self._transport is not None
             self._transport.abort()
             self._ended(str(error))
 
@@ -228,21 +233,29 @@ async def connect(address: Address, receiver: Receiver, *, machine: str) -> Link
 class Listener:
     """Takes connections on a TCP port and on a Unix socket; what comes in is told to one receiver."""
 
-    def __init__(self, server: asyncio.Server, unix: socket.socket, receiver: Receiver) -> None:
-        self._server = server
+    def __init__(self, unix: socket.socket, receiver: Receiver) -> None:
+        self._server: asyncio.Server
         self._unix = unix
         self._receiver = receiver
         self._loop = asyncio.get_running_loop()
+        self._links: WeakSet[RemoteLink | LocalLink] = WeakSet()
         self._listen()
+
+    async def start(self, host: str, port: int) -> None:
+        """Raises OSError."""
+        self._server = await self._loop.create_server(self._remote, host, port)
 
     @property
     def port(self) -> int:
         return int(self._server.sockets[0].getsockname()[1])
 
     def close(self) -> None:
+        """With all connections."""
         self._loop.remove_reader(self._unix)
         self._unix.close()
         self._server.close()
+        for link in list(self._links):
+            link.close()
 
     def _listen(self) -> None:
         if self._unix.fileno() >= 0:
@@ -258,19 +271,25 @@ class Listener:
             self._loop.remove_reader(self._unix)
             self._loop.call_later(RETRY, self._listen)
             return
-        LocalLink(self._receiver, connection)
+        self._links.add(LocalLink(self._receiver, connection))
+
+    def _remote(self) -> RemoteLink:
+        link = RemoteLink(self._receiver)
+        self._links.add(link)
+        return link
 
 
 async def listen(host: str, port: int, path: str, receiver: Receiver) -> Listener:
     """port: 0 for any. path: of the Unix socket; an abstract one begins with a zero byte. Raises OSError."""
-    loop = asyncio.get_running_loop()
     unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         unix.setblocking(False)
         unix.bind(path)
         unix.listen(socket.SOMAXCONN)
-        server = await loop.create_server(lambda: RemoteLink(receiver), host, port)
+        listener = Listener(unix, receiver)
+        await listener.start(host, port)
     except BaseException:
+        asyncio.get_running_loop().remove_reader(unix)
         unix.close()
         raise
-    return Listener(server, unix, receiver)
+    return listener

@@ -3,7 +3,8 @@
 Every message about parameters names `(job, epoch, step)` and its blocks, and may come twice: who has it already
 answers as before. `epoch` is the master's count of a job's reconfigurations (members change, somebody died, it rolls
 back); who has an older one is refused with "stale_epoch". Within an epoch a block changes hands only by its owner's
-act. `step` 1 is the first; `applied` is the last step that a block has seen, 0 before the first.
+act. `step` 1 is the first; `applied` is the last step that a block has seen, 0 before the first; `updates` counts the
+steps that have changed it, as torch's state "step" does: those that were skipped do not.
 """
 
 from __future__ import annotations
@@ -186,10 +187,13 @@ class Norms(msgspec.Struct, tag="norms", frozen=True):
 
 
 class Extra(msgspec.Struct, tag="extra", frozen=True):
-    """A tensor that is not trained (a buffer, a frozen parameter) follows as payload, for the file of a version."""
+    """A tensor that is not trained (a buffer, a frozen parameter) follows as payload, in its own dtype, for the file of
+    the version that the parameters become after `step`. tensor: its place in `JobSpec.extras`.
+    """
 
     job: str
     version: str
+    step: int
     tensor: int
 
 
@@ -208,11 +212,12 @@ class Contents(msgspec.Struct, tag="contents", frozen=True):
     block: int
     part: str
     applied: int
+    updates: int
 
 
 class Write(msgspec.Struct, tag="write", frozen=True):
     """What follows as payload replaces a part of a block at a step boundary. complete: this was the block's last part,
-    which from now on is at step `applied`.
+    which from now on is at step `applied` and has seen so many updates.
     """
 
     job: str
@@ -221,6 +226,7 @@ class Write(msgspec.Struct, tag="write", frozen=True):
     part: str
     applied: int
     complete: bool
+    updates: int = 0
 
 
 class Written(msgspec.Struct, tag="written", frozen=True):
@@ -270,6 +276,7 @@ class Adopt(msgspec.Struct, tag="adopt", frozen=True):
     epoch: int
     block: int
     applied: int
+    updates: int
     memory: str
 
 
@@ -408,7 +415,9 @@ class Host(msgspec.Struct, tag="host", frozen=True):
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
-    """These blocks are complete here, at these steps."""
+    """These blocks are complete here, at these steps. The answer to a `Host` whose blocks a worker is to write has none:
+    workers may come.
+    """
 
     job: str
     epoch: int

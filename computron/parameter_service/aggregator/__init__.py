@@ -1,0 +1,1 @@
+"""A process that sums up gradients of many jobs and applies their optimizers."""

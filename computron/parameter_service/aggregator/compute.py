@@ -1,0 +1,112 @@
+"""The one thread that computes: work of all jobs, the earliest deadline first."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+FIRST = float("-inf")  # the deadline of what goes before everything
+
+
+@dataclass(slots=True)
+class Work:
+    """owner: whose work it is. run: what is to be done. deadline: by time.monotonic(). done: for whoever gets it back,
+    finished or withdrawn.
+
+    seconds: of CPU time that it took. finished: when. error: what it raised, if it did.
+    """
+
+    owner: Hashable
+    deadline: float
+    run: Callable[[], None]
+    done: Callable[[Work], None]
+    seconds: float = 0.0
+    finished: float = 0.0
+    error: Exception | None = None
+    withdrawn: bool = False
+
+
+class ComputeThread:
+    """Work is small, so that the most urgent one waits for one other at most. Thread-safe.
+
+    What is done is told in batches by `deliver`, in the compute thread: when an owner's work is done, or when the last
+    batch was told `batch` seconds ago.
+    """
+
+    def __init__(self, deliver: Callable[[list[Work]], None], batch: float = 0.002) -> None:
+        self.busy = 0.0  # seconds of CPU time, of all work
+        self._deliver = deliver
+        self._batch = batch
+        self._condition = threading.Condition()
+        self._queue: list[tuple[float, int, Work]] = []
+        self._order = itertools.count()
+        self._waiting: dict[Hashable, int] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="compute")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """What is waiting is not done any more; what is being done is waited for."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, *works: Work) -> None:
+        """Among equal deadlines the first comes first."""
+        with self._condition:
+            for work in works:
+                heapq.heappush(self._queue, (work.deadline, next(self._order), work))
+                self._waiting[work.owner] = self._waiting.get(work.owner, 0) + 1
+            self._condition.notify()
+
+    def withdraw(self, owner: Hashable) -> list[Work]:
+        """Takes back what waits of this owner's. One may still be running: `submit` something FIRST to wait for it."""
+        with self._condition:
+            mine = [entry[2] for entry in self._queue if entry[2].owner == owner]
+            if mine:
+                self._queue = [entry for entry in self._queue if entry[2].owner != owner]
+                heapq.heapify(self._queue)
+                self._waiting[owner] -= len(mine)
+        for work in mine:
+            work.withdrawn = True
+        return mine
+
+    def _loop(self) -> None:
+        finished: list[Work] = []
+        told = time.monotonic()
+        while True:
+            with self._condition:
+                while not self._queue and not self._stopping:
+                    self._condition.wait()
+                if self._stopping:
+                    return
+                work = heapq.heappop(self._queue)[2]
+            self._do(work)
+            finished.append(work)
+            with self._condition:
+                self._waiting[work.owner] -= 1
+                last = not self._waiting[work.owner]
+                if last:
+                    del self._waiting[work.owner]
+                idle = not self._queue
+            if idle or last or work.finished - told >= self._batch:
+                self._deliver(finished)
+                finished, told = [], work.finished
+
+    def _do(self, work: Work) -> None:
+        start = time.thread_time()
+        try:
+            work.run()
+        except Exception as error:
+            work.error = error
+        work.seconds = time.thread_time() - start
+        work.finished = time.monotonic()
+        self.busy += work.seconds

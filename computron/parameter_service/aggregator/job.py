@@ -1,0 +1,142 @@
+"""What an aggregator knows of one job, and what follows from it. No I/O: others carry it out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from computron.parameter_service.aggregator.block import HeldBlock
+from computron.parameter_service.aggregator.staging import Staging
+from computron.parameter_service.layout import Layout
+from computron.parameter_service.wire.link import Link
+from computron.parameter_service.wire.messages import AskNorms, Commit, HeldCommit, JobSpec
+
+SMOOTHING = 0.1  # of measured times: the weight of the newest
+LEAST_ALLOWANCE = 0.001  # seconds
+
+
+@dataclass(eq=False)
+class Worker:
+    """A member that has joined here."""
+
+    rank: int
+    incarnation: str
+    link: Link
+    staging: Staging
+
+
+@dataclass(eq=False)
+class Committed:
+    """What one member's commits of one step said so far. blocks: None for all."""
+
+    said: HeldCommit
+    blocks: set[int] | None
+
+    def covers(self, block: int, step: int) -> bool:
+        return self.said.step == step and (self.blocks is None or block in self.blocks)
+
+
+@dataclass
+class Counters:
+    """Since the last report."""
+
+    cpu: float = 0.0
+    late: float = 0.0
+    steps: int = 0
+    network: int = 0
+
+
+@dataclass(eq=False)
+class Job:
+    """held: nothing is applied but what the master asks for. expected: blocks that will be handed over to here.
+
+    leaving: blocks that were announced to be elsewhere, and are kept until they are.
+    """
+
+    spec: JobSpec
+    token: str
+    epoch: int
+    members: tuple[int, ...]
+    layout: Layout
+    held: bool = False
+    blocks: dict[int, HeldBlock] = field(default_factory=dict)
+    expected: set[int] = field(default_factory=set)
+    leaving: dict[int, HeldBlock] = field(default_factory=dict)
+    workers: dict[int, Worker] = field(default_factory=dict)
+    commits: dict[int, Committed] = field(default_factory=dict)
+    asks: dict[int, AskNorms] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
+    block_seconds: dict[int, float] = field(default_factory=dict)
+    period: float = 0.0
+    last_commit: float = 0.0
+
+    def commit(self, rank: int, commit: Commit) -> None:
+        """Take down what a member commits; a repeated commit changes nothing."""
+        blocks = None if commit.blocks is None else set(commit.blocks)
+        known = self.commits.get(rank)
+        if known is not None and known.said.step > commit.step:
+            return
+        if known is not None and known.said.step == commit.step:
+            known.blocks = None if known.blocks is None or blocks is None else known.blocks | blocks
+            if commit.version is not None and known.said.version is None:
+                known.said = said(rank, commit)
+            return
+        self.commits[rank] = Committed(said(rank, commit), blocks)
+        if rank == self.members[0]:
+            self._time(time.monotonic())
+
+    def ready(self, among: Iterable[int] | None = None) -> list[HeldBlock]:
+        """Blocks whose next step all members have committed, in the order of the forward pass."""
+        if self.held or any(rank not in self.commits for rank in self.members):
+            return []
+        commits = [self.commits[rank] for rank in self.members]
+        found = []
+        for index in sorted(self.blocks if among is None else among):
+            block = self.blocks.get(index)
+            if block is None or not block.complete or block.scheduled:
+                continue
+            step = block.applied + 1
+            if all(commit.covers(index, step) for commit in commits):
+                found.append(block)
+        return found
+
+    def free_to_move(self, block: HeldBlock) -> bool:
+        """Nobody has committed its next step, and no file wants its state."""
+        if not block.complete or block.scheduled or block.wanted or self.held:
+            return False
+        step = block.applied + 1
+        return not any(commit.covers(block.block.index, step) for commit in self.commits.values())
+
+    def asked_norms(self, step: int) -> Sequence[AskNorms] | None:
+        """All members' questions, once all have asked and every block here is complete and at the step before."""
+        asks = [self.asks.get(rank) for rank in self.members]
+        known = [ask for ask in asks if ask is not None and ask.step == step]
+        if len(known) < len(self.members) or self.expected:
+            return None
+        if any(not block.complete or block.applied != step - 1 for block in self.blocks.values()):
+            return None
+        return known
+
+    def lately(self) -> tuple[HeldCommit, ...]:
+        return tuple(commit.said for commit in self.commits.values())
+
+    def allowance(self) -> float:
+        """Seconds that a step of this job may take without losing more than its limit."""
+        return max(LEAST_ALLOWANCE, self.spec.loss_limit * self.period)
+
+    def note_seconds(self, block: int, seconds: float) -> None:
+        before = self.block_seconds.get(block)
+        self.block_seconds[block] = seconds if before is None else before + SMOOTHING * (seconds - before)
+        self.counters.cpu += seconds
+
+    def _time(self, now: float) -> None:
+        if self.last_commit:
+            lasted = now - self.last_commit
+            self.period += (SMOOTHING if self.period else 1.0) * (lasted - self.period)
+            self.counters.steps += 1
+        self.last_commit = now
+
+
+def said(rank: int, commit: Commit) -> HeldCommit:
+    return HeldCommit(rank, commit.step, commit.groups, commit.scale, commit.skip, commit.version)

@@ -1,0 +1,85 @@
+"""The connection to the master: kept up for ever, because aggregators go on without it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from computron.parameter_service.wire.messages import FromMaster, Register, decoder, encoder
+
+log = logging.getLogger(__name__)
+
+FIRST_RETRY, LAST_RETRY = 0.1, 2.0  # seconds
+HEARTBEAT = 5.0  # seconds
+LARGEST = 64 << 20  # bytes of a message
+
+_encode = encoder().encode
+_decoder = decoder(FromMaster)
+
+
+class MasterLink:
+    """register: what this aggregator is and has, asked for at each connection. received: told what the master sends."""
+
+    def __init__(
+        self, url: str, api_key: str | None, register: Callable[[], Register], received: Callable[[Any], None]
+    ) -> None:
+        self._url = f"{url.rstrip('/')}/v1/link"
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._register = register
+        self._received = received
+        self._socket: aiohttp.ClientWebSocketResponse | None = None
+        self._unsent: asyncio.Queue[Any] = asyncio.Queue()
+
+    def send(self, message: Any) -> None:
+        """Dropped while there is no connection: `register` tells at the next one what is here."""
+        if self._socket is not None:
+            self._unsent.put_nowait(message)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        delay = FIRST_RETRY
+        async with aiohttp.ClientSession(headers=self._headers) as session:
+            while True:
+                try:
+                    async with session.ws_connect(self._url, heartbeat=HEARTBEAT, max_msg_size=LARGEST) as socket:
+                        log.info("connected to the master")
+                        delay = FIRST_RETRY
+                        await self._talk(socket)
+                        reason = f"closed ({socket.close_code})"
+                except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                    reason = str(error)
+                finally:
+                    self._socket = None
+                log.warning("no connection to the master: %s", reason)
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, LAST_RETRY)
+
+    async def _talk(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._unsent = asyncio.Queue()
+        await socket.send_bytes(_encode(self._register()))
+        self._socket = socket
+        writer = asyncio.ensure_future(self._write(socket))
+        try:
+            async for message in socket:
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    self._take(message.data)
+        finally:
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+
+    def _take(self, data: bytes) -> None:
+        try:
+            message = _decoder.decode(data)
+        except msgspec.MsgspecError as error:
+            log.error("a message of the master's cannot be read: %s", error)
+            return
+        self._received(message)
+
+    async def _write(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        while True:
+            await socket.send_bytes(_encode(await self._unsent.get()))

@@ -1,0 +1,124 @@
+"""Blocks change hands while the job trains (AutoPS, on tensor migration).
+
+The old owner announces the new address with its answer to a step, the state travels while the workers compute, and the
+new owner applies nothing before it is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from computron.parameter_service.aggregator.block import HeldBlock
+from computron.parameter_service.aggregator.job import Job
+from computron.parameter_service.wire.link import Link, Receiver, connect
+from computron.parameter_service.wire.messages import Address, Adopt, Adopted, Expect, Expecting, Move, Moved, MovedOut
+
+log = logging.getLogger(__name__)
+
+
+class Moves:
+    """What leaves from here. moved: told of blocks that somebody else has. failed: of moves that came to nothing."""
+
+    def __init__(
+        self,
+        machine: str,
+        key: str,
+        receiver: Receiver,
+        moved: Callable[[MovedOut], None],
+        failed: Callable[[Job, str], None],
+    ) -> None:
+        self._machine = machine
+        self._key = key
+        self._receiver = receiver
+        self._moved = moved
+        self._failed = failed
+        self._links: dict[str, Link] = {}
+        self._connecting: set[asyncio.Task[None]] = set()
+
+    def close(self) -> None:
+        for task in self._connecting:
+            task.cancel()
+        for link in self._links.values():
+            link.close()
+
+    def order(self, job: Job, move: Move) -> None:
+        """Announce the blocks to who is to have them; they leave when it expects them."""
+        blocks = [job.blocks[index] for index in move.blocks if index in job.blocks]
+        for block in blocks:
+            block.moving = move.to
+        expect = Expect(self._key, job.spec, job.token, job.epoch, job.members, tuple(b.block.index for b in blocks))
+        task = asyncio.ensure_future(self._announce(job, move.to, expect))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    async def _announce(self, job: Job, to: Address, expect: Expect) -> None:
+        link = self._links.get(to.aggregator)
+        if link is None or link.closed:
+            try:
+                link = await connect(to, self._receiver, machine=self._machine)
+            except OSError as error:
+                self.abandon(job, to.aggregator, f"{to.aggregator} cannot be reached: {error}")
+                return
+            self._links[to.aggregator] = link
+        link.send(expect)
+
+    def abandon(self, job: Job, to: str, reason: str) -> None:
+        """What has not left stays here."""
+        for block in job.blocks.values():
+            if block.moving is not None and block.moving.aggregator == to:
+                block.moving = None
+                block.expected_there = False
+        self._failed(job, reason)
+
+    def expected(self, job: Job, link: Link, message: Expecting) -> None:
+        """The other aggregator knows what is to come."""
+        if message.epoch != job.epoch:
+            return
+        for index in message.blocks:
+            block = job.blocks.get(index)
+            if block is not None and block.moving is not None:
+                block.expected_there = True
+        self.go_on(job, list(job.blocks.values()))
+
+    def go_on(self, job: Job, blocks: Sequence[HeldBlock]) -> None:
+        """Send away what may leave now."""
+        leaving: dict[Address, list[HeldBlock]] = {}
+        for block in blocks:
+            if block.moving is not None and block.expected_there and job.free_to_move(block):
+                leaving.setdefault(block.moving, []).append(block)
+        for to, those in leaving.items():
+            self._send(job, to, those)
+
+    def _send(self, job: Job, to: Address, blocks: Sequence[HeldBlock]) -> None:
+        link = self._links[to.aggregator]
+        name = job.spec.job
+        steps: dict[int, list[int]] = {}
+        for block in blocks:
+            steps.setdefault(block.applied, []).append(block.block.index)
+        for step, indices in steps.items():
+            for worker in job.workers.values():
+                worker.link.send(Moved(name, job.epoch, step, tuple(indices), to))
+        for block in blocks:
+            index = block.block.index
+            job.leaving[index] = job.blocks.pop(index)
+            adopt = Adopt(name, job.epoch, index, block.applied, block.updates, block.memory)
+            if link.shares_memory:
+                link.send(adopt, fds=[block.segment.fd])
+            else:
+                link.send(adopt, payload=block.segment.view())
+                job.counters.network += block.segment.nbytes
+
+    def adopted(self, job: Job, to: str, message: Adopted) -> None:
+        """It has left for good."""
+        block = job.leaving.pop(message.block, None)
+        if block is None or message.epoch != job.epoch:
+            return
+        block.close()
+        for worker in job.workers.values():
+            worker.staging.forget(message.block)
+        self._moved(MovedOut(job.spec.job, job.epoch, (message.block,), to, block.applied))
+
+    def aggregator_of(self, link: Link) -> str | None:
+        return next((name for name, known in self._links.items() if known is link), None)

@@ -1,0 +1,235 @@
+"""What the master orders: which blocks are here, from which epoch on, and with which members."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from computron.parameter_service.aggregator.block import HeldBlock, block_bytes
+from computron.parameter_service.aggregator.job import Job
+from computron.parameter_service.aggregator.moves import Moves
+from computron.parameter_service.aggregator.saving import Saver
+from computron.parameter_service.aggregator.steps import Steps
+from computron.parameter_service.layout import Layout
+from computron.parameter_service.wire.messages import (
+    Adopt,
+    BlockState,
+    Complete,
+    Drop,
+    Expect,
+    Failed,
+    Held,
+    Hold,
+    Host,
+    Move,
+    Ready,
+)
+from computron.parameter_service.wire.segments import Segment
+
+log = logging.getLogger(__name__)
+
+KEEP, WORKER = "keep", "worker"  # sources of a block's state; any other is a snapshot's path
+
+
+class NoRoom(Exception):
+    """The aggregator may not use so much memory."""
+
+
+class Orders:
+    """jobs: all that are here, by name. report: sends to the master. arrived: told of a job's blocks that are complete
+    now and may be joined.
+    """
+
+    def __init__(
+        self,
+        jobs: dict[str, Job],
+        memory: int,
+        steps: Steps,
+        moves: Moves,
+        saver: Saver,
+        report: Callable[[Any], None],
+        arrived: Callable[[Job, Sequence[HeldBlock]], None],
+    ) -> None:
+        self._jobs = jobs
+        self._memory = memory
+        self._steps = steps
+        self._moves = moves
+        self._saver = saver
+        self._report = report
+        self._arrived = arrived
+
+    @property
+    def used(self) -> int:
+        """Bytes that blocks take."""
+        jobs = self._jobs.values()
+        return sum(b.segment.nbytes for job in jobs for b in (*job.blocks.values(), *job.leaving.values()))
+
+    def hold(self, order: Hold) -> None:
+        job = self._jobs.get(order.job)
+        if job is None:
+            self._report(Held(order.job, order.epoch, (), ()))
+            return
+        if order.epoch < job.epoch:
+            return
+        job.epoch, job.held = order.epoch, True
+
+        def quiet() -> None:
+            if job.epoch == order.epoch:
+                blocks = {**job.leaving, **job.blocks}.values()
+                states = tuple(BlockState(b.block.index, b.applied) for b in blocks if b.complete)
+                self._report(Held(order.job, order.epoch, states, job.lately()))
+
+        self._steps.quiet(job, quiet)
+
+    def complete(self, order: Complete) -> None:
+        job = self._jobs.get(order.job)
+        if job is None or order.epoch != job.epoch:
+            return
+        known = {**job.leaving, **job.blocks}
+        blocks = [known[index] for index in order.blocks if index in known]
+        wrong = [b.block.index for b in blocks if not b.complete or b.applied != order.step - 1]
+        unstaged = [commit.rank for commit in order.commits if commit.rank not in job.workers]
+        if len(blocks) < len(order.blocks) or wrong or unstaged:
+            what = f"of workers {unstaged} there are no gradients" if unstaged else f"blocks {wrong} are not there"
+            self._report(Failed(order.job, order.epoch, "complete", f"step {order.step}: {what}"))
+            return
+
+        def done() -> None:
+            lacking = [b.block.index for b in blocks if not b.complete]
+            if lacking:
+                self._report(Failed(order.job, order.epoch, "complete", f"blocks {lacking} could not be computed"))
+            else:
+                self._ready(job, order.epoch, blocks)
+
+        self._steps.complete(job, blocks, order.commits, done)
+
+    def host(self, order: Host) -> None:
+        job = self._jobs.get(order.spec.job)
+        if job is not None and order.epoch < job.epoch:
+            return
+        try:
+            job = job or new_job(order)
+            self._enter(job, order)
+            self._jobs[order.spec.job] = job
+        except (NoRoom, OSError, ValueError) as error:
+            self._report(Failed(order.spec.job, order.epoch, "host", str(error)))
+
+    def move(self, order: Move) -> None:
+        job = self._jobs.get(order.job)
+        if job is None or order.epoch != job.epoch or job.held:
+            self._report(Failed(order.job, order.epoch, "move", "the job is in another epoch"))
+            return
+        self._moves.order(job, order)
+
+    def drop(self, order: Drop) -> None:
+        job = self._jobs.pop(order.job, None)
+        if job is not None:
+            self._saver.cancel(job)
+            self._steps.quiet(job, lambda: self._forget(job))
+
+    def expect(self, message: Expect) -> Job:
+        """Blocks will be handed over to here. Raises NoRoom, ValueError, or StaleEpoch."""
+        job = self._jobs.get(message.spec.job)
+        if job is not None and message.epoch < job.epoch:
+            raise ValueError(f"the job is in epoch {job.epoch}, not {message.epoch}")
+        if job is None:
+            job = new_job(message)
+        blocks = [index for index in message.blocks if index not in job.blocks]
+        self._check_room(sum(block_bytes(job.spec, job.layout.blocks[index]) for index in blocks))
+        if message.epoch > job.epoch:
+            job.epoch, job.members = message.epoch, message.members
+            job.commits.clear()
+        job.expected.update(blocks)
+        self._jobs[message.spec.job] = job
+        return job
+
+    def adopt(self, job: Job, message: Adopt, segment: Segment, memory: str) -> None:
+        block = HeldBlock.of(job.spec, job.layout.blocks[message.block], segment, memory)
+        block.applied, block.updates, block.complete = message.applied, message.updates, True
+        job.blocks[message.block] = block
+        job.expected.discard(message.block)
+        self._arrived(job, [block])
+
+    def written(self, job: Job, block: HeldBlock) -> None:
+        """A worker has brought the block's state."""
+        block.complete = True
+        self._arrived(job, [block])
+        self._ready(job, job.epoch, [block])
+        blocks = list(job.blocks.values())
+        if job.spec.snapshot_every and all(b.complete and b.applied == block.applied for b in blocks):
+            self._saver.save(job, blocks, block.applied)
+
+    def _enter(self, job: Job, order: Host) -> None:
+        """Be what the order says, as soon as nothing of the job is computed any more."""
+        missing = [index for index in order.blocks if index not in job.blocks and index not in job.leaving]
+        if order.source == KEEP and missing:
+            raise ValueError(f"blocks {missing} are not here to be kept")
+        self._check_room(sum(block_bytes(job.spec, job.layout.blocks[index]) for index in missing))
+        job.epoch, job.members, job.held, job.token = order.epoch, order.members, True, order.token
+        self._saver.cancel(job)
+        self._steps.quiet(job, lambda: self._entered(job, order) if job.epoch == order.epoch else None)
+
+    def _entered(self, job: Job, order: Host) -> None:
+        known = {**job.leaving, **job.blocks}
+        job.blocks, job.leaving, job.expected = {}, {}, set()
+        job.commits.clear()
+        job.asks.clear()
+        try:
+            for index in order.blocks:
+                block = known.pop(index, None) or HeldBlock.create(job.spec, job.layout.blocks[index])
+                block.moving, block.expected_there = None, False
+                job.blocks[index] = block
+        except OSError as error:
+            self._report(Failed(order.spec.job, order.epoch, "host", str(error)))
+            return
+        for block in known.values():
+            block.close()
+        for rank in [rank for rank in job.workers if rank not in job.members]:
+            job.workers.pop(rank).link.close()
+        blocks = list(job.blocks.values())
+        if order.source == KEEP:
+            wrong = [b.block.index for b in blocks if not b.complete or b.applied != order.applied]
+            if wrong:
+                self._report(Failed(order.spec.job, order.epoch, "host", f"blocks {wrong} are not at {order.applied}"))
+                return
+            self._go(job, order, blocks)
+            return
+        for block in blocks:
+            block.complete = False
+        if order.source == WORKER:
+            for block in blocks:
+                block.applied = order.applied
+            job.held = False
+            self._ready(job, order.epoch, ())
+        else:
+            self._saver.restore(job, blocks, Path(order.source), lambda: self._go(job, order, blocks))
+
+    def _go(self, job: Job, order: Host, blocks: list[HeldBlock]) -> None:
+        if job.epoch != order.epoch:
+            return
+        for block in blocks:
+            block.applied, block.complete = order.applied, True
+        job.held = False
+        self._ready(job, order.epoch, blocks)
+        self._arrived(job, blocks)
+
+    def _ready(self, job: Job, epoch: int, blocks: Sequence[HeldBlock]) -> None:
+        self._report(Ready(job.spec.job, epoch, tuple(BlockState(b.block.index, b.applied) for b in blocks)))
+
+    def _check_room(self, nbytes: int) -> None:
+        if self.used + nbytes > self._memory:
+            raise NoRoom(f"{nbytes} bytes more than the {self.used} in use exceed the {self._memory} that it may use")
+
+    def _forget(self, job: Job) -> None:
+        for block in (*job.blocks.values(), *job.leaving.values()):
+            block.close()
+        for worker in job.workers.values():
+            worker.link.close()
+
+
+def new_job(order: Host | Expect) -> Job:
+    """Raises ValueError if its blocks cannot be made."""
+    layout = Layout(order.spec.tensors, order.spec.block_elements)
+    return Job(order.spec, order.token, order.epoch, order.members, layout)

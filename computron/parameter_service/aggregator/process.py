@@ -1,0 +1,205 @@
+"""An aggregator's process, from its start to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvloop
+
+from computron.parameter_service.aggregator.block import HeldBlock
+from computron.parameter_service.aggregator.job import Job
+from computron.parameter_service.aggregator.master_link import MasterLink
+from computron.parameter_service.aggregator.moves import Moves
+from computron.parameter_service.aggregator.orders import Orders
+from computron.parameter_service.aggregator.saving import Saver
+from computron.parameter_service.aggregator.server import Server
+from computron.parameter_service.aggregator.steps import Steps
+from computron.parameter_service.wire.link import listen
+from computron.parameter_service.wire.machine import machine_id
+from computron.parameter_service.wire.messages import (
+    Address,
+    BlockState,
+    Complete,
+    Drop,
+    Failed,
+    HeldCommit,
+    Hold,
+    Host,
+    HostedJob,
+    JobUsage,
+    Move,
+    Register,
+    Registered,
+    Stop,
+    Usage,
+)
+
+log = logging.getLogger(__name__)
+
+REPORT_EVERY = 1.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class AggregatorSettings:
+    """master: its URL. host, port: where workers of other machines connect; 0 for any port. memory: bytes of blocks.
+
+    snapshots: folder of snapshots and versions, the same for all aggregators and the master. api_key: of the service,
+    where it has one.
+    """
+
+    master: str
+    host: str
+    port: int
+    memory: int
+    snapshots: Path | None = None
+    identity: str | None = None
+    api_key: str | None = None
+
+
+class Aggregator:
+    def __init__(self, settings: AggregatorSettings) -> None:
+        self._settings = settings
+        self._identity = settings.identity or f"aggregator-{uuid.uuid4().hex[:8]}"
+        self._jobs: dict[str, Job] = {}
+        self._stopped = asyncio.Event()
+        self._told = time.monotonic()
+        self._busy = 0.0
+        self._cpu = time.process_time()
+
+    async def run(self) -> None:
+        """Until the master or a signal says that it is to stop. Raises OSError if it cannot listen."""
+        settings = self._settings
+        key = settings.api_key or ""
+        server = Server(key, self._jobs, self._report)
+        server.steps = steps = Steps(self._changed)
+        server.moves = moves = Moves(machine_id(), key, server, self._report, self._move_failed)
+        server.saver = saver = Saver(settings.snapshots, self._report, self._order_failed, self._free)
+        server.orders = orders = Orders(self._jobs, settings.memory, steps, moves, saver, self._report, server.arrived)
+        self._server, self._orders, self._steps, self._saver = server, orders, steps, saver
+        path = f"\0computron-{uuid.uuid4().hex}"
+        listener = await listen(settings.host, settings.port, path, server)
+        self._address = Address(self._identity, settings.host, listener.port, machine_id(), path)
+        self._master = MasterLink(settings.master, settings.api_key, self._register, self._received)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stopped.set)
+        tasks: list[asyncio.Task[Any]]
+        tasks = [asyncio.create_task(self._master.run()), asyncio.create_task(self._report_usage())]
+        tasks.append(asyncio.create_task(self._stopped.wait()))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            listener.close()
+            moves.close()
+            steps.close()
+            saver.close()
+
+    def _received(self, message: Any) -> None:
+        match message:
+            case Host():
+                self._orders.host(message)
+            case Hold():
+                self._orders.hold(message)
+            case Complete():
+                self._orders.complete(message)
+            case Move():
+                self._orders.move(message)
+            case Drop():
+                self._orders.drop(message)
+            case Registered():
+                for name in message.drop:
+                    self._orders.drop(Drop(name))
+            case Stop():
+                self._stopped.set()
+            case _:
+                log.error("%s is not for aggregators", type(message).__name__)
+
+    def _changed(self, job: Job, blocks: list[HeldBlock], step: int, commits: Sequence[HeldCommit]) -> None:
+        every = job.spec.snapshot_every
+        if every and step % every == 0:
+            self._saver.save(job, blocks, step)
+        for version in sorted({commit.version for commit in commits if commit.version is not None}):
+            self._saver.save(job, blocks, step, version)
+        self._server.go_on(job, [block.block.index for block in blocks])
+
+    def _free(self, job: Job, blocks: Sequence[HeldBlock]) -> None:
+        self._server.go_on(job, [block.block.index for block in blocks])
+
+    def _report(self, message: Any) -> None:
+        self._master.send(message)
+
+    def _move_failed(self, job: Job, reason: str) -> None:
+        self._order_failed(job, "move", reason)
+
+    def _order_failed(self, job: Job, order: str, reason: str) -> None:
+        log.error("job %s: %s: %s", job.spec.job, order, reason)
+        self._report(Failed(job.spec.job, job.epoch, order, reason))
+
+    def _register(self) -> Register:
+        jobs = tuple(
+            HostedJob(
+                job.spec,
+                job.token,
+                job.epoch,
+                job.members,
+                tuple(BlockState(b.block.index, b.applied) for b in job.blocks.values() if b.complete),
+            )
+            for job in self._jobs.values()
+        )
+        return Register(self._address, self._settings.api_key or "", os.getpid(), self._settings.memory, jobs)
+
+    async def _report_usage(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_EVERY)
+            self._report(self._usage())
+
+    def _usage(self) -> Usage:
+        now, busy, cpu = time.monotonic(), self._steps.compute.busy, time.process_time()
+        seconds, self._told = now - self._told, now
+        jobs = []
+        for job in self._jobs.values():
+            memory = sum(block.segment.nbytes for block in job.blocks.values())
+            jobs.append(
+                JobUsage(
+                    job.spec.job,
+                    job.counters.cpu,
+                    job.counters.steps,
+                    job.counters.late,
+                    memory,
+                    job.counters.network,
+                    tuple((index, job.block_seconds[index]) for index in job.blocks if index in job.block_seconds),
+                )
+            )
+            job.counters = type(job.counters)()
+        usage = Usage(self._identity, seconds, busy - self._busy, cpu - self._cpu, self._orders.used, tuple(jobs))
+        self._busy, self._cpu = busy, cpu
+        return usage
+
+
+def run(settings: AggregatorSettings) -> None:
+    """The whole life of an aggregator. Raises OSError if it cannot listen."""
+    torch.set_num_threads(1)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    async def main() -> None:
+        await Aggregator(settings).run()
+
+    uvloop.run(main())

@@ -1,0 +1,166 @@
+"""The thread that copies states to files while the job trains: snapshots and versions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch import Tensor
+
+from computron.parameter_service.aggregator.block import HeldBlock
+from computron.parameter_service.aggregator.job import Job
+from computron.parameter_service.versions.names import snapshot_path, version_path
+from computron.parameter_service.versions.snapshot import PARAMETERS, SnapshotReader, SnapshotWriter
+from computron.parameter_service.versions.version import VersionWriter
+from computron.parameter_service.wire.messages import Extra, Saved
+
+log = logging.getLogger(__name__)
+
+
+class Save:
+    """Blocks of one job that go to one file. version: "" for a snapshot."""
+
+    def __init__(self, job: Job, blocks: Sequence[HeldBlock], step: int, version: str, path: Path) -> None:
+        self.job = job
+        self.blocks = tuple(blocks)
+        self.step = step
+        self.version = version
+        self.path = path
+        self.epoch = job.epoch
+        self.cancelled = False
+        self._taken: dict[int, tuple[dict[str, Tensor], int]] = {}
+
+    def take(self, block: HeldBlock) -> None:
+        index = block.block.index
+        if not self.cancelled and index not in self._taken:
+            names = [PARAMETERS] if self.version else list(block.parts)
+            self._taken[index] = ({name: block.parts[name].clone() for name in names}, block.updates)
+
+    def write(self) -> None:
+        """Raises as SharedFile does."""
+        spec = self.job.spec
+        if self.version:
+            with VersionWriter(self.path, spec, version=self.version, step=self.step) as version:
+                for block in self.blocks:
+                    version.write_block(block.block, self._copy(block)[0][PARAMETERS])
+                version.sync()
+        else:
+            with SnapshotWriter(self.path, spec, step=self.step, epoch=self.epoch) as snapshot:
+                for block in self.blocks:
+                    parts, updates = self._copy(block)
+                    snapshot.write_block(block.block, parts, updates)
+                snapshot.sync()
+
+    def _copy(self, block: HeldBlock) -> tuple[dict[str, Tensor], int]:
+        with block.lock:
+            self.take(block)
+            if self in block.wanted:
+                block.wanted.remove(self)
+        if self.cancelled:
+            raise Cancelled
+        return self._taken.pop(block.block.index)
+
+
+class Cancelled(Exception):
+    """The job was put back to another state meanwhile: the file is of no use."""
+
+
+class Saver:
+    """saved, failed: told in the event loop's thread. free: a block's state has been copied and may leave."""
+
+    def __init__(
+        self,
+        directory: Path | None,
+        saved: Callable[[Saved], None],
+        failed: Callable[[Job, str, str], None],
+        free: Callable[[Job, Sequence[HeldBlock]], None],
+    ) -> None:
+        self._directory = directory
+        self._saved = saved
+        self._failed = failed
+        self._free = free
+        self._loop = asyncio.get_running_loop()
+        self._thread = ThreadPoolExecutor(1, "migration")
+        self._pending: set[Save] = set()
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def save(self, job: Job, blocks: Sequence[HeldBlock], step: int, version: str = "") -> None:
+        """These blocks as they are now, which is after `step`."""
+        if self._directory is None:
+            self._failed(job, "save", "this aggregator was started without a folder for snapshots and versions")
+            return
+        name = job.spec.job
+        path = version_path(self._directory, name, version) if version else None
+        save = Save(job, blocks, step, version, path or snapshot_path(self._directory, name, step, job.epoch))
+        for block in blocks:
+            block.wanted.append(save)
+        self._pending.add(save)
+        self._thread.submit(self._write, save)
+
+    def extra(self, job: Job, message: Extra, data: bytearray) -> None:
+        """A tensor that is not trained, for the file of a version."""
+        if self._directory is not None:
+            path = version_path(self._directory, job.spec.job, message.version)
+            self._thread.submit(self._write_extra, job, message, data, path)
+
+    def cancel(self, job: Job) -> None:
+        """The job's state will be another one: what has not been copied yet must not be."""
+        for save in self._pending:
+            if save.job is job:
+                save.cancelled = True
+
+    def restore(self, job: Job, blocks: Sequence[HeldBlock], path: Path, then: Callable[[], None]) -> None:
+        """Fill the blocks from a snapshot; `then` is called when they are."""
+        self._thread.submit(self._read, job, tuple(blocks), path, then)
+
+    def _write(self, save: Save) -> None:
+        error: Exception | None = None
+        try:
+            save.write()
+        except Exception as raised:
+            error = raised
+        self._loop.call_soon_threadsafe(self._written, save, error)
+
+    def _written(self, save: Save, error: Exception | None) -> None:
+        self._pending.discard(save)
+        for block in save.blocks:
+            with block.lock:
+                if save in block.wanted:
+                    block.wanted.remove(save)
+        if error is None and not save.cancelled:
+            indices = tuple(block.block.index for block in save.blocks)
+            self._saved(Saved(save.job.spec.job, save.version, save.step, str(save.path), indices))
+        elif error is not None and not isinstance(error, Cancelled):
+            self._failed(save.job, "save", f"{save.path}: {error}")
+        self._free(save.job, save.blocks)
+
+    def _write_extra(self, job: Job, message: Extra, data: bytearray, path: Path) -> None:
+        try:
+            with VersionWriter(path, job.spec, version=message.version, step=message.step) as version:
+                version.write_extra(message.tensor, data)
+        except Exception as error:
+            self._loop.call_soon_threadsafe(self._failed, job, "save", f"{path}: {error}")
+
+    def _read(self, job: Job, blocks: Sequence[HeldBlock], path: Path, then: Callable[[], None]) -> None:
+        error: Exception | None = None
+        try:
+            with SnapshotReader(path, job.spec) as snapshot:
+                for block in blocks:
+                    with block.lock:
+                        for part, values in block.parts.items():
+                            snapshot.read_block(block.block, part, values)
+                        block.updates = snapshot.read_updates(block.block)
+        except Exception as raised:
+            error = raised
+        self._loop.call_soon_threadsafe(self._restored, job, path, then, error)
+
+    def _restored(self, job: Job, path: Path, then: Callable[[], None], error: Exception | None) -> None:
+        if error is not None:
+            self._failed(job, "host", f"the snapshot cannot be taken up: {error}")
+        else:
+            then()

@@ -1,0 +1,325 @@
+"""Takes what workers and other aggregators send, and answers."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from computron.parameter_service.aggregator.block import HeldBlock, block_bytes
+from computron.parameter_service.aggregator.job import Job, Worker
+from computron.parameter_service.aggregator.moves import Moves
+from computron.parameter_service.aggregator.orders import NoRoom, Orders
+from computron.parameter_service.aggregator.saving import Saver
+from computron.parameter_service.aggregator.staging import PushedStaging, SharedStaging, Staging, as_bytes, missing
+from computron.parameter_service.aggregator.steps import Steps
+from computron.parameter_service.wire import refusals
+from computron.parameter_service.wire.link import FDS_AT_ONCE, Link
+from computron.parameter_service.wire.messages import (
+    Adopt,
+    Adopted,
+    AskNorms,
+    Commit,
+    Contents,
+    Expect,
+    Expecting,
+    Extra,
+    Flush,
+    Hosted,
+    Join,
+    Joined,
+    Push,
+    Pushed,
+    Read,
+    Refused,
+    WorkerLost,
+    Write,
+    Written,
+)
+from computron.parameter_service.wire.segments import Segment
+
+log = logging.getLogger(__name__)
+
+
+class Refusal(Exception):
+    """What a peer asks for cannot be done. code: one of wire.refusals."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class Server:
+    """Receiver of all links. key: of the service, which other aggregators must know."""
+
+    def __init__(self, key: str, jobs: dict[str, Job], report: Callable[[Any], None]) -> None:
+        self._key = key
+        self._jobs = jobs
+        self._report = report
+        self._workers: dict[Link, tuple[Job, Worker]] = {}
+        self._peers: set[Link] = set()
+        self._incoming: dict[Link, bytearray] = {}
+        self._dropped: dict[Link, Any] = {}  # messages that were refused before their payload had come
+        self.steps: Steps
+        self.moves: Moves
+        self.saver: Saver
+        self.orders: Orders
+
+    # What links tell.
+
+    def destination(self, link: Link, message: Any, size: int) -> memoryview | None:
+        try:
+            view = self._destination(link, message)
+            if view is None:  # it is kept in memory of its own until it is used
+                buffer = self._incoming[link] = bytearray(size)
+                return memoryview(buffer)
+            if len(view) != size:
+                raise Refusal(refusals.BAD_MESSAGE, f"{size} bytes where {len(view)} belong")
+        except Refusal as refusal:
+            self._dropped[link] = message
+            self._refuse(link, message, refusal)
+            return None
+        return view
+
+    def received(self, link: Link, message: Any, fds: list[int]) -> None:
+        try:
+            if self._dropped.get(link) is message:
+                del self._dropped[link]
+            else:
+                self._received(link, message, fds)
+        except Refusal as refusal:
+            self._refuse(link, message, refusal)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def lost(self, link: Link, reason: str) -> None:
+        self._incoming.pop(link, None)
+        self._dropped.pop(link, None)
+        self._peers.discard(link)
+        job, worker = self._workers.pop(link, (None, None))
+        if job is not None and worker is not None and job.workers.get(worker.rank) is worker:
+            self._report(WorkerLost(job.spec.job, worker.rank, worker.incarnation))
+        to = self.moves.aggregator_of(link)
+        if to is not None:
+            for job in self._jobs.values():
+                self.moves.abandon(job, to, f"the connection to {to} was lost: {reason}")
+
+    # What others of this aggregator tell.
+
+    def arrived(self, job: Job, blocks: Sequence[HeldBlock]) -> None:
+        """These blocks are complete now: workers may map them, and what they committed meanwhile is applied."""
+        for worker in job.workers.values():
+            self._joined(job, worker, blocks)
+        self.go_on(job, [block.block.index for block in blocks])
+
+    def go_on(self, job: Job, blocks: Sequence[int]) -> None:
+        """Do what can be done with these blocks now."""
+        self.steps.schedule(job, job.ready(blocks))
+        self.moves.go_on(job, [job.blocks[index] for index in blocks if index in job.blocks])
+        for step in {ask.step for ask in job.asks.values()}:
+            asks = job.asked_norms(step)
+            if asks is not None:
+                job.asks.clear()
+                self.steps.norms(job, asks)
+
+    # What messages ask for.
+
+    def _destination(self, link: Link, message: Any) -> memoryview | None:
+        match message:
+            case Push():
+                job, worker = self._worker(link, message.epoch)
+                block = self._block(job, message.block)
+                said = job.commits.get(worker.rank)
+                if isinstance(worker.staging, SharedStaging):
+                    raise Refusal(refusals.BAD_MESSAGE, "who shares memory pushes nothing")
+                if said is not None and said.said.step >= message.step:
+                    raise Refusal(refusals.BAD_MESSAGE, f"step {message.step} has been committed")
+                return worker.staging.destination(job.layout.blocks[block])
+            case Write():
+                job, _ = self._worker(link, message.epoch)
+                held = self._held(job, message.block)
+                if held.scheduled:
+                    raise Refusal(refusals.BAD_MESSAGE, f"step {held.scheduled} is being applied")
+                return as_bytes(self._part(held, message.part))
+            case Adopt() | Extra():
+                return None
+        raise Refusal(refusals.BAD_MESSAGE, f"a payload that {type(message).__name__} does not have")
+
+    def _received(self, link: Link, message: Any, fds: list[int]) -> None:
+        match message:
+            case Commit():
+                self._commit(link, message)
+            case Push():
+                job, worker = self._worker(link, message.epoch)
+                assert isinstance(worker.staging, PushedStaging)
+                worker.staging.came(message.block, message.step)
+                job.counters.network += job.layout.blocks[message.block].nbytes
+            case Flush():
+                link.send(Pushed(message.job, message.step))
+            case Join():
+                self._join(link, message, fds)
+            case AskNorms():
+                job, worker = self._worker(link, message.epoch)
+                job.asks[worker.rank] = message
+                self.go_on(job, ())
+            case Read():
+                job, _ = self._worker(link, None)
+                block = self._held(job, message.block)
+                answer = Contents(message.job, message.block, message.part, block.applied, block.updates)
+                link.send(answer, payload=as_bytes(self._part(block, message.part)))
+            case Write():
+                job, _ = self._worker(link, message.epoch)
+                block = self._held(job, message.block)
+                if message.complete:
+                    block.applied, block.updates = message.applied, message.updates
+                    self.orders.written(job, block)
+                link.send(Written(message.job, message.block, message.part))
+            case Extra():
+                job, _ = self._worker(link, None)
+                self.saver.extra(job, message, self._incoming.pop(link))
+            case Expect():
+                self._expect(link, message)
+            case Expecting():
+                self.moves.expected(self._job(message.job), link, message)
+            case Adopt():
+                self._adopt(link, message, fds)
+            case Adopted():
+                self.moves.adopted(self._job(message.job), self.moves.aggregator_of(link) or "", message)
+            case Refused():
+                log.warning("another aggregator refused: %s", message.message)
+                for job in self._jobs.values():
+                    self.moves.abandon(job, self.moves.aggregator_of(link) or "", message.message)
+            case _:
+                raise Refusal(refusals.BAD_MESSAGE, f"{type(message).__name__} is not for aggregators")
+
+    def _join(self, link: Link, message: Join, fds: list[int]) -> None:
+        job = self._job(message.job)
+        if not hmac.compare_digest(message.token.encode(), job.token.encode()):
+            raise Refusal(refusals.BAD_TOKEN, f"this is not the token of job {message.job}")
+        self._check_epoch(job, message.epoch)
+        if message.rank not in job.members:
+            raise Refusal(refusals.BAD_MESSAGE, f"rank {message.rank} is no member of {list(job.members)}")
+        before = job.workers.get(message.rank)
+        staging: Staging
+        if message.shared:
+            if len(fds) != 1:
+                raise Refusal(refusals.BAD_MESSAGE, "a staging segment's file descriptor comes with it")
+            try:
+                staging = SharedStaging(job.spec, job.layout, fds.pop())
+            except (ValueError, OSError) as error:
+                raise Refusal(refusals.BAD_MESSAGE, str(error)) from error
+        elif before is not None and before.link is link and isinstance(before.staging, PushedStaging):
+            staging = before.staging
+        else:
+            staging = PushedStaging(job.spec)
+        worker = Worker(message.rank, message.incarnation, link, staging)
+        if before is not None and before.link is not link:
+            self._workers.pop(before.link, None)
+            before.link.close()
+        job.workers[message.rank] = worker
+        self._workers[link] = job, worker
+        self._joined(job, worker, [block for block in job.blocks.values() if block.complete])
+
+    def _joined(self, job: Job, worker: Worker, blocks: Sequence[HeldBlock]) -> None:
+        fds = [block.segment.fd for block in blocks] if worker.link.shares_memory else []
+        at_once = FDS_AT_ONCE if fds else max(1, len(blocks))
+        for start in range(0, max(1, len(blocks)), at_once):
+            some = blocks[start : start + at_once]
+            hosted = tuple(Hosted(block.block.index, block.applied, block.memory) for block in some)
+            worker.link.send(Joined(job.spec.job, job.epoch, hosted), fds=fds[start : start + at_once])
+
+    def _commit(self, link: Link, message: Commit) -> None:
+        job, worker = self._worker(link, message.epoch)
+        indices = list(job.blocks) if message.blocks is None else list(message.blocks)
+        late = [
+            i for i in indices if i in job.blocks and job.blocks[i].complete and job.blocks[i].applied >= message.step
+        ]
+        if not message.skip and not worker.link.shares_memory:
+            stagings = {worker.rank: worker.staging}
+            lacking = [i for i in indices if i not in late and missing(stagings, job.layout.blocks[i], message.step)]
+            if lacking:
+                raise Refusal(refusals.BAD_MESSAGE, f"gradients of blocks {lacking} were not pushed before the commit")
+        for index in late:
+            self.steps.tell(job, worker, job.blocks[index])
+        job.commit(worker.rank, message)
+        self.go_on(job, indices)
+
+    def _expect(self, link: Link, message: Expect) -> None:
+        if not hmac.compare_digest(message.key.encode(), self._key.encode()):
+            raise Refusal(refusals.BAD_TOKEN, "this is not the service's key")
+        try:
+            self.orders.expect(message)
+        except NoRoom as error:
+            raise Refusal(refusals.QUOTA, str(error)) from error
+        except ValueError as error:
+            raise Refusal(refusals.STALE_EPOCH, str(error)) from error
+        self._peers.add(link)
+        link.send(Expecting(message.spec.job, message.epoch, message.blocks))
+
+    def _adopt(self, link: Link, message: Adopt, fds: list[int]) -> None:
+        if link not in self._peers:
+            raise Refusal(refusals.BAD_TOKEN, "nothing was announced on this connection")
+        job = self._job(message.job)
+        self._check_epoch(job, message.epoch)
+        if message.block not in job.expected:
+            raise Refusal(refusals.BAD_MESSAGE, f"block {message.block} is not expected")
+        nbytes = block_bytes(job.spec, job.layout.blocks[message.block])
+        try:
+            if fds:
+                segment, memory = Segment(fds.pop(), nbytes), message.memory
+            else:
+                segment, memory = Segment.create(f"computron:{message.job}:{message.block}", nbytes), uuid.uuid4().hex
+                segment.view()[:] = self._incoming.pop(link)
+        except (ValueError, OSError) as error:
+            raise Refusal(refusals.FAILED, str(error)) from error
+        self.orders.adopt(job, message, segment, memory)
+        link.send(Adopted(message.job, message.epoch, message.block))
+
+    # What is where.
+
+    def _job(self, name: str) -> Job:
+        job = self._jobs.get(name)
+        if job is None:
+            raise Refusal(refusals.UNKNOWN_JOB, f"job {name} is not here")
+        return job
+
+    def _worker(self, link: Link, epoch: int | None) -> tuple[Job, Worker]:
+        known = self._workers.get(link)
+        if known is None:
+            raise Refusal(refusals.BAD_MESSAGE, "join first")
+        if epoch is not None:
+            self._check_epoch(known[0], epoch)
+        return known
+
+    def _check_epoch(self, job: Job, epoch: int) -> None:
+        if epoch != job.epoch or job.held:
+            raise Refusal(refusals.STALE_EPOCH, f"job {job.spec.job} is in epoch {job.epoch}, not {epoch}")
+
+    def _block(self, job: Job, index: int) -> int:
+        if index not in job.blocks and index not in job.expected:
+            raise Refusal(refusals.NOT_OWNER, f"block {index} is not here")
+        return index
+
+    def _held(self, job: Job, index: int) -> HeldBlock:
+        block = job.blocks.get(index)
+        if block is None:
+            raise Refusal(refusals.NOT_OWNER, f"block {index} is not here")
+        return block
+
+    def _part(self, block: HeldBlock, part: str) -> Tensor:
+        found = block.parts.get(part)
+        if found is None:
+            raise Refusal(refusals.BAD_MESSAGE, f"a block has no {part}; it has {', '.join(block.parts)}")
+        return found
+
+    def _refuse(self, link: Link, message: Any, refusal: Refusal) -> None:
+        step = getattr(message, "step", 0)
+        blocks = (message.block,) if hasattr(message, "block") else ()
+        link.send(Refused(getattr(message, "job", ""), refusal.code, refusal.message, step, blocks))

@@ -1,0 +1,101 @@
+"""Blocks change hands while the job trains: nothing is lost, nothing is applied twice."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from computron.parameter_service.wire.messages import Failed, Host, Hyperparameters
+from tests.parameter_service.aggregator.cluster import MIB, RawWorker, Reference, cluster, job
+from tests.parameter_service.aggregator.test_steps import ADAM, assert_equal, one_step, spread, started
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.mark.parametrize("kinds", [(True, True), (True, False), (False,)], ids=str)
+async def test_random_moves_at_random_moments_leave_the_parameters_right(kinds) -> None:
+    chance = random.Random(7)
+    spec = job(workers=len(kinds))
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, *NAMES)
+    where = {index: name for name, indices in owners.items() for index in indices}
+    async with cluster(*NAMES) as master:
+        workers = await started(master, spec, reference, kinds, owners)
+        for step in range(1, 25):
+            orders: dict[tuple[str, str], list[int]] = {}
+            for index in chance.sample(sorted(where), chance.randrange(len(where))):
+                to = chance.choice([name for name in NAMES if name != where[index]])
+                orders.setdefault((where[index], to), []).append(index)
+                where[index] = to
+            for (source, to), indices in orders.items():
+                await master.move(spec, source, to, indices)
+            await one_step(workers, reference, step, ADAM)
+            assert_equal(workers, reference)
+            await master.moved(sum(map(len, orders.values())))
+        for worker in workers:
+            await worker.until(lambda worker=worker: worker.owner == where)
+        state = [reference.optimizer.state[p]["exp_avg"] for p in reference.parameters]
+        assert torch.equal(await workers[0].read("exp_avg"), reference.flat(state))
+
+
+async def test_a_block_whose_step_somebody_committed_leaves_after_that_step() -> None:
+    spec = job(workers=2)
+    reference = Reference(spec, **ADAM)
+    async with cluster("a", "b") as master:
+        workers = await started(master, spec, reference, (True, True), spread(reference, "a"))
+        gradients = [reference.gradients(), reference.gradients()]
+        for worker, mine in zip(workers, gradients, strict=True):
+            worker.gradient.copy_(reference.flat(mine))
+        await workers[0].commit(1, Hyperparameters(**ADAM))
+        await master.move(spec, "a", "b", [0])
+        await workers[1].commit(1, Hyperparameters(**ADAM))
+        for worker in workers:
+            await worker.answered(1)
+        await master.moved(1)
+        reference.step(gradients)
+        assert_equal(workers, reference)
+        await one_step(workers, reference, 2, ADAM)
+        assert_equal(workers, reference)
+
+
+async def test_what_has_no_room_elsewhere_stays() -> None:
+    spec = job()
+    reference = Reference(spec, **ADAM)
+    async with cluster("a") as master, cluster("b", memory=1000) as other:
+        workers = await started(master, spec, reference, (True,), spread(reference, "a"))
+        master.addresses["b"] = other.addresses["b"]
+        await master.move(spec, "a", "b", [0, 1])
+        ((_, failed),) = await master.heard(lambda who, m: isinstance(m, Failed))
+        assert failed.order == "move"
+        assert "exceed the 1000" in failed.message
+        await one_step(workers, reference, 1, ADAM)
+        assert_equal(workers, reference)
+        assert set(workers[0].owner.values()) == {"a"}
+
+
+async def test_who_is_gone_gets_nothing() -> None:
+    spec = job()
+    reference = Reference(spec, **ADAM)
+    async with cluster("a") as master:
+        workers = await started(master, spec, reference, (True,), spread(reference, "a"))
+        async with cluster("b") as other:
+            master.addresses["b"] = other.addresses["b"]
+        await master.move(spec, "a", "b", [0])
+        ((_, failed),) = await master.heard(lambda who, m: isinstance(m, Failed))
+        assert "cannot be reached" in failed.message
+        await one_step(workers, reference, 1, ADAM)
+        assert_equal(workers, reference)
+
+
+async def test_a_host_has_room_for_so_much() -> None:
+    spec = job(((MIB,),), block_elements=1 << 20)
+    async with cluster("a", memory=2 * MIB) as master:
+        worker = RawWorker(master, spec)
+        await master.send("a", Host(spec, "secret", 1, (0,), (0,), 0, "worker"))
+        ((_, failed),) = await master.heard(lambda who, m: isinstance(m, Failed))
+        assert (failed.order, failed.epoch) == ("host", 1)
+        await worker.join({"a": [0]})
+        await worker.until(lambda: bool(worker.refused))
+        assert worker.refused[0].code == "unknown_job"

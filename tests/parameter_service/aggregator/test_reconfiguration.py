@@ -1,0 +1,137 @@
+"""Members die, jobs roll back, masters change their minds: what the master's orders do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from computron.parameter_service.versions.files import finish
+from computron.parameter_service.wire.messages import Host, Hyperparameters, Saved, WorkerLost
+from tests.parameter_service.aggregator.cluster import TOKEN, FakeMaster, RawWorker, Reference, cluster, job
+from tests.parameter_service.aggregator.test_steps import ADAM, assert_equal, one_step, spread, started
+
+HYPER = Hyperparameters(**ADAM)
+
+
+async def rejoin(workers: list[RawWorker], owners: dict[str, list[int]], epoch: int) -> None:
+    for worker in workers:
+        worker.epoch = epoch
+        await worker.join(owners)
+
+
+async def test_who_dies_before_it_has_committed_anywhere_is_left_out() -> None:
+    spec = job(workers=3)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a", "b")
+    async with cluster("a", "b") as master:
+        workers = await started(master, spec, reference, (True, True, False), owners)
+        await one_step(workers, reference, 1, ADAM)
+        gradients = [reference.gradients() for _ in workers]
+        for worker, mine in zip(workers, gradients, strict=True):
+            worker.gradient.copy_(reference.flat(mine))
+        await workers[0].commit(2, HYPER)
+        await workers[2].push(2)
+        workers[2].kill()
+        lost = await master.heard(lambda who, m: isinstance(m, WorkerLost), 2)
+        assert {m.rank for _, m in lost} == {2}
+        held = await master.hold(spec, 2, "a", "b")
+        assert all(block.applied == 1 for one in held.values() for block in one.blocks)
+        await master.host(spec, owners, epoch=2, source="keep", members=(0, 1), applied=1)
+        await rejoin(workers[:2], owners, 2)
+        for worker in workers[:2]:
+            await worker.commit(2, HYPER)
+        for worker in workers[:2]:
+            await worker.answered(2)
+        reference.step(gradients[:2])
+        assert_equal(workers[:2], reference)
+
+
+async def test_a_step_that_some_blocks_have_seen_is_completed_with_the_gradients_of_the_dead() -> None:
+    spec = job(workers=2)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a", "b")
+    async with cluster("a", "b") as master:
+        workers = await started(master, spec, reference, (True, False), owners)
+        gradients = [reference.gradients() for _ in workers]
+        for worker, mine in zip(workers, gradients, strict=True):
+            worker.gradient.copy_(reference.flat(mine))
+            await worker.push(1)
+        for worker in workers:
+            await worker.commit_at("a", 1, HYPER)
+        await workers[0].until(lambda: len(workers[0].applied) == len(owners["a"]))
+        workers[1].kill()
+        held = await master.hold(spec, 2, "a", "b")
+        assert {block.applied for block in held["a"].blocks} == {1}
+        assert {block.applied for block in held["b"].blocks} == {0}
+        await master.complete(spec, 2, "b", 1, owners["b"], held["a"].commits)
+        await master.host(spec, owners, epoch=2, source="keep", members=(0,), applied=1)
+        await rejoin(workers[:1], owners, 2)
+        await workers[0].commit(1, HYPER)
+        await workers[0].answered(1)
+        reference.step(gradients)
+        assert_equal(workers[:1], reference)
+
+
+async def snapshot(master: FakeMaster, step: int, blocks: int) -> Path:
+    """The finished file of a step's snapshot, when all blocks are in it."""
+    saved: dict[int, str] = {}
+    while len(saved) < blocks:
+        for _, message in await master.heard(lambda who, m: isinstance(m, Saved) and m.step == step):
+            saved.update(dict.fromkeys(message.blocks, message.path))
+    (path,) = set(saved.values())
+    finish(Path(path))
+    return Path(path)
+
+
+async def test_a_job_goes_back_to_its_snapshot_and_on_from_there(tmp_path: Path) -> None:
+    spec = job(workers=2, snapshot_every=2)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a", "b")
+    blocks = len(reference.layout.blocks)
+    async with cluster("a", "b", "c", folder=tmp_path) as master:
+        workers = await started(master, spec, reference, (True, False), owners)
+        assert torch.equal(load_file(await snapshot(master, 0, blocks))["t0"], reference.parameters[0])
+        await one_step(workers, reference, 1, ADAM)
+        await one_step(workers, reference, 2, ADAM)
+        path = await snapshot(master, 2, blocks)
+        kept = {name: value.clone() for name, value in load_file(path).items()}
+        for number, parameter in enumerate(reference.parameters):
+            assert torch.equal(kept[f"t{number}"], parameter)
+            assert torch.equal(kept[f"t{number}.exp_avg"], reference.optimizer.state[parameter]["exp_avg"])
+        state, saved = reference.optimizer.state_dict(), [p.detach().clone() for p in reference.parameters]
+        exp = {key: {name: value.clone() for name, value in entry.items()} for key, entry in state["state"].items()}
+        await one_step(workers, reference, 3, ADAM)
+        await master.hold(spec, 2, "a")
+        new = {"a": owners["a"], "c": owners["b"]}
+        for who, indices in new.items():
+            await master.send(who, Host(spec, TOKEN, 2, (0, 1), tuple(indices), 2, str(path)))
+        await master.heard(lambda who, m: type(m).__name__ == "Ready" and m.epoch == 2 and bool(m.blocks), 2)
+        with torch.no_grad():
+            for parameter, value in zip(reference.parameters, saved, strict=True):
+                parameter.copy_(value)
+        reference.optimizer.load_state_dict({"state": exp, "param_groups": state["param_groups"]})
+        for worker in workers:
+            worker.applied = dict.fromkeys(range(blocks), 2)
+        await rejoin(workers, new, 2)
+        await one_step(workers, reference, 3, ADAM)
+        assert_equal(workers, reference)
+        await one_step(workers, reference, 4, ADAM)
+        assert_equal(workers, reference)
+
+
+async def test_a_version_is_what_the_parameters_were_at_its_step(tmp_path: Path) -> None:
+    spec = job(workers=2)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a", "b")
+    async with cluster("a", "b", folder=tmp_path) as master:
+        workers = await started(master, spec, reference, (True, False), owners)
+        await one_step(workers, reference, 1, ADAM, version="first")
+        expected = [p.detach().clone() for p in reference.parameters]
+        for step in (2, 3, 4):
+            await one_step(workers, reference, step, ADAM)
+        path = await snapshot(master, 1, len(reference.layout.blocks))
+        assert path == tmp_path / "job" / "first.safetensors"
+        found = load_file(path)
+        assert all(torch.equal(found[f"t{number}"], value) for number, value in enumerate(expected))
