@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from computron.api.version import installed_version
-from computron.cli import bench, models, serving
+from computron.cli import bench, models, parameter_service, serving
 from computron.cli.output import output
 from computron.cli.simulation.command import simulate
 
@@ -50,4 +50,5 @@ app.command()(serving.launch)
 app.command()(simulate)
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")
+app.add_typer(parameter_service.app, name="parameter-service")
 app.command()(version)

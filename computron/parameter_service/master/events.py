@@ -1,0 +1,141 @@
+"""What the master is told (facts) and what it orders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from computron.parameter_service.master.records import Record
+from computron.parameter_service.wire.messages import FromMaster, ToMaster
+
+# Events.
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message over a link, which has a number of its own for as long as it is up."""
+
+    link: int
+    message: ToMaster
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    link: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A process of this machine was started; it is to register under this name. began: its start time, which with the
+    pid tells it from any other."""
+
+    aggregator: str
+    pid: int
+    began: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """The process of this aggregator is known to be dead, or a person said so."""
+
+    aggregator: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A file has its final name. version: "" for a snapshot. at: seconds since 1970."""
+
+    job: str
+    version: str
+    step: int
+    path: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class MoveAsked:
+    """blocks: None for all of the job."""
+
+    job: str
+    blocks: tuple[int, ...] | None
+    to: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAsked:
+    aggregator: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropAsked:
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaAsked:
+    """memory: bytes that the job may have; None: what all may."""
+
+    job: str
+    memory: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CountAsked:
+    """So many aggregators at least."""
+
+    count: int
+
+
+Asked = MoveAsked | DrainAsked | DropAsked | QuotaAsked | CountAsked
+Event = Received | Closed | Tick | Started | Exited | Finished | Asked
+
+# Orders, to be carried out one after the other; a record is on the disk before what follows it is sent.
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    link: int
+    message: FromMaster
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Nothing that still comes over this link is meant."""
+
+    link: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """An aggregator's process on this machine."""
+
+    aggregator: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """All blocks are in this file, which may have its name now. version: "" for a snapshot."""
+
+    job: str
+    version: str
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """A snapshot's file, which no recovery needs any more."""
+
+    path: str
+
+
+Order = Log | Send | Close | Start | Finish | Remove

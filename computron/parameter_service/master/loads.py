@@ -1,0 +1,77 @@
+"""What is known of jobs and aggregators, as packers want to have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from computron.parameter_service.master.state import Job, State, memory_of
+from computron.parameter_service.packing import BlockLoad, Capacity, Fleet, JobLoad
+
+# Seconds of a compute thread for one element of a block, until an aggregator has measured it: torch's fused kernels on
+# one thread, 25 million elements, with one addition of a second worker's gradients.
+SECONDS_PER_ELEMENT = {"sgd": 3.4e-10, "adam": 4.6e-10, "adamw": 4.6e-10, "sum": 2.6e-10}
+UNKNOWN_COMPUTE = 3.0  # of a job not measured yet: seconds of compute for one second of aggregation
+
+
+def load_of(state: State, job: Job) -> JobLoad:
+    """A job's load, relative to one aggregator of its own."""
+    each = SECONDS_PER_ELEMENT.get(job.book.spec.optimizer, SECONDS_PER_ELEMENT["adamw"])
+    remote = _is_remote(state, job)
+    copies = 2 * max(1, len(job.workers))  # of each block in a step: gradients in and parameters out
+    blocks = tuple(
+        BlockLoad(
+            block=block.index,
+            cpu=job.cpu.get(block.index, block.elements * each),
+            memory=memory_of(job, block.index),
+            network=copies * block.nbytes if remote else 0,
+        )
+        for block in job.layout.blocks
+    )
+    cpu = sum(load.cpu for load in blocks)
+    compute = compute_of(job)
+    period = cpu + (UNKNOWN_COMPUTE * cpu if compute is None else compute)
+    return JobLoad(job.name, period * (1 + 1e-9), blocks, job.book.spec.loss_limit)
+
+
+def compute_of(job: Job) -> float | None:
+    """Seconds of an iteration in which the slowest worker computes; None if nobody has said so yet."""
+    times = [worker.compute for worker in job.workers.values() if worker.step]
+    return max(times) if times else None
+
+
+def iteration_of(job: Job) -> float | None:
+    """Seconds from step to step, as the slowest worker saw it."""
+    times = [worker.compute + worker.wait for worker in job.workers.values() if worker.step]
+    return max(times) if times and max(times) > 0 else None
+
+
+def observed_loss(state: State, job: Job) -> float | None:
+    """Share of its iteration that the job loses against one with an aggregator of its own; None if not measured."""
+    iteration = iteration_of(job)
+    compute = compute_of(job)
+    if iteration is None or compute is None or not job.cpu:
+        return None
+    return max(0.0, 1.0 - load_of(state, job).period / iteration)
+
+
+def fleet_of(state: State, servers: Iterable[str], *, without: Job | None = None) -> Fleet:
+    """Jobs as they are placed on these aggregators. Others' blocks are left out: they are about to leave or to come."""
+    names = sorted(servers)
+    memory = min((state.aggregators[name].memory for name in names if state.aggregators[name].memory), default=None)
+    capacity = Capacity() if memory is None else Capacity(memory=memory)
+    fleet = Fleet(capacity=capacity).opened(names)
+    for name, job in sorted(state.jobs.items()):
+        if job is without or job.book.placed is None or job.failed is not None:
+            continue
+        owners = [job.book.moving.get(block, owner) for block, owner in enumerate(job.book.owners)]
+        if all(owner in fleet.servers for owner in owners):
+            fleet = fleet.placing(load_of(state, job), dict(enumerate(owners)))
+        if name in state.alone and name in fleet.jobs:
+            fleet = replace(fleet, alone=fleet.alone | {name})
+    return fleet
+
+
+def _is_remote(state: State, job: Job) -> bool:
+    machines = {known.address.machine for known in state.aggregators.values() if known.address is not None}
+    return any(worker.machine not in machines for worker in job.workers.values() if worker.machine)

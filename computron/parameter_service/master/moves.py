@@ -1,0 +1,68 @@
+"""Blocks go from one aggregator to another while their job trains."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable
+
+from computron.parameter_service.master.records import MoveBegun, MoveEnded
+from computron.parameter_service.master.state import Job, State
+from computron.parameter_service.wire.messages import Move, MovedOut
+
+log = logging.getLogger(__name__)
+
+
+class Moves:
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def order(self, job: Job, blocks: Iterable[int], to: str, now: float) -> int:
+        """How many were ordered: those that are elsewhere and are not on their way already."""
+        target = self._state.aggregators.get(to)
+        placed = job.book.placed
+        if job.change is not None or placed is None or placed.epoch != job.book.epoch or job.failed is not None:
+            return 0
+        if target is None or target.address is None or target.link is None:
+            return 0
+        by_owner: dict[str, list[int]] = defaultdict(list)
+        for block in blocks:
+            owner = placed.owners[block]
+            if owner != to and block not in job.book.moving and self._state.is_linked(owner):
+                by_owner[owner].append(block)
+        for owner, moved in sorted(by_owner.items()):
+            self._state.write(MoveBegun(job.name, tuple(moved), to))
+            job.moves.update(dict.fromkeys(moved, now + self._state.limits.move))
+            self._state.tell(owner, Move(job.name, placed.epoch, tuple(moved), target.address))
+        return sum(map(len, by_owner.values()))
+
+    def moved_out(self, aggregator: str, message: MovedOut, now: float) -> None:
+        job = self._state.jobs.get(message.job)
+        if job is None or message.epoch != job.book.epoch or job.change is not None:
+            return
+        owners = job.book.owners
+        blocks = tuple(block for block in message.blocks if 0 <= block < len(owners) and owners[block] == aggregator)
+        if not blocks:
+            return
+        for block in blocks:
+            job.moves.pop(block, None)
+        self._state.write(MoveEnded(job.name, blocks, message.to))
+        self._state.migrations += len(blocks)
+        job.saw(message.applied, now)
+
+    def failed(self, job: Job, aggregator: str) -> None:
+        """What this aggregator was to move stays, as far as is known: whoever has it will say so."""
+        ours = tuple(block for block in job.book.moving if job.book.owners[block] == aggregator)
+        if ours:
+            self._state.write(MoveEnded(job.name, ours, aggregator))
+        for block in ours:
+            job.moves.pop(block, None)
+
+    def look_at_time(self, job: Job, now: float) -> None:
+        """A move that nobody answers keeps its place in the book, where both ends are asked if anything happens; but
+        its block may be ordered away again.
+        """
+        late = tuple(sorted(block for block, until in job.moves.items() if now >= until))
+        for block in late:
+            del job.moves[block]
+            log.warning("move_late job=%s block=%d to=%s", job.name, block, job.book.moving.get(block))

@@ -1,0 +1,413 @@
+"""One procedure for whatever happens to a job: workers come, leave or die, aggregators die or cannot be reached, the
+master was away.
+
+1. The epoch rises and `Hold` goes to all who may have blocks. Who does not answer in time counts as lost.
+2. Each block is somewhere, at the last step S that any has seen or at the one before: those before it are completed
+   with the commits that are there, and all stay where they are. Or some block is nowhere: the job is rolled back to its
+   last complete snapshot, and its blocks are placed anew.
+3. All blocks being ready, the members hear of the placement.
+
+A step needs the commits of all members, and a worker follows one epoch only. So blocks are taken from an aggregator
+that cannot be asked only if it is known to be dead, or if a member of the old epoch follows the new one or is certainly
+dead: then the old owner can never apply a step again. When neither holds, everything waits until somebody is back.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from computron.parameter_service.master.placement import Placer
+from computron.parameter_service.master.records import EpochBegun, JobUnhosted, MemberGone, Placed, SnapshotBad
+from computron.parameter_service.master.state import FRESH, KEEP, Change, Job, Phase, State, Worker
+from computron.parameter_service.wire import refusals
+from computron.parameter_service.wire.messages import (
+    BlockState,
+    Complete,
+    Denied,
+    Drop,
+    Failed,
+    Held,
+    HeldCommit,
+    Hold,
+    Host,
+    Placement,
+    Ready,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Reconfiguration:
+    def __init__(self, state: State, placer: Placer) -> None:
+        self._state = state
+        self._placer = placer
+
+    # What happens to jobs.
+
+    def advance(self, job: Job, now: float) -> None:
+        """Do for the job what is due. To be called after every event that concerns it, and as time passes."""
+        if job.failed is not None:
+            return
+        self._look_for_members(job, now)
+        self._look_for_doubts(job, now)
+        change = job.change
+        if change is not None:
+            self._go_on(job, change, now)
+        elif job.book.placed is None:
+            if len(job.linked) >= job.book.spec.workers:
+                self._begin(job, "the job starts", now)
+        else:
+            self._look_for_reasons(job, now)
+            self._look_for_idleness(job, now)
+
+    def held(self, job: Job, aggregator: str, message: Held, now: float) -> None:
+        change = job.change
+        if change is None or message.epoch != change.epoch or change.phase is not Phase.COLLECTING:
+            return
+        change.held[aggregator] = message
+        change.awaited.discard(aggregator)
+
+    def ready(self, job: Job, aggregator: str, message: Ready) -> None:
+        change = job.change
+        if change is None or message.epoch != change.epoch:
+            return
+        if change.phase not in (Phase.COMPLETING, Phase.HOSTING):
+            return
+        for state in message.blocks:
+            ours = state.block in change.waiting and change.owners[state.block] == aggregator
+            if ours and state.applied == change.applied:
+                change.waiting.discard(state.block)
+
+    def failed(self, job: Job, aggregator: str, message: Failed, now: float) -> None:
+        """An order of this reconfiguration could not be carried out there: begin again without it."""
+        change = job.change
+        if change is None or message.epoch != change.epoch:
+            return
+        log.warning(
+            "order_failed job=%s aggregator=%s order=%s reason=%s",
+            job.name, aggregator, message.order, message.message,
+        )  # fmt: skip
+        if change.phase is Phase.HOSTING and change.source not in (KEEP, FRESH):
+            self._state.write(SnapshotBad(job.name, change.source))
+        job.excluded.add(aggregator)
+        self._begin(job, f"{aggregator} failed: {message.message}", now)
+
+    def aggregator_back(self, job: Job, aggregator: str) -> None:
+        """It has registered, and may have blocks of the job."""
+        change = job.change
+        if change is not None and change.phase is Phase.COLLECTING:
+            change.awaited.add(aggregator)
+            self._state.tell(aggregator, Hold(job.name, change.epoch))
+
+    def aggregator_gone(self, job: Job, aggregator: str, now: float) -> None:
+        """It is dead."""
+        change = job.change
+        if change is None:
+            return
+        if change.phase is Phase.COLLECTING:
+            change.awaited.discard(aggregator)
+            change.held.pop(aggregator, None)
+        elif aggregator in change.owners:
+            self._begin(job, f"{aggregator} died", now)
+
+    def placement(self, job: Job, worker: Worker) -> None:
+        """Tell the worker what holds, if it is a member and nothing is changing."""
+        placed = job.book.placed
+        if job.change is not None or placed is None or placed.epoch != job.book.epoch:
+            return
+        members = job.book.members
+        if members.get(worker.rank) not in ("", worker.incarnation) or worker.rank not in members:
+            return
+        names = sorted(set(placed.owners))
+        addresses = [self._state.aggregators[name].address for name in names if name in self._state.aggregators]
+        known = tuple(address for address in addresses if address is not None)
+        if len(known) < len(names):
+            return  # an owner has died: another placement is about to come
+        self._state.send(
+            worker.link,
+            Placement(
+                job=job.name,
+                epoch=placed.epoch,
+                rank=worker.rank,
+                members=tuple(sorted(members)),
+                owners=tuple(names.index(owner) for owner in placed.owners),
+                addresses=known,
+                applied=placed.applied,
+                lost=placed.lost,
+                initialise=placed.initialise == worker.rank,
+                reason=placed.reason,
+            ),
+        )
+
+    # What calls for a reconfiguration.
+
+    def _look_for_members(self, job: Job, now: float) -> None:
+        limits = self._state.limits
+        for rank, worker in list(job.workers.items()):
+            if worker.link is not None:
+                continue
+            away = now - worker.unlinked
+            still = now - max(job.progressed, worker.unlinked)
+            if (worker.lost and away >= limits.loss) or still >= limits.absence or rank not in job.book.members:
+                del job.workers[rank]
+                if rank in job.book.members:
+                    log.warning("worker_lost job=%s rank=%d", job.name, rank)
+                    self._state.write(MemberGone(job.name, rank, worker.lost_for_certain))
+
+    def _look_for_doubts(self, job: Job, now: float) -> None:
+        for aggregator, since in list(job.doubted.items()):
+            if job.progressed > since or job.change is not None:
+                del job.doubted[aggregator]
+            elif now - since >= self._state.limits.unreachable:
+                del job.doubted[aggregator]
+                job.excluded.add(aggregator)
+
+    def _look_for_reasons(self, job: Job, now: float) -> None:
+        members = job.book.members
+        reason = self._pressing(job)
+        if reason is None:
+            joining = [w for w in job.linked if members.get(w.rank) not in ("", w.incarnation)]
+            owners_here = all(self._state.is_linked(owner) for owner in set(job.book.owners))
+            if joining and owners_here and now - max(w.came for w in joining) >= self._state.limits.join:
+                reason = f"rank {', '.join(str(worker.rank) for worker in joining)} joins"
+        if reason is None or not job.linked:
+            return
+        if job.mismatch_of_log and now - job.since < self._state.limits.hold:
+            return  # other aggregators that have blocks of it are about to register
+        if not any(rank in job.workers for rank in members) and len(job.linked) < job.book.spec.workers:
+            return  # it begins anew, which takes as many workers as it said
+        self._begin(job, reason, now)
+
+    def _pressing(self, job: Job) -> str | None:
+        """Why the job cannot go on as it is."""
+        book = job.book
+        assert book.placed is not None
+        if book.placed.epoch != book.epoch or job.mismatch:
+            return "the master was away"
+        for owner in sorted(set(book.owners)):
+            if owner not in self._state.aggregators:
+                return f"{owner or 'an aggregator'} died"
+            if owner in job.excluded:
+                return f"{owner} cannot be reached"
+        if book.gone:
+            return f"rank {', '.join(map(str, sorted(book.gone)))} left"
+        return None
+
+    def _look_for_idleness(self, job: Job, now: float) -> None:
+        if job.workers:
+            job.idle_since = None
+        elif job.idle_since is None:
+            job.idle_since = now
+        elif now - job.idle_since >= self._state.limits.idle and job.book.snapshots:
+            for name in sorted(job.holders):
+                self._state.tell(name, Drop(job.name))
+            self._state.write(JobUnhosted(job.name))
+            job.hosts.clear()
+
+    # 1. Hold.
+
+    def _begin(self, job: Job, reason: str, now: float) -> None:
+        state = self._state
+        epoch = job.book.epoch + 1
+        state.write(EpochBegun(job.name, epoch))
+        state.reconfigurations += 1
+        job.moves.clear()
+        job.doubted.clear()
+        job.mismatch = False
+        change = job.change = Change(epoch, reason, now + state.limits.hold)
+        log.info("reconfiguration job=%s epoch=%d reason=%s", job.name, epoch, reason)
+        if job.book.placed is None:
+            self._restore(job, change, now)
+            return
+        for name in sorted(job.holders):
+            if name in state.aggregators and (name not in job.excluded or state.is_linked(name)):
+                change.awaited.add(name)
+                state.tell(name, Hold(job.name, epoch))
+        self._go_on(job, change, now)
+
+    def _go_on(self, job: Job, change: Change, now: float) -> None:
+        if change.phase is Phase.COLLECTING:
+            if change.awaited and now < change.deadline:
+                return
+            if not self._may_abandon(job, change):
+                return
+            for name in change.awaited:
+                log.warning("aggregator_silent job=%s aggregator=%s", job.name, name)
+            job.excluded |= change.awaited
+            self._decide(job, change, now)
+        elif change.phase is Phase.PLACING:
+            self._place(job, change, now)
+        elif not change.waiting:
+            if change.phase is Phase.COMPLETING:
+                self._host(job, change, now)
+            else:
+                self._finish(job, change)
+        elif now >= change.deadline:
+            job.excluded |= {change.owners[block] for block in change.waiting}
+            self._begin(job, f"{change.owners[min(change.waiting)]} did not get ready", now)
+
+    def _may_abandon(self, job: Job, change: Change) -> bool:
+        """Whether those who have not answered can never apply a step again."""
+        silent = {name for name in job.holders if name in self._state.aggregators and name not in change.held}
+        if not silent:
+            return True
+        members = job.book.members
+        follows = any(
+            rank in job.workers and job.workers[rank].link is not None
+            and incarnation in ("", job.workers[rank].incarnation)
+            for rank, incarnation in members.items()
+        )  # fmt: skip
+        return follows or all(job.book.gone.get(rank, False) for rank in members)
+
+    # 2. Decide.
+
+    def _decide(self, job: Job, change: Change, now: float) -> None:
+        found = _best(job, {name: held for name, held in change.held.items() if name not in job.excluded})
+        for held in change.held.values():
+            for block in held.blocks:
+                job.saw(block.applied, now)
+        if len(found) < len(job.layout.blocks):
+            self._restore(job, change, now)
+            return
+        applied = max(step for step, _ in found.values())
+        behind = {block for block, (step, _) in found.items() if step < applied}
+        commits = _commits(change, applied, set(job.book.members))
+        if any(found[block][0] != applied - 1 for block in behind) or (behind and commits is None):
+            self._restore(job, change, now)
+            return
+        change.owners = [found[block][1] for block in range(len(found))]
+        change.applied = applied
+        change.source = KEEP
+        if not behind or commits is None:
+            self._host(job, change, now)
+            return
+        change.phase = Phase.COMPLETING
+        change.waiting = behind
+        change.deadline = now + self._state.limits.hold
+        for name in sorted({change.owners[block] for block in behind}):
+            blocks = tuple(sorted(block for block in behind if change.owners[block] == name))
+            self._state.tell(name, Complete(job.name, change.epoch, applied, blocks, commits))
+
+    def _restore(self, job: Job, change: Change, now: float) -> None:
+        """Go on from the last complete snapshot, or from what the workers have where that is right."""
+        spec = job.book.spec
+        change.owners = []
+        if job.book.snapshots:
+            snapshot = max(job.book.snapshots, key=lambda saved: saved.step)
+            change.source, change.applied = snapshot.path, snapshot.step
+            change.lost = max(0, job.step - snapshot.step)
+        elif job.step == 0 or spec.snapshot_every == 0:
+            change.source, change.applied = FRESH, job.step
+            if job.step and spec.optimizer != "sum":
+                change.reason += "; it goes on from a worker's parameters with a fresh optimizer state"
+        else:
+            self.fail(
+                job,
+                f"{change.reason}, and no snapshot was complete yet: one is taken every {spec.snapshot_every} steps; "
+                "take them more often to lose less",
+            )
+            return
+        self._place(job, change, now)
+
+    def _place(self, job: Job, change: Change, now: float) -> None:
+        owners = self._placer.place(self._state, job, self._state.usable(job))
+        if owners is None:
+            change.phase = Phase.PLACING
+            return
+        change.owners = owners
+        self._host(job, change, now)
+
+    def fail(self, job: Job, message: str) -> None:
+        log.error("job_failed job=%s reason=%s", job.name, message)
+        job.failed = message
+        job.change = None
+        for worker in job.linked:
+            self._state.send(worker.link, Denied(job.name, refusals.FAILED, message))
+        job.workers.clear()
+
+    # 3. Host, and go on.
+
+    def _host(self, job: Job, change: Change, now: float) -> None:
+        state = self._state
+        if not job.linked:
+            change.phase = Phase.COLLECTING  # nobody is there to go on: decided again when somebody is
+            job.change = None
+            return
+        change.members = {worker.rank: worker.incarnation for worker in job.workers.values()}
+        change.phase = Phase.HOSTING
+        change.waiting = set() if change.source == FRESH else set(range(len(change.owners)))
+        size = sum(block.nbytes for block in job.layout.blocks)
+        reading = 0.0 if change.source == KEEP else 3 * size / state.limits.read_rate
+        change.deadline = now + state.limits.hold + reading
+        owners = set(change.owners)
+        for name in sorted(owners):
+            blocks = tuple(block for block, owner in enumerate(change.owners) if owner == name)
+            state.tell(name, Host(
+                spec=job.book.spec,
+                token=job.book.token,
+                epoch=change.epoch,
+                members=tuple(sorted(change.members)),
+                blocks=blocks,
+                applied=change.applied,
+                source=change.source,
+            ))  # fmt: skip
+        for name in sorted(job.holders - owners):
+            state.tell(name, Drop(job.name))
+        job.hosts = owners
+        if not change.waiting:
+            self._finish(job, change)  # the worker that brings the parameters needs its placement for that
+
+    def _finish(self, job: Job, change: Change) -> None:
+        rolled_back = change.source != KEEP
+        first = min(worker.rank for worker in job.linked)
+        initialise = first if change.source == FRESH else None
+        self._state.write(Placed(
+            job=job.name,
+            epoch=change.epoch,
+            members=tuple(sorted(change.members.items())),
+            owners=tuple(change.owners),
+            applied=change.applied,
+            lost=change.lost,
+            initialise=initialise,
+            reason=change.reason,
+        ))  # fmt: skip
+        if rolled_back:
+            self._state.rollbacks += job.step > 0
+            job.saving.clear()
+            if change.lost:
+                log.warning("rolled_back job=%s to_step=%d lost=%d", job.name, change.applied, change.lost)
+        job.step = change.applied
+        job.change = None
+        job.mismatch_of_log = False
+        log.info(
+            "placed job=%s epoch=%d members=%d step=%d reason=%s",
+            job.name, change.epoch, len(change.members), change.applied, change.reason,
+        )  # fmt: skip
+        for worker in job.linked:
+            self.placement(job, worker)
+
+
+def _best(job: Job, held: dict[str, Held]) -> dict[int, tuple[int, str]]:
+    """Of each block that somebody has: the newest step, and who has it; the owner, if others have it too."""
+    found: dict[int, tuple[int, str]] = {}
+    owners = job.book.owners
+    for name, message in sorted(held.items()):
+        for state in message.blocks:
+            if not 0 <= state.block < len(job.layout.blocks):
+                continue
+            known = found.get(state.block)
+            if known is None or _rank(state, name, owners) > _rank(BlockState(state.block, known[0]), known[1], owners):
+                found[state.block] = (state.applied, name)
+    return found
+
+
+def _rank(state: BlockState, name: str, owners: tuple[str, ...]) -> tuple[int, bool]:
+    return state.applied, owners[state.block] == name
+
+
+def _commits(change: Change, step: int, members: set[int]) -> tuple[HeldCommit, ...] | None:
+    """Of all members for this step, as any aggregator has seen them; None if one's is nowhere."""
+    found = {commit.rank: commit for held in change.held.values() for commit in held.commits if commit.step == step}
+    if set(found) < members:
+        return None
+    return tuple(found[rank] for rank in sorted(members & set(found)))

@@ -1,0 +1,246 @@
+"""What must outlive the master, as records of its log, and the book that they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from computron.parameter_service.wire.messages import JobSpec
+
+SNAPSHOTS_KEPT = 2
+
+
+class JobCreated(msgspec.Struct, tag="job_created", frozen=True):
+    spec: JobSpec
+    token: str
+
+
+class EpochBegun(msgspec.Struct, tag="epoch_begun", frozen=True):
+    """Written before anybody hears of the epoch."""
+
+    job: str
+    epoch: int
+
+
+class Placed(msgspec.Struct, tag="placed", frozen=True):
+    """The reconfiguration that began with `epoch` is complete. members: rank and incarnation. owners: of each block.
+    lost: steps that this one rolled back. initialise: rank that brings the parameters.
+    """
+
+    job: str
+    epoch: int
+    members: tuple[tuple[int, str], ...]
+    owners: tuple[str, ...]
+    applied: int
+    lost: int = 0
+    initialise: int | None = None
+    reason: str = ""
+
+
+class MoveBegun(msgspec.Struct, tag="move_begun", frozen=True):
+    """From now on, the blocks may be at `to` as well as at their owner."""
+
+    job: str
+    blocks: tuple[int, ...]
+    to: str
+
+
+class MoveEnded(msgspec.Struct, tag="move_ended", frozen=True):
+    """owner: who has the blocks now: the new one, or the old one if it came to nothing."""
+
+    job: str
+    blocks: tuple[int, ...]
+    owner: str
+
+
+class MemberGone(msgspec.Struct, tag="member_gone", frozen=True):
+    """certain: it left, or its process is known to be dead; otherwise it may only be cut off."""
+
+    job: str
+    rank: int
+    certain: bool
+
+
+class SnapshotSaved(msgspec.Struct, tag="snapshot_saved", frozen=True):
+    job: str
+    step: int
+    path: str
+
+
+class SnapshotBad(msgspec.Struct, tag="snapshot_bad", frozen=True):
+    job: str
+    path: str
+
+
+class VersionSaved(msgspec.Struct, tag="version_saved", frozen=True):
+    """at: seconds since 1970."""
+
+    job: str
+    version: str
+    step: int
+    path: str
+    at: float
+
+
+class JobUnhosted(msgspec.Struct, tag="job_unhosted", frozen=True):
+    """Nobody worked on the job any more; it can be taken up from its last snapshot."""
+
+    job: str
+
+
+class JobDropped(msgspec.Struct, tag="job_dropped", frozen=True):
+    job: str
+
+
+class QuotaSet(msgspec.Struct, tag="quota_set", frozen=True):
+    job: str
+    memory: int | None
+
+
+class AggregatorStarted(msgspec.Struct, tag="aggregator_started", frozen=True):
+    """By this master, on its own machine."""
+
+    aggregator: str
+    pid: int
+    began: float
+
+
+class AggregatorGone(msgspec.Struct, tag="aggregator_gone", frozen=True):
+    aggregator: str
+
+
+class CountSet(msgspec.Struct, tag="count_set", frozen=True):
+    minimum: int
+
+
+Record = (
+    JobCreated | EpochBegun | Placed | MoveBegun | MoveEnded | MemberGone | SnapshotSaved | SnapshotBad | VersionSaved
+    | JobUnhosted | JobDropped | QuotaSet | AggregatorStarted | AggregatorGone | CountSet
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class JobBook:
+    """One job as the log has it. placed: what the last complete reconfiguration came to, with moves since carried on.
+
+    epoch: the newest that was ever used; above placed.epoch while a reconfiguration is going on. gone: members of
+    `placed` that are not there any more, and whether that is certain. lost: steps rolled back ever.
+    """
+
+    spec: JobSpec
+    token: str
+    epoch: int = 0
+    placed: Placed | None = None
+    moving: dict[int, str] = field(default_factory=dict)
+    gone: dict[int, bool] = field(default_factory=dict)
+    snapshots: list[SnapshotSaved] = field(default_factory=list)
+    versions: dict[str, VersionSaved] = field(default_factory=dict)
+    quota: int | None = None
+    lost: int = 0
+    moves: int = 0
+
+    @property
+    def job(self) -> str:
+        return self.spec.job
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        return self.placed.owners if self.placed is not None else ()
+
+    @property
+    def members(self) -> dict[int, str]:
+        return dict(self.placed.members) if self.placed is not None else {}
+
+
+class Book:
+    """All that a master knows after reading its log. `apply` is what replay does, and the only way to change it."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, JobBook] = {}
+        self.started: dict[str, AggregatorStarted] = {}
+        self.minimum: int | None = None
+
+    def apply(self, record: Record) -> None:
+        """Raises KeyError if it is about a job that no earlier record made."""
+        match record:
+            case JobCreated():
+                self.jobs[record.spec.job] = JobBook(record.spec, record.token)
+            case JobDropped():
+                self.jobs.pop(record.job, None)
+            case AggregatorStarted():
+                self.started[record.aggregator] = record
+            case AggregatorGone():
+                self.started.pop(record.aggregator, None)
+            case CountSet():
+                self.minimum = record.minimum
+            case _:
+                _apply_to_job(self.jobs[record.job], record)
+
+    def records(self) -> Iterator[Record]:
+        """The shortest log that adds up to this book."""
+        yield from self.started.values()
+        if self.minimum is not None:
+            yield CountSet(self.minimum)
+        for job in self.jobs.values():
+            yield from _records_of(job)
+
+
+def _apply_to_job(book: JobBook, record: Record) -> None:
+    match record:
+        case EpochBegun():
+            book.epoch = max(book.epoch, record.epoch)
+        case Placed():
+            book.placed = record
+            book.epoch = max(book.epoch, record.epoch)
+            book.lost += record.lost
+            book.moving.clear()
+            book.gone.clear()
+        case MoveBegun():
+            book.moving.update(dict.fromkeys(record.blocks, record.to))
+        case MoveEnded():
+            _end_move(book, record)
+        case MemberGone():
+            book.gone[record.rank] = book.gone.get(record.rank, False) or record.certain
+        case SnapshotSaved():
+            book.snapshots = [*book.snapshots, record][-SNAPSHOTS_KEPT:]
+        case SnapshotBad():
+            book.snapshots = [snapshot for snapshot in book.snapshots if snapshot.path != record.path]
+        case VersionSaved():
+            book.versions[record.version] = record
+        case JobUnhosted():
+            book.placed = None
+            book.moving.clear()
+            book.gone.clear()
+        case QuotaSet():
+            book.quota = record.memory
+        case _:
+            raise AssertionError(f"{record} is about no job")
+
+
+def _end_move(book: JobBook, record: MoveEnded) -> None:
+    for block in record.blocks:
+        book.moving.pop(block, None)
+    if book.placed is None:
+        return
+    owners = list(book.placed.owners)
+    for block in record.blocks:
+        book.moves += owners[block] != record.owner
+        owners[block] = record.owner
+    book.placed = msgspec.structs.replace(book.placed, owners=tuple(owners))
+
+
+def _records_of(book: JobBook) -> Iterator[Record]:
+    yield JobCreated(book.spec, book.token)
+    if book.placed is not None:
+        yield book.placed
+    yield EpochBegun(book.job, book.epoch)
+    for block, to in book.moving.items():
+        yield MoveBegun(book.job, (block,), to)
+    for rank, certain in book.gone.items():
+        yield MemberGone(book.job, rank, certain)
+    yield from book.snapshots
+    yield from book.versions.values()
+    if book.quota is not None:
+        yield QuotaSet(book.job, book.quota)

@@ -1,0 +1,207 @@
+"""How many aggregators there are, and which jobs share them: looked at again every few seconds.
+
+1. A job loses more than its limit: its blocks are moved, to aggregators that are started first if there are none.
+2. Nothing of the kind for a while, and the others can carry the work of the least loaded aggregator: it is drained.
+3. An aggregator that is drained and empty is stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from computron.parameter_service.master.events import Start
+from computron.parameter_service.master.loads import fleet_of, observed_loss
+from computron.parameter_service.master.moves import Moves
+from computron.parameter_service.master.placement import LeastMemory
+from computron.parameter_service.master.state import Aggregator, State
+from computron.parameter_service.packing import DoesNotFit, Fleet, Packer
+from computron.parameter_service.packing import Move as PackedMove
+from computron.parameter_service.wire.messages import Stop
+
+log = logging.getLogger(__name__)
+
+SHORT_LIFE = 5.0  # seconds: an aggregator that ends sooner is started again with growing delays
+LONGEST_DELAY = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingSettings:
+    """minimum, maximum: how many aggregators. interval: seconds between two looks. hysteresis: seconds for which one
+    must have been dispensable. starts: whether the master starts them itself.
+    """
+
+    minimum: int = 1
+    maximum: int = 1
+    interval: float = 5.0
+    hysteresis: float = 30.0
+    starts: bool = False
+
+
+class Scaling:
+    """wanted: how many aggregators there should be."""
+
+    def __init__(self, state: State, moves: Moves, packer: Packer, settings: ScalingSettings, now: float) -> None:
+        self.settings = settings
+        self._state = state
+        self._moves = moves
+        self._packer = packer
+        self._due = now + settings.interval
+        self._extra = 0  # beyond the minimum
+        self._dispensable_since: float | None = None
+        self._starting: dict[str, float] = {}
+        self._start_after = now
+        self._delay = 0.0
+        self.predicted: dict[str, float] = {}
+
+    @property
+    def wanted(self) -> int:
+        return min(self.settings.maximum, self._minimum + self._extra)
+
+    @property
+    def _minimum(self) -> int:
+        return self.settings.minimum if self._state.book.minimum is None else self._state.book.minimum
+
+    def recall(self) -> None:
+        """As many as the log knows were wanted before."""
+        self._extra = max(0, len(self._state.book.started) - self._minimum)
+
+    def started(self, name: str) -> None:
+        self._starting.pop(name, None)
+
+    def exited(self, name: str, now: float) -> None:
+        """Begin anew with one that has died, soon; later each time if it dies at once."""
+        began = self._starting.pop(name, None)
+        known = self._state.aggregators.get(name)
+        young = began is not None or (known is not None and known.address is None)
+        self._delay = min(LONGEST_DELAY, max(1.0, 2 * self._delay)) if young else 0.0
+        self._start_after = now + self._delay
+
+    def advance(self, now: float) -> None:
+        self._forget(now)
+        self._stop_drained(now)
+        if now >= self._due:
+            self._due = now + self.settings.interval
+            self._evaluate(now)
+        self._start(now)
+
+    def _start(self, now: float) -> None:
+        if not self.settings.starts or now < self._start_after:
+            return
+        while len(self._staying()) + len(self._starting) < self.wanted:
+            name = self._fresh()
+            self._starting[name] = now
+            self._state.orders.append(Start(name))
+
+    def _fresh(self) -> str:
+        """A name that no log and no aggregator has."""
+        taken = self._state.aggregators.keys() | self._starting.keys()
+        number = 1
+        while f"aggregator-{number}" in taken or any(
+            f"aggregator-{number}" in job.holders for job in self._state.jobs.values()
+        ):
+            number += 1
+        return f"aggregator-{number}"
+
+    def _staying(self) -> list[Aggregator]:
+        return [known for known in self._state.aggregators.values() if not known.draining and not known.stopping]
+
+    def _evaluate(self, now: float) -> None:
+        usable = [known.id for known in self._staying() if known.link is not None]
+        if not usable or any(job.change is not None or job.book.moving for job in self._state.jobs.values()):
+            return
+        fleet = fleet_of(self._state, usable)
+        self.predicted = self._packer.losses(fleet)
+        observed = {}
+        for name in fleet.jobs:
+            loss = observed_loss(self._state, self._state.jobs[name])
+            if loss is not None:
+                observed[name] = loss
+        try:
+            change = self._packer.rebalance(fleet, observed)
+        except DoesNotFit as error:
+            log.warning("does_not_fit reason=%s", error)
+            return
+        if change.moves or change.opened:
+            self._dispensable_since = None
+            self._carry_out(fleet, change.moves, change.opened, change.alone, now)
+        else:
+            self._look_for_dispensable(fleet, now)
+
+    def _carry_out(
+        self, fleet: Fleet, moves: Iterable[PackedMove], opened: tuple[str, ...], alone: Iterable[str], now: float
+    ) -> None:
+        empty = sorted(name for name in fleet.servers if not fleet.servers[name])
+        if len(opened) > len(empty):
+            room = self.settings.maximum - len(self._staying())
+            self._extra += max(0, min(room, len(opened) - len(empty)))
+            if room > 0:
+                log.info("scale_out wanted=%d", self.wanted)
+                return  # moved when they have come
+        if len(opened) > len(empty):
+            return
+        names = dict(zip(opened, empty, strict=False))
+        self._state.alone |= set(alone)
+        self._order(moves, names, now)
+
+    def _look_for_dispensable(self, fleet: Fleet, now: float) -> None:
+        name = self._packer.shrink(fleet) if len(fleet.servers) > max(1, self._minimum) else None
+        if name is None:
+            self._dispensable_since = None
+        elif self._dispensable_since is None:
+            self._dispensable_since = now
+        elif now - self._dispensable_since >= self.settings.hysteresis:
+            log.info("scale_in aggregator=%s", name)
+            self._dispensable_since = None
+            self._extra = max(0, self._extra - 1)
+            self._state.aggregators[name].draining = True
+
+    def _stop_drained(self, now: float) -> None:
+        for known in list(self._state.aggregators.values()):
+            if not known.draining or known.stopping or known.link is None:
+                continue
+            jobs = [job for job in self._state.jobs.values() if known.id in job.holders]
+            held = [job for job in jobs if known.id in {*job.book.owners, *job.book.moving.values()}]
+            if not held:
+                known.stopping = True
+                self._state.tell(known.id, Stop())
+                for job in jobs:
+                    job.hosts.discard(known.id)
+                continue
+            for job in held:
+                if job.change is None and not job.book.moving:
+                    self._empty(known, now)
+                    break
+
+    def _empty(self, known: Aggregator, now: float) -> None:
+        """Order what it has elsewhere, as the packer says, or else to wherever there is memory."""
+        usable = [other.id for other in self._staying() if other.link is not None]
+        change = self._packer.drain(fleet_of(self._state, [*usable, known.id]), known.id) if usable else None
+        if change is not None and change.moves:
+            self._order(change.moves, {}, now)
+            return
+        for job in self._state.jobs.values():
+            blocks = [block for block, owner in enumerate(job.book.owners) if owner == known.id]
+            owners = LeastMemory().place(self._state, job, self._state.usable(job)) if blocks else None
+            for block in blocks if owners is not None else ():
+                assert owners is not None
+                self._moves.order(job, [block], owners[block], now)
+
+    def _order(self, moves: Iterable[PackedMove], names: Mapping[str, str], now: float) -> None:
+        """names: of aggregators that the packer calls otherwise."""
+        by_target: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for move in moves:
+            by_target[move.job, names.get(move.target, move.target)].append(move.block)
+        for (job, target), blocks in sorted(by_target.items()):
+            log.info("move job=%s blocks=%d to=%s", job, len(blocks), target)
+            self._moves.order(self._state.jobs[job], blocks, target, now)
+
+    def _forget(self, now: float) -> None:
+        """Aggregators of other machines that have gone for good and leave nothing behind."""
+        for name, known in list(self._state.aggregators.items()):
+            away = known.link is None and now - known.unlinked >= self._state.limits.forget
+            needed = name in self._state.book.started or any(name in job.holders for job in self._state.jobs.values())
+            if away and not needed:
+                del self._state.aggregators[name]

@@ -1,0 +1,198 @@
+"""What the parts of the master share: aggregators, jobs, workers and links as they are now, and the orders so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from computron.parameter_service.layout import Layout
+from computron.parameter_service.master.events import Log, Order, Send
+from computron.parameter_service.master.records import Book, JobBook, Record
+from computron.parameter_service.wire.messages import Address, FromMaster, Held, HeldCommit, Usage
+
+FRESH = "worker"  # Host.source: the worker that initialises brings the parameters
+KEEP = "keep"  # Host.source: they are where they are
+STATES = {"sgd": 0, "adam": 2, "adamw": 2, "sum": 0}  # tensors of optimizer state for each parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Times in seconds, memory in bytes.
+
+    hold: within which an aggregator must answer. join: how long a worker waits for others that come with it. loss: how
+    long both of a worker's links must be down. absence: how long a member may be away from the master while the job
+    stands still. unreachable: how long a job may stand still because a member cannot reach an aggregator that is up.
+    idle: after which a job that nobody works on gives its memory back. start: within which a new aggregator must
+    register. forget: how long an aggregator that has nothing is remembered without a link. move: how long a move is
+    waited for. read_rate: bytes a second at which a snapshot is read at the least.
+    """
+
+    hold: float = 2.0
+    join: float = 0.05
+    loss: float = 0.2
+    absence: float = 3.0
+    unreachable: float = 1.0
+    idle: float = 600.0
+    start: float = 30.0
+    forget: float = 60.0
+    move: float = 30.0
+    read_rate: float = 50e6
+    max_job_memory: int | None = None
+
+
+@dataclass(slots=True)
+class Aggregator:
+    """address: None until it has registered. link: None while it has none; `unlinked` says since when."""
+
+    id: str
+    pid: int
+    unlinked: float
+    address: Address | None = None
+    link: int | None = None
+    memory: int = 0
+    draining: bool = False
+    stopping: bool = False
+    usage: Usage | None = None
+    cpu: float = 0.0
+
+
+@dataclass(slots=True)
+class Worker:
+    """unlinked: since when it has no link. lost: an aggregator has said that its connection ended."""
+
+    rank: int
+    incarnation: str
+    machine: str
+    link: int | None
+    came: float
+    unlinked: float = 0.0
+    lost: bool = False
+    lost_for_certain: bool = False
+    step: int = 0
+    compute: float = 0.0
+    wait: float = 0.0
+
+
+class Phase(Enum):
+    COLLECTING = "collecting"  # of Held
+    PLACING = "placing"  # there is no aggregator to place blocks at
+    COMPLETING = "completing"  # the step that some blocks have seen and others not
+    HOSTING = "hosting"  # until all blocks are ready
+
+
+@dataclass(slots=True)
+class Change:
+    """A reconfiguration of a job: see `reconfiguration`. waiting: blocks that are not ready yet."""
+
+    epoch: int
+    reason: str
+    deadline: float
+    phase: Phase = Phase.COLLECTING
+    awaited: set[str] = field(default_factory=set)
+    held: dict[str, Held] = field(default_factory=dict)
+    owners: list[str] = field(default_factory=list)
+    members: dict[int, str] = field(default_factory=dict)
+    applied: int = 0
+    lost: int = 0
+    source: str = KEEP
+    waiting: set[int] = field(default_factory=set)
+    commits: tuple[HeldCommit, ...] = ()
+
+
+@dataclass(slots=True)
+class Job:
+    """excluded: aggregators that count as lost for this job. doubted: aggregators that a member cannot reach, since
+    when. mismatch: an aggregator has something else than what the book says. mismatch_of_log: the log did not have the
+    job, an aggregator had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute thread a
+    step, by block. cpu_total: seconds of it so far. saving: blocks in each unfinished file. moves: pending ones by
+    block, with the time until which they are waited for. hosts: aggregators that have or had blocks.
+    """
+
+    book: JobBook
+    layout: Layout
+    since: float
+    workers: dict[int, Worker] = field(default_factory=dict)
+    change: Change | None = None
+    excluded: set[str] = field(default_factory=set)
+    doubted: dict[str, float] = field(default_factory=dict)
+    mismatch: bool = False
+    mismatch_of_log: bool = False
+    failed: str | None = None
+    step: int = 0
+    progressed: float = 0.0
+    cpu: dict[int, float] = field(default_factory=dict)
+    cpu_total: float = 0.0
+    late: float = 0.0
+    saving: dict[tuple[str, int, str], set[int]] = field(default_factory=dict)
+    moves: dict[int, float] = field(default_factory=dict)
+    hosts: set[str] = field(default_factory=set)
+    idle_since: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.book.job
+
+    @property
+    def holders(self) -> set[str]:
+        """Aggregators that may have blocks of it."""
+        return (set(self.book.owners) | set(self.book.moving.values()) | self.hosts) - {""}
+
+    @property
+    def linked(self) -> list[Worker]:
+        return [worker for _, worker in sorted(self.workers.items()) if worker.link is not None]
+
+    def saw(self, step: int, now: float) -> None:
+        if step > self.step:
+            self.step = step
+            self.progressed = now
+
+
+def memory_of(job: Job, block: int) -> int:
+    """Bytes of a block with its optimizer state."""
+    spec = job.book.spec
+    states = STATES.get(spec.optimizer, 0) + spec.amsgrad + (spec.optimizer == "sgd" and spec.momentum)
+    return job.layout.blocks[block].nbytes * (1 + states)
+
+
+class State:
+    def __init__(self, book: Book, limits: Limits) -> None:
+        self.book = book
+        self.limits = limits
+        self.aggregators: dict[str, Aggregator] = {}
+        self.jobs: dict[str, Job] = {}
+        self.links: dict[int, str | tuple[str, int]] = {}  # aggregator's name, or job and rank
+        self.orders: list[Order] = []
+        self.alone: set[str] = set()  # jobs that are slower than predicted where they share
+        self.migrations = 0
+        self.reconfigurations = 0
+        self.rollbacks = 0
+
+    def write(self, record: Record) -> None:
+        self.book.apply(record)
+        self.orders.append(Log(record))
+
+    def send(self, link: int | None, message: FromMaster) -> None:
+        """Nothing if the link is down: who comes back is told how things stand then."""
+        if link is not None:
+            self.orders.append(Send(link, message))
+
+    def tell(self, aggregator: str, message: FromMaster) -> None:
+        known = self.aggregators.get(aggregator)
+        if known is not None:
+            self.send(known.link, message)
+
+    def is_linked(self, aggregator: str) -> bool:
+        known = self.aggregators.get(aggregator)
+        return known is not None and known.link is not None
+
+    def usable(self, job: Job) -> list[Aggregator]:
+        """Where blocks of the job may be placed, in order of their names."""
+        return [
+            aggregator
+            for name, aggregator in sorted(self.aggregators.items())
+            if aggregator.link is not None
+            and aggregator.address is not None
+            and not aggregator.draining
+            and not aggregator.stopping
+            and name not in job.excluded
+        ]

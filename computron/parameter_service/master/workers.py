@@ -1,0 +1,179 @@
+"""Workers come, report, and go."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+
+import msgspec
+
+from computron.parameter_service.layout import Layout
+from computron.parameter_service.master.reconfiguration import Reconfiguration
+from computron.parameter_service.master.records import JobBook, JobCreated, MemberGone
+from computron.parameter_service.master.state import Job, State, Worker, memory_of
+from computron.parameter_service.wire import refusals
+from computron.parameter_service.wire.messages import (
+    Denied,
+    Enlist,
+    JobSpec,
+    Leave,
+    Progress,
+    Unreachable,
+    WorkerLost,
+)
+
+log = logging.getLogger(__name__)
+
+LONGEST_NAME = 200
+
+
+class Workers:
+    def __init__(self, state: State, reconfiguration: Reconfiguration) -> None:
+        self._state = state
+        self._reconfiguration = reconfiguration
+
+    def enlist(self, link: int, message: Enlist, now: float) -> None:
+        job = self._admitted(link, message, now)
+        if job is None:
+            return
+        rank = message.rank if message.rank is not None else _free_rank(job, message.incarnation)
+        worker = job.workers.get(rank)
+        if worker is not None and worker.incarnation not in ("", message.incarnation):
+            self._replaced(job, worker)
+            worker = None
+        if worker is None:
+            worker = job.workers[rank] = Worker(rank, message.incarnation, message.machine, link, now)
+            known = job.book.members.get(rank)
+            if known not in (None, "", message.incarnation):
+                self._gone(job, rank, certain=True)
+            log.info("worker_enlisted job=%s rank=%d", job.name, rank)
+        else:
+            if worker.link is not None and worker.link != link:
+                self._state.links.pop(worker.link, None)
+            worker.incarnation, worker.machine = message.incarnation, message.machine
+            worker.link, worker.lost = link, False
+        self._state.links[link] = (job.name, rank)
+        self._reconfiguration.placement(job, worker)
+
+    def left(self, link: int, message: Leave) -> None:
+        job = self._state.jobs.get(message.job)
+        worker = self._speaker(link, message.job, message.rank)
+        if job is None or worker is None:
+            return
+        log.info("worker_left job=%s rank=%d step=%d", job.name, worker.rank, message.step)
+        self._state.links.pop(link, None)
+        del job.workers[worker.rank]
+        self._gone(job, worker.rank, certain=True)
+
+    def closed(self, job: Job, rank: int, link: int, now: float) -> None:
+        worker = job.workers.get(rank)
+        if worker is not None and worker.link == link:
+            worker.link, worker.unlinked = None, now
+
+    def lost(self, aggregator: str, message: WorkerLost) -> None:
+        """Its connection to this aggregator has ended. Sharing memory, they shared a machine: then it is dead."""
+        job = self._state.jobs.get(message.job)
+        worker = job.workers.get(message.rank) if job is not None else None
+        if worker is None or worker.incarnation not in ("", message.incarnation):
+            return
+        worker.lost = True
+        known = self._state.aggregators.get(aggregator)
+        if known is not None and known.address is not None:
+            worker.lost_for_certain |= known.address.machine == worker.machine
+
+    def progress(self, link: int, message: Progress, now: float) -> None:
+        job = self._state.jobs.get(message.job)
+        worker = self._speaker(link, message.job, message.rank)
+        if job is None or worker is None or message.epoch != job.book.epoch:
+            return
+        worker.step, worker.compute, worker.wait, worker.lost = message.step, message.compute, message.wait, False
+        job.saw(message.step, now)
+
+    def unreachable(self, link: int, message: Unreachable, now: float) -> None:
+        job = self._state.jobs.get(message.job)
+        worker = self._speaker(link, message.job, message.rank)
+        if job is None or worker is None or message.epoch != job.book.epoch or job.change is not None:
+            return
+        if message.aggregator not in job.holders or message.aggregator not in self._state.aggregators:
+            return
+        log.warning(
+            "unreachable job=%s rank=%d aggregator=%s reason=%s",
+            job.name, worker.rank, message.aggregator, message.reason,
+        )  # fmt: skip
+        if self._state.is_linked(message.aggregator):
+            job.doubted.setdefault(message.aggregator, now)
+        else:
+            job.excluded.add(message.aggregator)
+
+    def _speaker(self, link: int, job: str, rank: int) -> Worker | None:
+        """Whom the link belongs to, if it speaks for itself."""
+        if self._state.links.get(link) != (job, rank):
+            return None
+        return self._state.jobs[job].workers.get(rank)
+
+    def _admitted(self, link: int, message: Enlist, now: float) -> Job | None:
+        spec = message.spec
+        job = self._state.jobs.get(spec.job)
+        try:
+            layout = Layout(spec.tensors, spec.block_elements) if job is None else job.layout
+        except ValueError as error:
+            return self._deny(link, spec.job, refusals.BAD_MESSAGE, str(error))
+        if not 0 < len(spec.job) <= LONGEST_NAME or spec.workers < 1 or (message.rank or 0) < 0:
+            return self._deny(link, spec.job, refusals.BAD_MESSAGE, "a job needs a name, and its ranks count from 0")
+        if job is None:
+            return self._create(link, message, layout, now)
+        if not hmac.compare_digest(job.book.token.encode(), message.token.encode()):
+            return self._deny(link, spec.job, refusals.BAD_TOKEN, f"this is not the token of job {spec.job}")
+        difference = _difference(job.book.spec, spec)
+        if difference is not None:
+            text = f"job {spec.job} exists with other {difference}; choose another name, or delete that job"
+            return self._deny(link, spec.job, refusals.DIFFERENT_JOB, text)
+        if job.failed is not None:
+            return self._deny(link, spec.job, refusals.FAILED, f"job {spec.job} has failed: {job.failed}")
+        return job
+
+    def _create(self, link: int, message: Enlist, layout: Layout, now: float) -> Job | None:
+        spec = message.spec
+        job = Job(JobBook(spec, message.token), layout, now)
+        limit = self._state.limits.max_job_memory
+        size = sum(memory_of(job, block) for block in range(len(layout.blocks)))
+        if limit is not None and size > limit:
+            text = f"job {spec.job} needs {size} bytes with its optimizer's state, and a job may have {limit}"
+            return self._deny(link, spec.job, refusals.QUOTA, text)
+        self._state.write(JobCreated(spec, message.token))
+        job.book = self._state.book.jobs[spec.job]
+        self._state.jobs[spec.job] = job
+        log.info("job_created job=%s blocks=%d bytes=%d workers=%d", spec.job, len(layout.blocks), size, spec.workers)
+        return job
+
+    def _deny(self, link: int, job: str, code: str, text: str) -> Job | None:
+        log.warning("denied job=%s code=%s", job, code)
+        self._state.send(link, Denied(job, code, text))
+        return None
+
+    def _replaced(self, job: Job, worker: Worker) -> None:
+        if worker.link is not None:
+            self._state.links.pop(worker.link, None)
+            self._state.send(worker.link, Denied(job.name, refusals.FAILED, "another process has taken this rank"))
+        del job.workers[worker.rank]
+        self._gone(job, worker.rank, certain=True)
+
+    def _gone(self, job: Job, rank: int, *, certain: bool) -> None:
+        if rank in job.book.members and not job.book.gone.get(rank, False):
+            self._state.write(MemberGone(job.name, rank, certain))
+
+
+def _difference(ours: JobSpec, theirs: JobSpec) -> str | None:
+    """What the two may not differ in, and do."""
+    for field in msgspec.structs.fields(JobSpec):
+        if field.name not in ("workers", "loss_limit") and getattr(ours, field.name) != getattr(theirs, field.name):
+            return field.name.replace("_", " ")
+    return None
+
+
+def _free_rank(job: Job, incarnation: str) -> int:
+    for rank, worker in job.workers.items():
+        if worker.incarnation == incarnation:
+            return rank
+    taken = set(job.workers) | (set(job.book.members) - set(job.book.gone))
+    return next(rank for rank in range(len(taken) + 1) if rank not in taken)
