@@ -251,6 +251,8 @@ class Listener:
 
     def close(self) -> None:
         """With all connections."""
+        if self._unix.fileno() < 0:
+            return
         self._loop.remove_reader(self._unix)
         self._unix.close()
         self._server.close()

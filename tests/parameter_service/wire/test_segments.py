@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+import torch
+
+from computron.parameter_service.wire.segments import Segment, Window
+
+PAGE = 4096
+
+
+def mapped(address: int) -> bool:
+    with open("/proc/self/maps") as maps:
+        ranges = [line.split()[0].split("-") for line in maps]
+    return any(int(low, 16) <= address < int(high, 16) for low, high in ranges)
+
+
+def test_segments_are_seen_through_windows_side_by_side() -> None:
+    first, second = Segment.create("first", PAGE), Segment.create("second", 3 * PAGE)
+    window = Window(4 * PAGE)
+    window.map(0, first.fd, PAGE)
+    window.map(PAGE, second.fd, 2 * PAGE, PAGE)
+    whole = window.tensor(0, 3 * PAGE // 4)
+    whole.copy_(torch.arange(whole.numel()))
+    assert torch.equal(first.tensor(torch.float32, 0, 1024), torch.arange(1024.0))
+    assert torch.equal(second.tensor(torch.float32, PAGE, 2048), torch.arange(1024.0, 3072.0))
+    assert second.tensor(torch.float32, 0, 1024).count_nonzero() == 0
+    first.close()
+    second.close()
+    whole[0] = 7  # what is mapped outlives its file
+    assert window.view(0, 4).cast("f")[0] == 7
+
+
+def test_a_part_of_a_window_becomes_private_at_the_same_addresses() -> None:
+    segment, window = Segment.create("segment", PAGE), Window(PAGE)
+    window.map(0, segment.fd, PAGE)
+    tensor = window.tensor(0, 1024)
+    tensor.fill_(3)
+    window.map_private(0, PAGE)
+    assert tensor.count_nonzero() == 0
+    tensor.fill_(4)
+    assert segment.tensor(torch.float32, 0, 1024).eq(3).all()
+    segment.close()
+
+
+def test_addresses_are_given_back_with_the_last_tensor() -> None:
+    window = Window(PAGE)
+    window.map_private(0, PAGE)
+    address, tensor = window.address, window.tensor(0, 4)
+    del window
+    gc.collect()
+    tensor.fill_(1)
+    assert mapped(address)
+    del tensor
+    gc.collect()
+    assert not mapped(address)
+
+
+def test_what_is_no_page_of_a_window_is_refused() -> None:
+    window = Window(2 * PAGE)
+    for offset, nbytes in ((1, PAGE), (0, 100), (PAGE, 2 * PAGE), (-PAGE, PAGE)):
+        with pytest.raises(ValueError, match="are no pages"):
+            window.map_private(offset, nbytes)
+    with pytest.raises(OSError, match="cannot map"):
+        window.map(0, -1, PAGE)
+
+
+def test_a_file_that_is_too_small_is_refused() -> None:
+    segment = Segment.create("small", 100)
+    fd = os.dup(segment.fd)
+    with pytest.raises(ValueError, match="100 bytes where 200 are needed"):
+        Segment(fd, 200)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    segment.close()
