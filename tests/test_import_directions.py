@@ -21,6 +21,7 @@ BELOW: dict[str, set[str]] = {
     "profiling": {"simulation", "errors"},
     "group": {"models", *COMMON},
     "node": {"group", "scheduling", "execution", "models", "memory", "_transfer", *COMMON},
+    "parameter_service": {*COMMON},
     "api": {"node", "group", "scheduling", "execution", "models", "memory", *COMMON},
     "config": {"errors", "_toml"},
     "_toml": {"errors"},
@@ -76,6 +77,27 @@ def test_scheduling_and_routing_import_only_the_standard_library(path: Path) -> 
 def test_simulation_computes_with_numbers_and_only_reports_draw(path: Path) -> None:
     drawing = {"matplotlib", "rich"} if "report" in path.parts else set()
     assert outside(path) <= {"numpy", "msgspec"} | drawing
+
+
+PACKING = [path for path in FILES if path.is_relative_to(ROOT / "parameter_service" / "packing")]
+PACKED = [path for path in FILES if path.is_relative_to(ROOT / "parameter_service" / "simulation")]
+
+
+@pytest.mark.parametrize("path", PACKING, ids=lambda p: str(p.relative_to(ROOT)))
+def test_packing_imports_only_itself_and_the_standard_library(path: Path) -> None:
+    assert not outside(path)
+    assert all(name.startswith("computron.parameter_service.packing") for name in ours(path))
+
+
+@pytest.mark.parametrize("path", PACKED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_simulation_of_packing_imports_packing_and_numbers(path: Path) -> None:
+    assert outside(path) <= {"numpy", "msgspec"}
+    below = ("computron.parameter_service.packing", "computron.parameter_service.simulation")
+    assert all(name.startswith(below) for name in ours(path))
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imports_of(path) if name.startswith("computron.")}
 
 
 def test_every_part_is_covered() -> None:

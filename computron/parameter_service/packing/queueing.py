@@ -1,0 +1,97 @@
+"""How long a step waits on an aggregator that several jobs share: a prediction, checked by simulation.
+
+Each job commits a burst of work once an iteration. The aggregator does the most urgent one first and looks for a more
+urgent one after each chunk; a burst's deadline is when the job would have lost all that it may: commit + its work +
+its allowance. Two jobs meet in one of two ways.
+
+Drifting. Their phases change all the time, so that a commit finds the other's burst at a random point, as a Poisson
+arrival would. It waits for what is left of a burst that goes first, e^2 / 2D in the mean (the residual work of M/G/1,
+Kleinrock, Queueing Systems I, 5.2, and with priorities II, 3.3). Earliest deadline takes away of e what a more urgent
+job overtakes, and adds the bursts of more urgent jobs that come meanwhile. What is left to wait for is divided by the
+share of time that the other jobs leave.
+
+In step. After k = floor(D_slow / D_fast) of its own iterations the fast job commits before the slow job's burst is
+over, waits for it, and so goes on right behind it: it loses the difference of D_slow and k D_fast, as in cyclic
+execution, again and again. The slow job loses nothing by it, unless its burst is so long that the fast job commits
+within it more than once. Jobs of equal periods lose nothing at all. It happens where that difference is shorter than
+what the fast job may have to wait for. Then the larger of both waits is taken, but not where the difference is no more
+than the jitter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+RUN_ERROR = 1e-9  # so much less than a whole run still is one: periods are sums of floats
+
+
+@dataclass(frozen=True, slots=True)
+class Burst:
+    """Seconds. period: of an iteration without waiting. cpu: work in it. due: from a commit to its deadline."""
+
+    period: float
+    cpu: float
+    due: float
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Mean seconds a step. drifting: behind jobs that come by chance. in_step: behind one it has fallen in with."""
+
+    drifting: float
+    in_step: float
+
+
+def waits(bursts: Sequence[Burst], chunk: float, jitter: float) -> list[Wait]:
+    """Of each job on one aggregator. Seconds; jitter is a share of the period.
+
+    The wait is without end (inf) for a job to which the others leave no time.
+    """
+    if len(bursts) == 1:
+        return [Wait(0.0, 0.0)]
+    busy = sum(burst.cpu / burst.period for burst in bursts)
+    return [_wait(place, bursts, busy, chunk, jitter) for place in range(len(bursts))]
+
+
+def _wait(place: int, bursts: Sequence[Burst], busy: float, chunk: float, jitter: float) -> Wait:
+    own = bursts[place]
+    period, cpu, due = own.period, own.cpu, own.due
+    residual = in_step = overtaken = 0.0
+    left = 1.0 - (busy - cpu / period)
+    if left <= 0.0:
+        return Wait(math.inf, 0.0)
+    for other_place, other in enumerate(bursts):
+        if other_place == place:
+            continue
+        share = other.cpu / other.period
+        earlier = due - other.due  # by so much the other one's deadline comes earlier
+        if earlier >= 0.0:
+            met = other.cpu * share / 2.0
+        else:
+            reach = max(0.0, other.cpu + earlier)
+            met = (reach * reach / other.period + chunk * share) / 2.0
+        if (other.period, other_place) > (period, place):
+            lag = _lag(own, other)
+            if lag is not None:
+                in_step = max(in_step, lag + jitter * period, met if lag > jitter * period else 0.0)
+                continue
+        elif _lag(other, own) is not None:
+            in_step = max(in_step, jitter * period)
+            if cpu / left < other.period:
+                continue
+            met = 0.0
+        residual += met
+        if earlier > 0.0 and cpu > 0.0:
+            overtaken += share * min(1.0, earlier / cpu)
+    if overtaken >= 1.0:
+        return Wait(math.inf, in_step)
+    return Wait((residual / left + cpu * overtaken) / (1.0 - overtaken), in_step)
+
+
+def _lag(fast: Burst, slow: Burst) -> float | None:
+    """Seconds that each of the fast job's steps waits for the slow one's if they are in step; None if they are not."""
+    runs = int(slow.period / fast.period + RUN_ERROR)
+    behind = max(0.0, slow.period - runs * fast.period)
+    return behind / runs if behind < slow.cpu - max(0.0, slow.due - fast.due) else None
