@@ -8,13 +8,14 @@ from computron.parameter_service.layout import Layout
 from computron.parameter_service.master.reconfiguration import Reconfiguration
 from computron.parameter_service.master.records import (
     AggregatorGone,
+    AggregatorKnown,
     AggregatorStarted,
     EpochBegun,
     JobCreated,
     Placed,
 )
 from computron.parameter_service.master.state import Aggregator, Job, State, Worker
-from computron.parameter_service.wire.messages import HostedJob, Register, Registered, Usage
+from computron.parameter_service.wire.messages import HostedJob, Register, Registered, Stop, Usage
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +41,16 @@ class Hosts:
             self._state.links.pop(known.link, None)
         known.link, known.pid, known.address, known.memory = link, message.pid, message.address, message.memory
         self._state.links[link] = name
+        record = AggregatorKnown(message.address, message.pid)
+        if self._state.book.known.get(name) != record:
+            self._state.write(record)
         log.info("aggregator_registered aggregator=%s jobs=%d", name, len(message.jobs))
         drop = [hosted.spec.job for hosted in message.jobs if not self._expected(name, hosted, now)]
         self._state.send(link, Registered(tuple(drop)))
+        if known.stopping:
+            self._state.send(link, Stop())
         for job in self._state.jobs.values():
-            job.excluded.discard(name)
+            job.excluded.pop(name, None)
             if name in job.holders:
                 self._compare(job, name, message.jobs)
                 self._reconfiguration.aggregator_back(job, name)
@@ -55,8 +61,8 @@ class Hosts:
         known = self._state.aggregators.get(name)
         if known is not None and known.link == link:
             known.link, known.unlinked = None, now
-            if known.stopping:
-                self.gone(name, now)
+            if known.stopping and name not in self._state.book.started:
+                self.gone(name, now)  # one of this machine is gone when its process is
                 return
             log.warning("aggregator_unlinked aggregator=%s", name)
 
@@ -68,8 +74,7 @@ class Hosts:
         log.warning("aggregator_gone aggregator=%s", name)
         if known.link is not None:
             self._state.links.pop(known.link, None)
-        if name in self._state.book.started:
-            self._state.write(AggregatorGone(name))
+        self._state.write(AggregatorGone(name))
         for job in self._state.jobs.values():
             if name in job.holders:
                 self._reconfiguration.aggregator_gone(job, name, now)

@@ -82,23 +82,37 @@ class Master:
                 pass
             case _:
                 self._asked(event, now)
-        for job in list(self.state.jobs.values()):
+        for job in self._concerned(event):
             self._reconfiguration.advance(job, now)
             self._moves.look_at_time(job, now)
-        self.scaling.advance(now)
+        if isinstance(event, Tick):
+            self.scaling.advance(now)
         orders, self.state.orders = self.state.orders, []
         return orders
+
+    def _concerned(self, event: Event) -> list[Job]:
+        """All jobs, unless the event is a message about one or about none."""
+        if not isinstance(event, Received) or isinstance(event.message, Register):
+            return list(self.state.jobs.values())
+        match event.message:
+            case Usage():
+                return []
+            case Enlist():
+                name = event.message.spec.job
+            case _:
+                name = event.message.job
+        return [self.state.jobs[name]] if name in self.state.jobs else []
 
     def _recall(self, now: float) -> None:
         """All that is in the book counts as away, not as dead."""
         for name, started in self.state.book.started.items():
             self.state.aggregators[name] = Aggregator(name, started.pid, now)
+        for name, known in self.state.book.known.items():
+            self.state.aggregators[name] = Aggregator(name, known.pid, now, known.address)
         for name, book in self.state.book.jobs.items():
             job = self.state.jobs[name] = Job(book, Layout(book.spec.tensors, book.spec.block_elements), now)
             if book.placed is not None:
                 job.step = book.placed.applied
-                for owner in job.holders:
-                    self.state.aggregators.setdefault(owner, Aggregator(owner, 0, now))
             job.step = max([job.step, *(snapshot.step for snapshot in book.snapshots)])
             for rank, incarnation in book.members.items():
                 if rank not in book.gone:

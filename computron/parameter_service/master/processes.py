@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -50,12 +49,6 @@ class Processes:
         if start_time(pid) != began or not self._watch(name, pid):
             self._loop.call_soon(self._exited, name)
 
-    def kill(self, name: str) -> None:
-        """SIGTERM: it is not needed any more. Nothing if it has ended."""
-        watched = self._watched.get(name)
-        if watched is not None:
-            signal.pidfd_send_signal(watched[1], signal.SIGTERM)
-
     def close(self) -> None:
         """Watch no more; the processes go on."""
         for _, descriptor in self._watched.values():
@@ -64,9 +57,6 @@ class Processes:
         self._watched.clear()
         for child in self._children.values():
             child.returncode = child.poll() if child.poll() is not None else 0  # it is not to be waited for
-
-    def names(self) -> list[str]:
-        return sorted(self._watched)
 
     def _watch(self, name: str, pid: int) -> bool:
         try:

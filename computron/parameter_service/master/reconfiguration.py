@@ -15,15 +15,22 @@ dead: then the old owner can never apply a step again. When neither holds, every
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 from computron.parameter_service.master.placement import Placer
-from computron.parameter_service.master.records import EpochBegun, JobUnhosted, MemberGone, Placed, SnapshotBad
+from computron.parameter_service.master.records import (
+    EpochBegun,
+    JobFailed,
+    JobUnhosted,
+    MemberGone,
+    Placed,
+    SnapshotBad,
+)
 from computron.parameter_service.master.state import FRESH, KEEP, Change, Job, Phase, State, Worker
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.messages import (
     BlockState,
     Complete,
-    Denied,
     Drop,
     Failed,
     Held,
@@ -50,6 +57,8 @@ class Reconfiguration:
             return
         self._look_for_members(job, now)
         self._look_for_doubts(job, now)
+        for name in [name for name, until in job.excluded.items() if now >= until and job.change is None]:
+            del job.excluded[name]
         change = job.change
         if change is not None:
             self._go_on(job, change, now)
@@ -87,9 +96,10 @@ class Reconfiguration:
             "order_failed job=%s aggregator=%s order=%s reason=%s",
             job.name, aggregator, message.order, message.message,
         )  # fmt: skip
-        if change.phase is Phase.HOSTING and change.source not in (KEEP, FRESH):
+        if change.source not in (KEEP, FRESH) and change.source in message.message:  # the file itself is wrong
             self._state.write(SnapshotBad(job.name, change.source))
-        job.excluded.add(aggregator)
+        else:
+            self._exclude(job, [aggregator], now)
         self._begin(job, f"{aggregator} failed: {message.message}", now)
 
     def aggregator_back(self, job: Job, aggregator: str) -> None:
@@ -139,6 +149,9 @@ class Reconfiguration:
             ),
         )
 
+    def _exclude(self, job: Job, aggregators: Iterable[str], now: float) -> None:
+        job.exclude(aggregators, now + self._state.limits.exclusion)
+
     # What calls for a reconfiguration.
 
     def _look_for_members(self, job: Job, now: float) -> None:
@@ -160,7 +173,7 @@ class Reconfiguration:
                 del job.doubted[aggregator]
             elif now - since >= self._state.limits.unreachable:
                 del job.doubted[aggregator]
-                job.excluded.add(aggregator)
+                self._exclude(job, [aggregator], now)
 
     def _look_for_reasons(self, job: Job, now: float) -> None:
         members = job.book.members
@@ -233,7 +246,7 @@ class Reconfiguration:
                 return
             for name in change.awaited:
                 log.warning("aggregator_silent job=%s aggregator=%s", job.name, name)
-            job.excluded |= change.awaited
+            self._exclude(job, change.awaited, now)
             self._decide(job, change, now)
         elif change.phase is Phase.PLACING:
             self._place(job, change, now)
@@ -243,7 +256,7 @@ class Reconfiguration:
             else:
                 self._finish(job, change)
         elif now >= change.deadline:
-            job.excluded |= {change.owners[block] for block in change.waiting}
+            self._exclude(job, {change.owners[block] for block in change.waiting}, now)
             self._begin(job, f"{change.owners[min(change.waiting)]} did not get ready", now)
 
     def _may_abandon(self, job: Job, change: Change) -> bool:
@@ -312,17 +325,21 @@ class Reconfiguration:
     def _place(self, job: Job, change: Change, now: float) -> None:
         owners = self._placer.place(self._state, job, self._state.usable(job))
         if owners is None:
-            change.phase = Phase.PLACING
+            if change.phase is not Phase.PLACING:
+                change.phase, change.deadline = Phase.PLACING, now + self._state.limits.hold
+            elif now >= change.deadline and any(self._state.is_linked(name) for name in job.excluded):
+                job.excluded.clear()  # there is nobody else: perhaps it has recovered, and still has everything
+                self._begin(job, change.reason, now)
             return
         change.owners = owners
         self._host(job, change, now)
 
     def fail(self, job: Job, message: str) -> None:
         log.error("job_failed job=%s reason=%s", job.name, message)
-        job.failed = message
+        self._state.write(JobFailed(job.name, message))
         job.change = None
         for worker in job.linked:
-            self._state.send(worker.link, Denied(job.name, refusals.FAILED, message))
+            self._state.dismiss(worker.link, job.name, refusals.FAILED, message)
         job.workers.clear()
 
     # 3. Host, and go on.
@@ -359,7 +376,7 @@ class Reconfiguration:
 
     def _finish(self, job: Job, change: Change) -> None:
         rolled_back = change.source != KEEP
-        first = min(worker.rank for worker in job.linked)
+        first = min([worker.rank for worker in job.linked] or change.members)
         initialise = first if change.source == FRESH else None
         self._state.write(Placed(
             job=job.name,
@@ -371,6 +388,10 @@ class Reconfiguration:
             initialise=initialise,
             reason=change.reason,
         ))  # fmt: skip
+        for rank, incarnation in change.members.items():
+            worker = job.workers.get(rank)
+            if worker is None or worker.incarnation != incarnation:  # it has gone meanwhile
+                self._state.write(MemberGone(job.name, rank, False))
         if rolled_back:
             self._state.rollbacks += job.step > 0
             job.saving.clear()

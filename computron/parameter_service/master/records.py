@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from computron.parameter_service.wire.messages import JobSpec
+from computron.parameter_service.wire.messages import Address, JobSpec
 
 SNAPSHOTS_KEPT = 2
 
@@ -84,6 +84,19 @@ class VersionSaved(msgspec.Struct, tag="version_saved", frozen=True):
     at: float
 
 
+class Totals(msgspec.Struct, tag="totals", frozen=True):
+    """Steps rolled back and blocks moved, of records that are not in the log any more."""
+
+    job: str
+    lost: int
+    moves: int
+
+
+class JobFailed(msgspec.Struct, tag="job_failed", frozen=True):
+    job: str
+    reason: str
+
+
 class JobUnhosted(msgspec.Struct, tag="job_unhosted", frozen=True):
     """Nobody worked on the job any more; it can be taken up from its last snapshot."""
 
@@ -95,6 +108,8 @@ class JobDropped(msgspec.Struct, tag="job_dropped", frozen=True):
 
 
 class QuotaSet(msgspec.Struct, tag="quota_set", frozen=True):
+    """Of the job of this name, whether it is there already or not. None: what all may have."""
+
     job: str
     memory: int | None
 
@@ -107,6 +122,13 @@ class AggregatorStarted(msgspec.Struct, tag="aggregator_started", frozen=True):
     began: float
 
 
+class AggregatorKnown(msgspec.Struct, tag="aggregator_known", frozen=True):
+    """It has registered: workers that nobody told yet can be told where it is, also when it is away."""
+
+    address: Address
+    pid: int
+
+
 class AggregatorGone(msgspec.Struct, tag="aggregator_gone", frozen=True):
     aggregator: str
 
@@ -117,7 +139,8 @@ class CountSet(msgspec.Struct, tag="count_set", frozen=True):
 
 Record = (
     JobCreated | EpochBegun | Placed | MoveBegun | MoveEnded | MemberGone | SnapshotSaved | SnapshotBad | VersionSaved
-    | JobUnhosted | JobDropped | QuotaSet | AggregatorStarted | AggregatorGone | CountSet
+    | Totals | JobFailed | JobUnhosted | JobDropped | QuotaSet | AggregatorStarted | AggregatorKnown | AggregatorGone
+    | CountSet
 )  # fmt: skip
 
 
@@ -137,7 +160,7 @@ class JobBook:
     gone: dict[int, bool] = field(default_factory=dict)
     snapshots: list[SnapshotSaved] = field(default_factory=list)
     versions: dict[str, VersionSaved] = field(default_factory=dict)
-    quota: int | None = None
+    failed: str | None = None
     lost: int = 0
     moves: int = 0
 
@@ -160,7 +183,9 @@ class Book:
     def __init__(self) -> None:
         self.jobs: dict[str, JobBook] = {}
         self.started: dict[str, AggregatorStarted] = {}
+        self.known: dict[str, AggregatorKnown] = {}
         self.minimum: int | None = None
+        self.quotas: dict[str, int] = {}
 
     def apply(self, record: Record) -> None:
         """Raises KeyError if it is about a job that no earlier record made."""
@@ -171,18 +196,28 @@ class Book:
                 self.jobs.pop(record.job, None)
             case AggregatorStarted():
                 self.started[record.aggregator] = record
+            case AggregatorKnown():
+                self.known[record.address.aggregator] = record
             case AggregatorGone():
                 self.started.pop(record.aggregator, None)
+                self.known.pop(record.aggregator, None)
             case CountSet():
                 self.minimum = record.minimum
+            case QuotaSet(memory=None):
+                self.quotas.pop(record.job, None)
+            case QuotaSet(memory=int() as memory):
+                self.quotas[record.job] = memory
             case _:
                 _apply_to_job(self.jobs[record.job], record)
 
     def records(self) -> Iterator[Record]:
         """The shortest log that adds up to this book."""
         yield from self.started.values()
+        yield from self.known.values()
         if self.minimum is not None:
             yield CountSet(self.minimum)
+        for name, memory in self.quotas.items():
+            yield QuotaSet(name, memory)
         for job in self.jobs.values():
             yield from _records_of(job)
 
@@ -213,8 +248,10 @@ def _apply_to_job(book: JobBook, record: Record) -> None:
             book.placed = None
             book.moving.clear()
             book.gone.clear()
-        case QuotaSet():
-            book.quota = record.memory
+        case Totals():
+            book.lost, book.moves = record.lost, record.moves
+        case JobFailed():
+            book.failed = record.reason
         case _:
             raise AssertionError(f"{record} is about no job")
 
@@ -236,11 +273,12 @@ def _records_of(book: JobBook) -> Iterator[Record]:
     if book.placed is not None:
         yield book.placed
     yield EpochBegun(book.job, book.epoch)
+    yield Totals(book.job, book.lost, book.moves)
     for block, to in book.moving.items():
         yield MoveBegun(book.job, (block,), to)
     for rank, certain in book.gone.items():
         yield MemberGone(book.job, rank, certain)
     yield from book.snapshots
     yield from book.versions.values()
-    if book.quota is not None:
-        yield QuotaSet(book.job, book.quota)
+    if book.failed is not None:
+        yield JobFailed(book.job, book.failed)

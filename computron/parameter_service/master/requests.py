@@ -16,7 +16,7 @@ from computron.parameter_service.master.records import CountSet, JobDropped, Quo
 from computron.parameter_service.master.scaling import Scaling
 from computron.parameter_service.master.state import Job, State
 from computron.parameter_service.wire import refusals
-from computron.parameter_service.wire.messages import Denied, Drop
+from computron.parameter_service.wire.messages import Drop
 
 
 class NotFound(ComputronError):
@@ -42,7 +42,6 @@ class Requests:
             case DropAsked():
                 self._drop(self._job(event.job))
             case QuotaAsked():
-                self._job(event.job)
                 self._state.write(QuotaSet(event.job, event.memory))
             case CountAsked():
                 if not 0 <= event.count <= self._scaling.settings.maximum:
@@ -80,8 +79,6 @@ class Requests:
         for name in sorted(job.holders):
             self._state.tell(name, Drop(job.name))
         for worker in job.linked:
-            self._state.send(worker.link, Denied(job.name, refusals.UNKNOWN_JOB, "the job was deleted"))
-        for link in [link for link, who in self._state.links.items() if isinstance(who, tuple) and who[0] == job.name]:
-            del self._state.links[link]
+            self._state.dismiss(worker.link, job.name, refusals.UNKNOWN_JOB, "the job was deleted")
         del self._state.jobs[job.name]
         self._state.write(JobDropped(job.name))

@@ -98,8 +98,10 @@ class Routes:
 
     async def quota(self, request: web.Request) -> web.Response:
         body = await _body(request, QuotaBody)
+        if body.memory is not None and body.memory < 0:
+            raise BadRequest("memory is a number of bytes, or null", param="memory")
         self._server.tell(QuotaAsked(request.match_info["job"], body.memory))
-        return web.json_response(self._job(request))
+        return web.json_response({"job": request.match_info["job"], "memory": body.memory})
 
     async def versions(self, request: web.Request) -> web.Response:
         self._job(request)

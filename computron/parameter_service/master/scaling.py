@@ -16,7 +16,8 @@ from computron.parameter_service.master.events import Start
 from computron.parameter_service.master.loads import fleet_of, observed_loss
 from computron.parameter_service.master.moves import Moves
 from computron.parameter_service.master.placement import LeastMemory
-from computron.parameter_service.master.state import Aggregator, State
+from computron.parameter_service.master.records import AggregatorGone
+from computron.parameter_service.master.state import Aggregator, Phase, State
 from computron.parameter_service.packing import DoesNotFit, Fleet, Packer
 from computron.parameter_service.packing import Move as PackedMove
 from computron.parameter_service.wire.messages import Stop
@@ -85,7 +86,18 @@ class Scaling:
         if now >= self._due:
             self._due = now + self.settings.interval
             self._evaluate(now)
+        self._look_for_placeless()
         self._start(now)
+
+    def _look_for_placeless(self) -> None:
+        """One more for jobs that fit nowhere, when all that are wanted are there."""
+        placeless = any(
+            job.change is not None and job.change.phase is Phase.PLACING for job in self._state.jobs.values()
+        )
+        linked = sum(known.link is not None for known in self._staying())
+        if placeless and linked >= self.wanted < self.settings.maximum:
+            self._extra += 1
+            log.info("scale_out wanted=%d", self.wanted)
 
     def _start(self, now: float) -> None:
         if not self.settings.starts or now < self._start_after:
@@ -147,7 +159,7 @@ class Scaling:
         self._order(moves, names, now)
 
     def _look_for_dispensable(self, fleet: Fleet, now: float) -> None:
-        name = self._packer.shrink(fleet) if len(fleet.servers) > max(1, self._minimum) else None
+        name = self._packer.shrink(fleet) if len(fleet.servers) > self._minimum else None
         if name is None:
             self._dispensable_since = None
         elif self._dispensable_since is None:
@@ -205,3 +217,4 @@ class Scaling:
             needed = name in self._state.book.started or any(name in job.holders for job in self._state.jobs.values())
             if away and not needed:
                 del self._state.aggregators[name]
+                self._state.write(AggregatorGone(name))

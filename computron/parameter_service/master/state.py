@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
 from computron.parameter_service.layout import Layout
-from computron.parameter_service.master.events import Log, Order, Send
+from computron.parameter_service.master.events import Close, Log, Order, Send
 from computron.parameter_service.master.records import Book, JobBook, Record
-from computron.parameter_service.wire.messages import Address, FromMaster, Held, HeldCommit, Usage
+from computron.parameter_service.wire.messages import Address, Denied, FromMaster, Held, HeldCommit, Usage
 
 FRESH = "worker"  # Host.source: the worker that initialises brings the parameters
 KEEP = "keep"  # Host.source: they are where they are
@@ -22,9 +23,10 @@ class Limits:
     hold: within which an aggregator must answer. join: how long a worker waits for others that come with it. loss: how
     long both of a worker's links must be down. absence: how long a member may be away from the master while the job
     stands still. unreachable: how long a job may stand still because a member cannot reach an aggregator that is up.
-    idle: after which a job that nobody works on gives its memory back. start: within which a new aggregator must
-    register. forget: how long an aggregator that has nothing is remembered without a link. move: how long a move is
-    waited for. read_rate: bytes a second at which a snapshot is read at the least.
+    exclusion: how long an aggregator that did not answer or could not be reached gets nothing of the job. idle: after
+    which a job that nobody works on gives its memory back. forget: how long an aggregator that has nothing is
+    remembered without a link. move: how long a move is waited for. read_rate: bytes a second at which a snapshot is
+    read at the least.
     """
 
     hold: float = 2.0
@@ -32,8 +34,8 @@ class Limits:
     loss: float = 0.2
     absence: float = 3.0
     unreachable: float = 1.0
+    exclusion: float = 10.0
     idle: float = 600.0
-    start: float = 30.0
     forget: float = 60.0
     move: float = 30.0
     read_rate: float = 50e6
@@ -101,11 +103,11 @@ class Change:
 
 @dataclass(slots=True)
 class Job:
-    """excluded: aggregators that count as lost for this job. doubted: aggregators that a member cannot reach, since
-    when. mismatch: an aggregator has something else than what the book says. mismatch_of_log: the log did not have the
-    job, an aggregator had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute thread a
-    step, by block. cpu_total: seconds of it so far. saving: blocks in each unfinished file. moves: pending ones by
-    block, with the time until which they are waited for. hosts: aggregators that have or had blocks.
+    """excluded: aggregators that count as lost for this job, until when. doubted: those that a member cannot reach,
+    since when. mismatch: an aggregator has something else than what the book says. mismatch_of_log: the log did not
+    have the job, an aggregator had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute
+    thread a step, by block. cpu_total: seconds of it so far. saving: blocks in each unfinished file. moves: pending
+    ones by block, with the time until which they are waited for. hosts: aggregators that have or had blocks.
     """
 
     book: JobBook
@@ -113,11 +115,10 @@ class Job:
     since: float
     workers: dict[int, Worker] = field(default_factory=dict)
     change: Change | None = None
-    excluded: set[str] = field(default_factory=set)
+    excluded: dict[str, float] = field(default_factory=dict)
     doubted: dict[str, float] = field(default_factory=dict)
     mismatch: bool = False
     mismatch_of_log: bool = False
-    failed: str | None = None
     step: int = 0
     progressed: float = 0.0
     cpu: dict[int, float] = field(default_factory=dict)
@@ -133,6 +134,10 @@ class Job:
         return self.book.job
 
     @property
+    def failed(self) -> str | None:
+        return self.book.failed
+
+    @property
     def holders(self) -> set[str]:
         """Aggregators that may have blocks of it."""
         return (set(self.book.owners) | set(self.book.moving.values()) | self.hosts) - {""}
@@ -140,6 +145,9 @@ class Job:
     @property
     def linked(self) -> list[Worker]:
         return [worker for _, worker in sorted(self.workers.items()) if worker.link is not None]
+
+    def exclude(self, aggregators: Iterable[str], until: float) -> None:
+        self.excluded.update(dict.fromkeys(aggregators, until))
 
     def saw(self, step: int, now: float) -> None:
         if step > self.step:
@@ -175,6 +183,12 @@ class State:
         """Nothing if the link is down: who comes back is told how things stand then."""
         if link is not None:
             self.orders.append(Send(link, message))
+
+    def dismiss(self, link: int | None, job: str, code: str, message: str) -> None:
+        """Tell a worker that it can take no part."""
+        if link is not None:
+            self.links.pop(link, None)
+            self.orders += (Send(link, Denied(job, code, message)), Close(link))
 
     def tell(self, aggregator: str, message: FromMaster) -> None:
         known = self.aggregators.get(aggregator)

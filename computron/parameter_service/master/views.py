@@ -42,7 +42,7 @@ def job_view(master: Master, job: Job) -> dict[str, Any]:
         "lost_steps": job.book.lost,
         "snapshot_step": max((saved.step for saved in job.book.snapshots), default=None),
         "versions": sorted(job.book.versions),
-        "quota": job.book.quota,
+        "quota": master.state.book.quotas.get(job.name, master.state.limits.max_job_memory),
     }
 
 

@@ -13,7 +13,6 @@ from computron.parameter_service.master.records import JobBook, JobCreated, Memb
 from computron.parameter_service.master.state import Job, State, Worker, memory_of
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.messages import (
-    Denied,
     Enlist,
     JobSpec,
     Leave,
@@ -103,7 +102,7 @@ class Workers:
         if self._state.is_linked(message.aggregator):
             job.doubted.setdefault(message.aggregator, now)
         else:
-            job.excluded.add(message.aggregator)
+            job.exclude([message.aggregator], now + self._state.limits.exclusion)
 
     def _speaker(self, link: int, job: str, rank: int) -> Worker | None:
         """Whom the link belongs to, if it speaks for itself."""
@@ -135,7 +134,7 @@ class Workers:
     def _create(self, link: int, message: Enlist, layout: Layout, now: float) -> Job | None:
         spec = message.spec
         job = Job(JobBook(spec, message.token), layout, now)
-        limit = self._state.limits.max_job_memory
+        limit = self._state.book.quotas.get(spec.job, self._state.limits.max_job_memory)
         size = sum(memory_of(job, block) for block in range(len(layout.blocks)))
         if limit is not None and size > limit:
             text = f"job {spec.job} needs {size} bytes with its optimizer's state, and a job may have {limit}"
@@ -148,13 +147,11 @@ class Workers:
 
     def _deny(self, link: int, job: str, code: str, text: str) -> Job | None:
         log.warning("denied job=%s code=%s", job, code)
-        self._state.send(link, Denied(job, code, text))
+        self._state.dismiss(link, job, code, text)
         return None
 
     def _replaced(self, job: Job, worker: Worker) -> None:
-        if worker.link is not None:
-            self._state.links.pop(worker.link, None)
-            self._state.send(worker.link, Denied(job.name, refusals.FAILED, "another process has taken this rank"))
+        self._state.dismiss(worker.link, job.name, refusals.FAILED, "another process has taken this rank")
         del job.workers[worker.rank]
         self._gone(job, worker.rank, certain=True)
 
