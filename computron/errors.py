@@ -138,3 +138,19 @@ class ExecutionFailed(ComputronError):
     """The model's own code raised during a run."""
 
     code = "execution_failed"
+
+
+class ParameterServiceError(ComputronError):
+    """A training job cannot go on with the Parameter Service. The message says why."""
+
+    status = 503
+    type = "service_unavailable_error"
+    code = "parameter_service_error"
+
+
+class JobRefused(ParameterServiceError):
+    """The Parameter Service does not let this worker take part: another job, another secret, or too large."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "job_refused"

@@ -1,0 +1,214 @@
+"""What a worker and the aggregators of its job send each other: carries out what `Progress` orders, and tells it what
+comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from computron.errors import JobRefused
+from computron.parameter_service.agent.actions import (
+    Action,
+    Connect,
+    Disconnect,
+    Fail,
+    JoinLater,
+    Map,
+    Send,
+    Unshare,
+)
+from computron.parameter_service.agent.connections import Connections
+from computron.parameter_service.agent.parameters import FlatParameters, close_all
+from computron.parameter_service.agent.progress import PARAMETERS, Progress
+from computron.parameter_service.agent.staging import Staging
+from computron.parameter_service.layout import Layout
+from computron.parameter_service.wire.link import Link
+from computron.parameter_service.wire.messages import (
+    Applied,
+    Contents,
+    Data,
+    Join,
+    Joined,
+    Moved,
+    Norms,
+    Parameters,
+    Push,
+    Pushed,
+    Read,
+    Refused,
+    Write,
+    Written,
+)
+
+JOIN_PAUSE = 0.1  # seconds before an aggregator is asked again what it has
+
+Answer = Callable[[Contents | Written], None]
+
+
+class Exchange:
+    """Receiver of all links; it belongs to the event loop's thread. changed: held while the progress changes, and
+    notified. unreachable: told of an aggregator and why. failed: told of what ends the job here.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        layout: Layout,
+        parameters: FlatParameters,
+        staging: Staging,
+        machine: str,
+        changed: threading.Condition,
+        unreachable: Callable[[str, str], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self.skipped = False  # the last step changed nothing
+        self._progress, self._layout, self._parameters, self._staging = progress, layout, parameters, staging
+        self._changed, self._failed = changed, failed
+        self._asked: dict[tuple[int, str], tuple[Read | Write, memoryview, Answer]] = {}
+        self._connections = Connections(self, machine, self._opened, unreachable, failed)
+
+    def handle(self, event: Callable[[], Iterable[Action]], fds: dict[int, int] | None = None) -> None:
+        with self._changed:
+            actions = event()
+            for action in actions:
+                self._perform(action, fds or {})
+            self._changed.notify_all()
+
+    def _perform(self, action: Action, fds: dict[int, int]) -> None:
+        match action:
+            case Connect(address):
+                self._connections.open(address)
+            case Disconnect(aggregator):
+                self._connections.drop(aggregator)
+            case Send(to, message):
+                self._send(to, message)
+            case Map(block):
+                self._parameters.show(self._layout.blocks[block], fds[block])
+            case Unshare(block):
+                self._parameters.unshare(self._layout.blocks[block])
+            case JoinLater(aggregator):
+                asyncio.get_running_loop().call_later(JOIN_PAUSE, self.handle, lambda: self._progress.join(aggregator))
+            case Fail(code, message):
+                self._failed(JobRefused(f"job {self._progress.job}: {message} ({code})"))
+
+    def _send(self, to: str, message: Data) -> None:
+        link = self._connections.link(to)
+        if link is None:
+            return
+        match message:
+            case Join(shared=True):
+                link.send(message, fds=[self._staging.segment.fd])
+            case Push(block=block):
+                link.send(message, payload=self._staging.bytes_of(self._layout.blocks[block]))
+            case Write(block=block):
+                link.send(message, payload=self._parameters.bytes_of(self._layout.blocks[block]))
+            case _:
+                link.send(message)
+
+    def ask_again(self) -> None:
+        """Whoever was asked something and has not answered may be gone."""
+        for message, memory, _ in list(self._asked.values()):
+            self._send_asked(message, memory)
+
+    def send_to_owner(self, block: int, message: Data, payload: memoryview) -> None:
+        link = self._connections.link(self._progress.blocks[block].owner)
+        if link is not None:
+            link.send(message, payload=payload)
+
+    def close(self) -> None:
+        self._connections.close()
+
+    def _opened(self, aggregator: str, shared: bool) -> None:
+        self.handle(lambda: self._progress.connected(aggregator, shared))
+
+    # wire.link.Receiver
+
+    def destination(self, link: Link, message: Data, size: int) -> memoryview | None:
+        sender = self._connections.name_of(link)
+        if sender is None:
+            return None
+        match message:
+            case Parameters(step=step, block=block) if self._progress.accepts(sender, block, step):
+                return self._filled(block, size)
+            case Contents(block=block, part=part, applied=applied):
+                if part != PARAMETERS:
+                    known = self._asked.get((block, part))
+                    return known[1] if known is not None and len(known[1]) == size else None
+                state = self._progress.blocks[block]
+                if state.hosted and state.owner == sender and applied >= state.applied:
+                    return self._filled(block, size)
+        return None
+
+    def _filled(self, block: int, size: int) -> memoryview:
+        into = self._parameters.bytes_of(self._layout.blocks[block])
+        if len(into) != size:
+            raise ValueError(f"block {block} has {len(into)} bytes, and {size} come")
+        self._progress.fills(block)
+        return into
+
+    def received(self, link: Link, message: Data, fds: list[int]) -> None:
+        sender = self._connections.name_of(link)
+        try:
+            if sender is not None:
+                with_block = (
+                    dict(zip((hosted.block for hosted in message.blocks), fds, strict=False))
+                    if isinstance(message, Joined)
+                    else {}
+                )
+                self.handle(lambda: self._event(sender, message), with_block)
+        finally:
+            close_all(fds)
+
+    def lost(self, link: Link, reason: str) -> None:
+        sender = self._connections.name_of(link)
+        if sender is not None:
+            self._connections.lost(sender, reason)
+            self.handle(lambda: self._progress.lost(sender))
+
+    def _event(self, sender: str, message: Data) -> list[Action]:
+        progress = self._progress
+        match message:
+            case Joined():
+                return progress.joined(sender, message)
+            case Applied():
+                self.skipped = message.skipped
+                return progress.applied(sender, message)
+            case Parameters():
+                self.skipped = message.skipped
+                return progress.received(sender, message)
+            case Contents(part=part) if part == PARAMETERS:
+                return progress.read(sender, message.block, message.applied)
+            case Contents() | Written():
+                return self._answered(message)
+            case Moved():
+                return progress.moved(sender, message)
+            case Pushed():
+                return progress.pushed(sender, message)
+            case Norms():
+                return progress.norms(sender, message)
+            case Refused():
+                return progress.refused(sender, message)
+        return []
+
+    def _answered(self, message: Contents | Written) -> list[Action]:
+        known = self._asked.pop((message.block, message.part), None)
+        if known is not None:
+            known[2](message)
+        return []
+
+    def ask(self, message: Read | Write, memory: memoryview, then: Answer) -> None:
+        self._asked[message.block, message.part] = (message, memory, then)
+        self._send_asked(message, memory)
+
+    def _send_asked(self, message: Read | Write, memory: memoryview) -> None:
+        link = self._connections.link(self._progress.blocks[message.block].owner)
+        if link is None:
+            return
+        if isinstance(message, Read):
+            link.send(message)
+        else:
+            link.send(msgspec.structs.replace(message, epoch=self._progress.epoch), payload=memory)

@@ -1,0 +1,31 @@
+"""What a worker waits for, in words, for the log."""
+
+from __future__ import annotations
+
+from computron.parameter_service.agent.actions import Peer
+from computron.parameter_service.agent.progress import Progress
+
+
+def waits_for(progress: Progress) -> str:
+    if progress.epoch == 0:
+        return "the master's placement"
+    away = {block.owner for block in progress.blocks if not block.hosted}
+    if away:
+        states = ", ".join(f"{name} ({_state(progress.peers[name])})" for name in sorted(away))
+        return f"aggregators to have the job's blocks: {states}"
+    ledger = progress.ledger
+    if ledger.stale:
+        return f"the parameters of {len(ledger.stale)} blocks"
+    if progress.wants_norm:
+        return "the other workers to ask for the gradient's norm"
+    if not progress.wants_step:
+        return "nothing"
+    if ledger.unplaced:
+        return f"the gradients of {len(ledger.unplaced)} blocks to be staged"
+    return f"{len(ledger.missing)} blocks to see step {progress.step + 1}, which other workers may not have committed"
+
+
+def _state(peer: Peer) -> str:
+    if not peer.connected:
+        return "not connected"
+    return "it has not all of them yet" if peer.joined else "no answer yet"
