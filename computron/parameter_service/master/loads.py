@@ -41,9 +41,13 @@ def compute_of(job: Job) -> float | None:
 
 
 def iteration_of(job: Job) -> float | None:
-    """Seconds from step to step, as the slowest worker saw it."""
-    times = [worker.compute + worker.wait for worker in job.workers.values() if worker.step]
-    return max(times) if times and max(times) > 0 else None
+    """Seconds from step to step as the slowest worker sees them: it waits for the aggregators only, the others for it,
+    too.
+    """
+    times = [(worker.compute, worker.wait) for worker in job.workers.values() if worker.step]
+    if not times:
+        return None
+    return max(compute for compute, _ in times) + min(wait for _, wait in times) or None
 
 
 def observed_loss(state: State, job: Job) -> float | None:

@@ -183,13 +183,17 @@ class Reconfiguration:
             owners_here = all(self._state.is_linked(owner) for owner in set(job.book.owners))
             if joining and owners_here and now - max(w.came for w in joining) >= self._state.limits.join:
                 reason = f"rank {', '.join(str(worker.rank) for worker in joining)} joins"
-        if reason is None or not job.linked:
+        if reason is None or not self._enough(job):
             return
         if job.mismatch_of_log and now - job.since < self._state.limits.hold:
             return  # other aggregators that have blocks of it are about to register
         if not any(rank in job.workers for rank in members) and len(job.linked) < job.book.spec.workers:
             return  # it begins anew, which takes as many workers as it said
         self._begin(job, reason, now)
+
+    def _enough(self, job: Job) -> bool:
+        """Whether so many workers are there that the job may go on."""
+        return len(job.linked) >= max(1, job.book.spec.min_workers)
 
     def _pressing(self, job: Job) -> str | None:
         """Why the job cannot go on as it is."""
@@ -346,8 +350,8 @@ class Reconfiguration:
 
     def _host(self, job: Job, change: Change, now: float) -> None:
         state = self._state
-        if not job.linked:
-            change.phase = Phase.COLLECTING  # nobody is there to go on: decided again when somebody is
+        if not self._enough(job):
+            change.phase = Phase.COLLECTING  # too few are there to go on: decided again when others are
             job.change = None
             return
         change.members = {worker.rank: worker.incarnation for worker in job.workers.values()}

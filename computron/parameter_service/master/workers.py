@@ -169,8 +169,10 @@ def _difference(ours: JobSpec, theirs: JobSpec) -> str | None:
 
 
 def _free_rank(job: Job, incarnation: str) -> int:
-    for rank, worker in job.workers.items():
-        if worker.incarnation == incarnation:
-            return rank
+    """The same again for a worker that had one."""
+    known = {worker.incarnation: rank for rank, worker in job.workers.items()}
+    known |= {member: rank for rank, member in job.book.members.items() if rank not in job.workers}
+    if incarnation in known:
+        return known[incarnation]
     taken = set(job.workers) | (set(job.book.members) - set(job.book.gone))
     return next(rank for rank in range(len(taken) + 1) if rank not in taken)

@@ -19,6 +19,7 @@ from computron.parameter_service.wire.messages import (
     HeldCommit,
     Hold,
     Host,
+    HostedJob,
     JobSpec,
     Move,
     MovedOut,
@@ -104,7 +105,17 @@ class Peer:
 class FakeAggregator(Peer):
     """applied: step of each block of each job that is here and complete. commits: what it would answer to Hold."""
 
-    def __init__(self, url: str, name: str, *, pid: int = 1, key: str | None = None, memory: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        *,
+        pid: int = 1,
+        key: str | None = None,
+        memory: int = 1 << 30,
+        hosts: tuple[JobSpec, int, dict[int, int]] | None = None,
+    ) -> None:
+        """hosts: a job that it has when it registers, its epoch, and the step of each block."""
         super().__init__(url, key=key)
         self.name = name
         self.pid = pid
@@ -112,10 +123,16 @@ class FakeAggregator(Peer):
         self.applied: dict[str, dict[int, int]] = {}
         self.commits: dict[str, tuple[HeldCommit, ...]] = {}
         self.moved: list[Move] = []
+        self._jobs: tuple[HostedJob, ...] = ()
+        if hosts is not None:
+            spec, epoch, applied = hosts
+            states = tuple(BlockState(*pair) for pair in applied.items())
+            self._jobs = (HostedJob(spec, "secret", epoch, (0,), states),)
+            self.applied[spec.job] = dict(applied)
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
-        await self.say(Register(address_of(self.name), "", self.pid, self.memory, ()))
+        await self.say(Register(address_of(self.name), "", self.pid, self.memory, self._jobs))
         await self.heard(messages.Registered)
         return self
 

@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
+import aiohttp
 import pytest
 
+from computron.parameter_service.master.events import Exited
+from computron.parameter_service.master.journal import LogUnusable
 from computron.parameter_service.master.server import MasterServer, MasterSettings
-from computron.parameter_service.wire.messages import Host
+from computron.parameter_service.master.state import Limits
+from computron.parameter_service.wire.messages import (
+    Denied,
+    Drop,
+    HeldCommit,
+    Host,
+    Leave,
+    Move,
+    Placement,
+    Registered,
+    Saved,
+    Unreachable,
+    WorkerLost,
+)
 from tests.parameter_service.master.fakes import FakeAgent, FakeAggregator, job_spec
+
+QUICK = Limits(hold=0.3, join=0.01, loss=0.01, absence=0.5, unreachable=0.2)
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[MasterServer]:
-    async with MasterServer(MasterSettings(log=tmp_path / "log", port=0)) as server:
+def settings(tmp_path: Path) -> MasterSettings:
+    return MasterSettings(log=tmp_path / "log", port=0, limits=QUICK)
+
+
+@pytest.fixture
+async def server(settings: MasterSettings) -> AsyncIterator[MasterServer]:
+    async with MasterServer(settings) as server:
         yield server
+
+
+def saved(aggregator: FakeAggregator, step: int, folder: Path, blocks: tuple[int, ...]) -> Saved:
+    path = folder / f"{step}.safetensors"
+    path.touch()
+    aggregator.applied["lm"].update(dict.fromkeys(blocks, step))
+    return Saved("lm", "", step, str(path), blocks)
 
 
 async def test_a_job_with_one_worker_gets_its_place(server: MasterServer) -> None:
@@ -27,3 +58,205 @@ async def test_a_job_with_one_worker_gets_its_place(server: MasterServer) -> Non
         assert placement.initialise
         host = await aggregator.heard(Host)
         assert (host.blocks, host.source, host.applied) == ((0, 1, 2, 3), "worker", 0)
+
+
+async def test_a_job_waits_for_its_workers_and_for_an_aggregator(server: MasterServer) -> None:
+    async with FakeAgent(server.url) as first, FakeAgent(server.url) as second:
+        await first.enlist(job_spec(workers=2), None, incarnation="x")
+        await second.enlist(job_spec(workers=2), None, incarnation="y")
+        assert first.received == []
+        async with FakeAggregator(server.url, "one"):
+            placements = [await first.placed(), await second.placed()]
+            assert [placement.rank for placement in placements] == [0, 1]
+            assert [placement.initialise for placement in placements] == [True, False]
+
+
+async def test_a_second_worker_joins_a_running_job(server: MasterServer) -> None:
+    async with FakeAggregator(server.url, "one") as aggregator:
+        async with FakeAgent(server.url) as first, FakeAgent(server.url) as second:
+            await first.enlist(job_spec())
+            await first.placed()
+            aggregator.applied["lm"] = dict.fromkeys(range(4), 7)
+            await second.enlist(job_spec(), None, incarnation="b")
+            placement = await first.placed(epoch=2)
+            assert (placement.members, placement.applied, placement.initialise) == ((0, 1), 7, False)
+            await second.placed(epoch=2, rank=1)
+            assert (await aggregator.heard(Host, source="keep")).applied == 7
+            await second.say(Leave("lm", 1, 9))
+            assert (await first.placed(epoch=3)).members == (0,)
+
+
+async def test_a_step_that_one_aggregator_lacks_is_completed_before_the_job_goes_on(server: MasterServer) -> None:
+    async with FakeAggregator(server.url, "one", memory=3 * 2 * 4096) as one, FakeAggregator(server.url, "two") as two:
+        async with FakeAgent(server.url) as first, FakeAgent(server.url) as second:
+            await first.enlist(job_spec(workers=2))
+            await second.enlist(job_spec(workers=2), 1, incarnation="b")
+            await first.placed()
+            mine, theirs = sorted([one, two], key=lambda aggregator: len(aggregator.applied.get("lm", {})))
+            if not mine.applied.get("lm"):
+                block = min(theirs.applied["lm"])
+                mine.applied["lm"] = {block: theirs.applied["lm"].pop(block)}
+            mine.applied["lm"] = dict.fromkeys(mine.applied["lm"], 4)
+            theirs.applied["lm"] = dict.fromkeys(theirs.applied["lm"], 5)
+            theirs.commits["lm"] = tuple(HeldCommit(rank, 5, (), 1.0, False, None) for rank in (0, 1))
+            await one.say(WorkerLost("lm", 1, "b"))
+            await second.close()
+            placement = await first.placed(epoch=2)
+            assert (placement.applied, placement.lost, placement.members) == (5, 0, (0,))
+            assert set(mine.applied["lm"].values()) == {5}
+
+
+async def test_a_dead_aggregator_rolls_its_job_back_to_the_last_complete_snapshot(
+    server: MasterServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("computron.parameter_service.master.server.finish", lambda path: None)
+    async with FakeAggregator(server.url, "two") as two, FakeAgent(server.url) as agent:
+        async with FakeAggregator(server.url, "one", memory=1 << 31) as one:
+            await agent.enlist(job_spec(snapshot_every=10))
+            await agent.placed()
+            await one.say(saved(one, 10, tmp_path, (0, 1, 2, 3)))
+            await one.say(saved(one, 20, tmp_path, (0, 1)))  # the other half never comes
+            async with aiohttp.ClientSession() as session:
+                while (await _json(session, f"{server.url}/v1/jobs/lm"))["step"] < 20:
+                    pass
+        server.tell(Exited("one"))
+        placement = await agent.placed(epoch=2)
+        assert (placement.applied, placement.lost, placement.initialise) == (10, 10, False)
+        assert [placement.addresses[place].aggregator for place in placement.owners] == ["two"] * 4
+        assert (await two.heard(Host)).source.endswith("10.safetensors")
+
+
+async def test_a_job_without_a_snapshot_fails_and_says_what_to_do(server: MasterServer) -> None:
+    async with FakeAgent(server.url) as agent, FakeAggregator(server.url, "two"):
+        async with FakeAggregator(server.url, "one", memory=1 << 31) as one:
+            await agent.enlist(job_spec(snapshot_every=100))
+            await agent.placed()
+            await one.say(Saved("lm", "", 50, "/nowhere", (0,)))
+        server.tell(Exited("one"))
+        assert "one is taken every 100 steps" in (await agent.heard(Denied)).message
+
+
+async def test_a_link_that_breaks_is_not_a_death(server: MasterServer) -> None:
+    async with FakeAgent(server.url) as agent:
+        async with FakeAggregator(server.url, "one"):
+            await agent.enlist(job_spec())
+            await agent.placed()
+        assert server.master.state.jobs["lm"].book.epoch == 1
+        await agent.say(Unreachable("lm", 0, 1, "one", "refused"))
+        async with FakeAggregator(server.url, "two"):
+            placement = await agent.placed(epoch=2)
+            assert placement.addresses[0].aggregator == "two"
+            async with FakeAggregator(server.url, "one") as late:
+                assert (await late.heard(Registered)).drop == ()
+
+
+async def test_the_next_master_goes_on_where_the_last_one_ended(settings: MasterSettings) -> None:
+    async with MasterServer(settings) as first:
+        port = int(first.url.rpartition(":")[2])
+        async with FakeAggregator(first.url, "one") as one, FakeAgent(first.url) as agent:
+            await agent.enlist(job_spec())
+            await agent.placed()
+            blocks = one.applied["lm"]
+    async with MasterServer(replace(settings, port=port)) as second, FakeAgent(second.url) as agent:
+        await agent.enlist(job_spec())
+        again = await agent.placed(epoch=1)
+        assert again.addresses[0].aggregator == "one"
+        async with FakeAggregator(second.url, "one") as one:  # with nothing: asked how things stand
+            one.applied["lm"] = dict(blocks)
+            placement = await agent.placed(epoch=2)
+            assert (placement.applied, placement.reason) == (0, "the master was away")
+
+
+async def test_a_job_that_the_master_has_forgotten_is_taken_up_again(server: MasterServer) -> None:
+    spec = job_spec()
+    async with FakeAggregator(server.url, "one", hosts=(spec, 6, {0: 5, 1: 5})), FakeAgent(server.url) as agent:
+        async with FakeAggregator(server.url, "two", hosts=(spec, 6, {2: 5, 3: 5})):
+            await agent.enlist(spec, incarnation="of old")
+            placement = await agent.placed()
+            assert (placement.epoch, placement.applied, placement.lost) == (7, 5, 0)
+            names = [placement.addresses[place].aggregator for place in placement.owners]
+            assert names == ["one", "one", "two", "two"]
+
+
+async def test_blocks_are_moved_as_asked(server: MasterServer) -> None:
+    async with FakeAggregator(server.url, "one", memory=1 << 31) as one, FakeAgent(server.url) as agent:
+        async with FakeAggregator(server.url, "two"), aiohttp.ClientSession() as session:
+            await agent.enlist(job_spec())
+            await agent.placed()
+            job = f"{server.url}/v1/jobs/lm"
+            async with session.post(f"{job}/move", json={"blocks": [1, 3], "to": "two"}) as answer:
+                assert answer.status == 202
+            move = await one.heard(Move)
+            assert (move.blocks, move.to.aggregator) == ((1, 3), "two")
+            while (await _json(session, job))["moving"]:
+                pass
+            assert (await _json(session, job))["aggregators"] == {"one": 2, "two": 2}
+            assert (await _json(session, job))["migrations"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"token": "wrong"}, "bad_token"),
+        ({"spec": job_spec(blocks=5)}, "different_job"),
+        ({"spec": job_spec(snapshot_every=3)}, "different_job"),
+        ({"spec": job_spec("new", workers=0)}, "bad_message"),
+        ({"spec": job_spec("large", blocks=400)}, "quota"),
+    ],
+)
+async def test_who_does_not_fit_is_denied(settings: MasterSettings, change: dict[str, object], code: str) -> None:
+    limited = replace(settings, limits=replace(QUICK, max_job_memory=1 << 20))
+    async with MasterServer(limited) as server, FakeAgent(server.url) as first, FakeAgent(server.url) as second:
+        async with FakeAggregator(server.url, "one"):
+            await first.enlist(job_spec())
+            await first.placed()
+            await second.enlist(**{"spec": job_spec(), "rank": 1, **change})
+            assert (await second.heard(Denied)).code == code
+            assert (await second.socket.receive()).type is aiohttp.WSMsgType.CLOSED
+
+
+async def test_nothing_is_told_without_the_key(settings: MasterSettings) -> None:
+    async with MasterServer(replace(settings, api_key="sesame")) as server, aiohttp.ClientSession() as session:
+        with pytest.raises(aiohttp.WSServerHandshakeError, match="401"):
+            await FakeAgent(server.url, key="wrong").__aenter__()
+        async with session.get(f"{server.url}/v1/jobs") as answer:
+            assert answer.status == 401
+            assert (await answer.json())["error"]["code"] == "invalid_api_key"
+        async with session.get(f"{server.url}/health") as answer:
+            assert answer.status == 200
+        async with FakeAgent(server.url, key="sesame") as agent, FakeAggregator(server.url, "one", key="sesame"):
+            await agent.enlist(job_spec())
+            assert isinstance(await agent.placed(), Placement)
+
+
+async def test_a_deleted_job_is_forgotten_everywhere(server: MasterServer) -> None:
+    async with FakeAggregator(server.url, "one") as one, FakeAgent(server.url) as agent:
+        await agent.enlist(job_spec())
+        await agent.placed()
+        async with aiohttp.ClientSession() as session:
+            async with session.delete(f"{server.url}/v1/jobs/lm") as answer:
+                assert answer.status == 200
+            await one.heard(Drop)
+            assert (await agent.heard(Denied)).code == "unknown_job"
+            async with session.get(f"{server.url}/v1/jobs/lm") as answer:
+                assert (answer.status, (await answer.json())["error"]["code"]) == (404, "not_found")
+
+
+async def test_a_second_master_is_told_why_it_cannot_start(server: MasterServer, settings: MasterSettings) -> None:
+    with pytest.raises(LogUnusable, match="another master"):
+        await MasterServer(settings).__aenter__()
+
+
+async def test_what_cannot_be_understood_ends_its_link_alone(server: MasterServer) -> None:
+    async with FakeAgent(server.url) as agent:
+        await agent.socket.send_bytes(b"nonsense")
+        assert (await agent.socket.receive()).type is aiohttp.WSMsgType.CLOSED or agent.socket.closed
+    async with FakeAggregator(server.url, "one"):
+        assert server.master.state.is_linked("one")
+
+
+async def _json(session: aiohttp.ClientSession, url: str) -> dict[str, object]:
+    async with session.get(url) as answer:
+        found = await answer.json()
+        assert answer.status == 200, found
+        return found
