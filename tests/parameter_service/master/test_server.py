@@ -72,38 +72,45 @@ async def test_a_job_waits_for_its_workers_and_for_an_aggregator(server: MasterS
 
 
 async def test_a_second_worker_joins_a_running_job(server: MasterServer) -> None:
-    async with FakeAggregator(server.url, "one") as aggregator:
-        async with FakeAgent(server.url) as first, FakeAgent(server.url) as second:
-            await first.enlist(job_spec())
-            await first.placed()
-            aggregator.applied["lm"] = dict.fromkeys(range(4), 7)
-            await second.enlist(job_spec(), None, incarnation="b")
-            placement = await first.placed(epoch=2)
-            assert (placement.members, placement.applied, placement.initialise) == ((0, 1), 7, False)
-            await second.placed(epoch=2, rank=1)
-            assert (await aggregator.heard(Host, source="keep")).applied == 7
-            await second.say(Leave("lm", 1, 9))
-            assert (await first.placed(epoch=3)).members == (0,)
+    async with (
+        FakeAggregator(server.url, "one") as aggregator,
+        FakeAgent(server.url) as first,
+        FakeAgent(server.url) as second,
+    ):
+        await first.enlist(job_spec())
+        await first.placed()
+        aggregator.applied["lm"] = dict.fromkeys(range(4), 7)
+        await second.enlist(job_spec(), None, incarnation="b")
+        placement = await first.placed(epoch=2)
+        assert (placement.members, placement.applied, placement.initialise) == ((0, 1), 7, False)
+        await second.placed(epoch=2, rank=1)
+        assert (await aggregator.heard(Host, source="keep")).applied == 7
+        await second.say(Leave("lm", 1, 9))
+        assert (await first.placed(epoch=3)).members == (0,)
 
 
 async def test_a_step_that_one_aggregator_lacks_is_completed_before_the_job_goes_on(server: MasterServer) -> None:
-    async with FakeAggregator(server.url, "one", memory=3 * 2 * 4096) as one, FakeAggregator(server.url, "two") as two:
-        async with FakeAgent(server.url) as first, FakeAgent(server.url) as second:
-            await first.enlist(job_spec(workers=2))
-            await second.enlist(job_spec(workers=2), 1, incarnation="b")
-            await first.placed()
-            mine, theirs = sorted([one, two], key=lambda aggregator: len(aggregator.applied.get("lm", {})))
-            if not mine.applied.get("lm"):
-                block = min(theirs.applied["lm"])
-                mine.applied["lm"] = {block: theirs.applied["lm"].pop(block)}
-            mine.applied["lm"] = dict.fromkeys(mine.applied["lm"], 4)
-            theirs.applied["lm"] = dict.fromkeys(theirs.applied["lm"], 5)
-            theirs.commits["lm"] = tuple(HeldCommit(rank, 5, (), 1.0, False, None) for rank in (0, 1))
-            await one.say(WorkerLost("lm", 1, "b"))
-            await second.close()
-            placement = await first.placed(epoch=2)
-            assert (placement.applied, placement.lost, placement.members) == (5, 0, (0,))
-            assert set(mine.applied["lm"].values()) == {5}
+    async with (
+        FakeAggregator(server.url, "one", memory=3 * 2 * 4096) as one,
+        FakeAggregator(server.url, "two") as two,
+        FakeAgent(server.url) as first,
+        FakeAgent(server.url) as second,
+    ):
+        await first.enlist(job_spec(workers=2))
+        await second.enlist(job_spec(workers=2), 1, incarnation="b")
+        await first.placed()
+        mine, theirs = sorted([one, two], key=lambda aggregator: len(aggregator.applied.get("lm", {})))
+        if not mine.applied.get("lm"):
+            block = min(theirs.applied["lm"])
+            mine.applied["lm"] = {block: theirs.applied["lm"].pop(block)}
+        mine.applied["lm"] = dict.fromkeys(mine.applied["lm"], 4)
+        theirs.applied["lm"] = dict.fromkeys(theirs.applied["lm"], 5)
+        theirs.commits["lm"] = tuple(HeldCommit(rank, 5, (), 1.0, False, None) for rank in (0, 1))
+        await one.say(WorkerLost("lm", 1, "b"))
+        await second.close()
+        placement = await first.placed(epoch=2)
+        assert (placement.applied, placement.lost, placement.members) == (5, 0, (0,))
+        assert set(mine.applied["lm"].values()) == {5}
 
 
 async def test_a_dead_aggregator_rolls_its_job_back_to_the_last_complete_snapshot(
@@ -169,29 +176,36 @@ async def test_the_next_master_goes_on_where_the_last_one_ended(settings: Master
 
 async def test_a_job_that_the_master_has_forgotten_is_taken_up_again(server: MasterServer) -> None:
     spec = job_spec()
-    async with FakeAggregator(server.url, "one", hosts=(spec, 6, {0: 5, 1: 5})), FakeAgent(server.url) as agent:
-        async with FakeAggregator(server.url, "two", hosts=(spec, 6, {2: 5, 3: 5})):
-            await agent.enlist(spec, incarnation="of old")
-            placement = await agent.placed()
-            assert (placement.epoch, placement.applied, placement.lost) == (7, 5, 0)
-            names = [placement.addresses[place].aggregator for place in placement.owners]
-            assert names == ["one", "one", "two", "two"]
+    async with (
+        FakeAggregator(server.url, "one", hosts=(spec, 6, {0: 5, 1: 5})),
+        FakeAgent(server.url) as agent,
+        FakeAggregator(server.url, "two", hosts=(spec, 6, {2: 5, 3: 5})),
+    ):
+        await agent.enlist(spec, incarnation="of old")
+        placement = await agent.placed()
+        assert (placement.epoch, placement.applied, placement.lost) == (7, 5, 0)
+        names = [placement.addresses[place].aggregator for place in placement.owners]
+        assert names == ["one", "one", "two", "two"]
 
 
 async def test_blocks_are_moved_as_asked(server: MasterServer) -> None:
-    async with FakeAggregator(server.url, "one", memory=1 << 31) as one, FakeAgent(server.url) as agent:
-        async with FakeAggregator(server.url, "two"), aiohttp.ClientSession() as session:
-            await agent.enlist(job_spec())
-            await agent.placed()
-            job = f"{server.url}/v1/jobs/lm"
-            async with session.post(f"{job}/move", json={"blocks": [1, 3], "to": "two"}) as answer:
-                assert answer.status == 202
-            move = await one.heard(Move)
-            assert (move.blocks, move.to.aggregator) == ((1, 3), "two")
-            while (await _json(session, job))["moving"]:
-                pass
-            assert (await _json(session, job))["aggregators"] == {"one": 2, "two": 2}
-            assert (await _json(session, job))["migrations"] == 2
+    async with (
+        FakeAggregator(server.url, "one", memory=1 << 31) as one,
+        FakeAgent(server.url) as agent,
+        FakeAggregator(server.url, "two"),
+        aiohttp.ClientSession() as session,
+    ):
+        await agent.enlist(job_spec())
+        await agent.placed()
+        job = f"{server.url}/v1/jobs/lm"
+        async with session.post(f"{job}/move", json={"blocks": [1, 3], "to": "two"}) as answer:
+            assert answer.status == 202
+        move = await one.heard(Move)
+        assert (move.blocks, move.to.aggregator) == ((1, 3), "two")
+        while (await _json(session, job))["moving"]:
+            pass
+        assert (await _json(session, job))["aggregators"] == {"one": 2, "two": 2}
+        assert (await _json(session, job))["migrations"] == 2
 
 
 @pytest.mark.parametrize(
@@ -206,13 +220,17 @@ async def test_blocks_are_moved_as_asked(server: MasterServer) -> None:
 )
 async def test_who_does_not_fit_is_denied(settings: MasterSettings, change: dict[str, object], code: str) -> None:
     limited = replace(settings, limits=replace(QUICK, max_job_memory=1 << 20))
-    async with MasterServer(limited) as server, FakeAgent(server.url) as first, FakeAgent(server.url) as second:
-        async with FakeAggregator(server.url, "one"):
-            await first.enlist(job_spec())
-            await first.placed()
-            await second.enlist(**{"spec": job_spec(), "rank": 1, **change})
-            assert (await second.heard(Denied)).code == code
-            assert (await second.socket.receive()).type is aiohttp.WSMsgType.CLOSED
+    async with (
+        MasterServer(limited) as server,
+        FakeAgent(server.url) as first,
+        FakeAgent(server.url) as second,
+        FakeAggregator(server.url, "one"),
+    ):
+        await first.enlist(job_spec())
+        await first.placed()
+        await second.enlist(**{"spec": job_spec(), "rank": 1, **change})
+        assert (await second.heard(Denied)).code == code
+        assert (await second.socket.receive()).type is aiohttp.WSMsgType.CLOSED
 
 
 async def test_nothing_is_told_without_the_key(settings: MasterSettings) -> None:
