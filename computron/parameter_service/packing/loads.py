@@ -78,7 +78,6 @@ class Limits:
     shortest_piece: seconds; a job is not spread in pieces of less work, whose messages would cost more.
     chunk: seconds of work after which an aggregator looks for more urgent work.
     jitter: share of its period by which a job's iterations are expected to vary.
-    tries: how many aggregators, the least loaded first, are tried for draining.
     """
 
     loss: float = 0.1
@@ -91,7 +90,6 @@ class Limits:
     shortest_piece: float = 1e-3
     chunk: float = 1e-3
     jitter: float = 0.01
-    tries: int = 3
 
     def loss_of(self, job: JobLoad) -> float:
         return self.loss if job.loss_limit is None else job.loss_limit

@@ -56,11 +56,8 @@ class Packer(ABC):
 
     def shrink(self, fleet: Fleet) -> str | None:
         """The aggregator to drain and stop: the least loaded one whose work the others can carry with ease."""
-        names = sorted(fleet.servers, key=lambda name: (fleet.utilisation(name), name))
-        for name in names[: self.limits.tries]:
-            if self.drain_with_ease(fleet, name) is not None:
-                return name
-        return None
+        name = min(fleet.servers, key=lambda name: (fleet.utilisation(name), name), default=None)
+        return None if name is None or self.drain_with_ease(fleet, name) is None else name
 
     def drain_with_ease(self, fleet: Fleet, server: str) -> Change | None:
         """As `drain`, but losses stay so far below their limits that the next arrival does not undo it."""

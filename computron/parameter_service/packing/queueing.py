@@ -44,22 +44,17 @@ class Wait:
     in_step: float
 
 
-def waits(bursts: Sequence[Burst], chunk: float, jitter: float) -> list[Wait]:
-    """Of each job on one aggregator. Seconds; jitter is a share of the period.
+def wait_of(place: int, bursts: Sequence[Burst], chunk: float, jitter: float) -> Wait:
+    """Of one job on an aggregator with these bursts. Seconds; jitter is a share of the period.
 
     The wait is without end (inf) for a job to which the others leave no time.
     """
     if len(bursts) == 1:
-        return [Wait(0.0, 0.0)]
-    busy = sum(burst.cpu / burst.period for burst in bursts)
-    return [_wait(place, bursts, busy, chunk, jitter) for place in range(len(bursts))]
-
-
-def _wait(place: int, bursts: Sequence[Burst], busy: float, chunk: float, jitter: float) -> Wait:
+        return Wait(0.0, 0.0)
     own = bursts[place]
     period, cpu, due = own.period, own.cpu, own.due
     residual = in_step = overtaken = 0.0
-    left = 1.0 - (busy - cpu / period)
+    left = 1.0 + cpu / period - sum(burst.cpu / burst.period for burst in bursts)
     if left <= 0.0:
         return Wait(math.inf, 0.0)
     for other_place, other in enumerate(bursts):

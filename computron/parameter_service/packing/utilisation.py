@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 
 from computron.parameter_service.packing.fleet import Fleet
-from computron.parameter_service.packing.loads import JobLoad, Limits
+from computron.parameter_service.packing.loads import Capacity, JobLoad, Limits
 from computron.parameter_service.packing.packer import LOSS_ERROR, Packer
-from computron.parameter_service.packing.queueing import Burst, Wait, waits
+from computron.parameter_service.packing.queueing import Burst, Wait, wait_of
 
 
 class Utilisation(Packer):
@@ -32,35 +33,49 @@ class Utilisation(Packer):
     def _settle(
         self, fleet: Fleet, job: JobLoad, blocks: Collection[int], among: Collection[str], share: float
     ) -> dict[int, str] | None:
-        best: tuple[float, int, dict[int, str]] | None = None
+        best: tuple[float, dict[int, str]] | None = None
         before = _Forecast(fleet, self.limits)
         cpu = sum(load.cpu for load in job.blocks if load.block in blocks)
         most = min(len(blocks), len(among))
-        wanted = max(1, self.limits.pieces, job.servers)
-        for count in range(1, most + 1):
-            if best is not None and (count > wanted or cpu / count < self.limits.shortest_piece):
+        wanted = max(self.limits.pieces, job.servers, 2 * _needed(fleet.capacity, job, blocks))
+        for count in sorted({*range(1, min(wanted, most) + 1), most} - {0}):
+            if best is not None and (count > self.limits.pieces or cpu / count < self.limits.shortest_piece):
                 break
             pieces = _even(job, blocks, count)
-            for servers in self._choices(fleet, job, pieces, among):
+            found = best
+            for servers in self._choices(fleet, job, pieces, among, before, share):
                 places = {block: server for piece, server in zip(pieces, servers, strict=True) for block in piece}
                 cost = self._cost(fleet.placing(job, places), job, before, share)
-                if cost is not None and (best is None or (cost, count) < best[:2]):
-                    best = cost, count, places
-        return None if best is None else best[2]
+                if cost is not None and (best is None or cost < best[0] - LOSS_ERROR):
+                    best = cost, places
+            if best is not None and best is found:
+                break
+        return None if best is None else best[1]
 
     def _choices(
-        self, fleet: Fleet, job: JobLoad, pieces: Sequence[Sequence[int]], among: Collection[str]
+        self,
+        fleet: Fleet,
+        job: JobLoad,
+        pieces: Sequence[Sequence[int]],
+        among: Collection[str],
+        before: _Forecast,
+        share: float,
     ) -> Iterator[Sequence[str]]:
-        """Aggregators for the pieces: windows over those with room, from the busiest to the idlest. Larger pieces go to
-        idler ones.
+        """Aggregators for the pieces: those where one costs least, and the busiest that can have one. Larger pieces go
+        to idler ones.
         """
-        loads = {load.block: load.cpu for load in job.blocks}
-        smallest = sum(loads[block] for block in pieces[-1]) / job.period
-        used = {name: fleet.utilisation(name) for name in among}
-        room = [name for name in among if not fleet.servers[name] or used[name] + smallest <= self.limits.utilisation]
-        room.sort(key=lambda name: (used[name], name))
-        for start in range(len(room) - len(pieces), -1, -1):
-            yield room[start : start + len(pieces)]
+        costs = {}
+        for name in sorted(among):
+            trial = fleet.placing(job, dict.fromkeys(pieces[-1], name))
+            cost = self._cost(trial, job, before, share)
+            if cost is not None:
+                costs[name] = cost
+        used = {name: fleet.utilisation(name) for name in costs}
+        cheapest = sorted(costs, key=lambda name: (costs[name], name))[: len(pieces)]
+        busiest = sorted(costs, key=lambda name: (-used[name], name))[: len(pieces)]
+        for names in (cheapest, busiest):
+            if len(names) == len(pieces):
+                yield sorted(names, key=lambda name: (used[name], name))
 
     def _cost(self, fleet: Fleet, job: JobLoad, before: _Forecast, share: float) -> float | None:
         """What all jobs lose by it together; None if it is not allowed. A job without company cannot get more."""
@@ -73,7 +88,8 @@ class Utilisation(Packer):
         forecast = _Forecast(fleet, self.limits, before, frozenset({*servers, *before.fleet.homes.get(job.job, ())}))
         content = len(noticing) == 1 and len(servers) >= job.servers
         cost = 0.0
-        for name in (job.job, *sorted(noticing - {job.job})):
+        others = sorted(noticing - {job.job}, key=lambda name: (-before.loss(name), name))  # most are refused soon
+        for name in (job.job, *others):
             loss = forecast.loss(name)
             more = loss if name == job.job else loss - before.loss(name)
             most = share * self.limits.headroom * self.limits.loss_of(fleet.jobs[name])
@@ -96,7 +112,7 @@ class _Forecast:
         self._limits = limits
         self._before = before
         self._changed = changed
-        self._waits: dict[str, dict[str, Wait]] = {}
+        self._bursts: dict[str, dict[str, Burst]] = {}
         self._losses: dict[str, float] = {}
 
     def loss(self, name: str) -> float:
@@ -104,24 +120,33 @@ class _Forecast:
             job = self.fleet.jobs[name]
             work = drifting = 0.0
             for server, held in self.fleet.spread(name).items():
-                wait = self._on(server)[name]
+                wait = self._wait(server, name)
                 work = max(work, held.cpu + wait.in_step)
                 drifting += wait.drifting
             self._losses[name] = 1.0 - job.period / (job.compute + work + drifting)
         return self._losses[name]
 
-    def _on(self, server: str) -> dict[str, Wait]:
+    def _wait(self, server: str, name: str) -> Wait:
         if self._before is not None and server not in self._changed:
-            return self._before._on(server)
-        if server not in self._waits:
+            return self._before._wait(server, name)
+        bursts = self._bursts.get(server)
+        if bursts is None:
             held = self.fleet.servers[server]
-            bursts = [self._burst(name, part.cpu) for name, part in held.items()]
-            self._waits[server] = dict(zip(held, waits(bursts, self._limits.chunk, self._limits.jitter), strict=True))
-        return self._waits[server]
+            bursts = self._bursts[server] = {other: self._burst(other, part.cpu) for other, part in held.items()}
+        place = list(bursts).index(name)
+        return wait_of(place, list(bursts.values()), self._limits.chunk, self._limits.jitter)
 
     def _burst(self, name: str, cpu: float) -> Burst:
         job = self.fleet.jobs[name]
         return Burst(self.fleet.paces[name], cpu, cpu + self._limits.loss_of(job) * job.period)
+
+
+def _needed(capacity: Capacity, job: JobLoad, blocks: Collection[int]) -> int:
+    """So many aggregators these blocks need at least, each with nothing else on it."""
+    loads = [load for load in job.blocks if load.block in blocks]
+    memory = sum(load.memory for load in loads) / capacity.memory
+    network = sum(load.network for load in loads) / job.period / capacity.network
+    return math.ceil(max(memory, network))
 
 
 def _even(job: JobLoad, blocks: Collection[int], count: int) -> list[list[int]]:

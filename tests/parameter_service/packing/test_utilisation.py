@@ -8,7 +8,11 @@ import pytest
 from packing_worlds import job, placed
 
 from computron.parameter_service.packing import Fleet, Limits, Utilisation
-from computron.parameter_service.packing.queueing import Burst, Wait, waits
+from computron.parameter_service.packing.queueing import Burst, Wait, wait_of
+
+
+def waits(bursts, chunk, jitter):
+    return [wait_of(place, bursts, chunk, jitter) for place in range(len(bursts))]
 
 
 def test_a_shared_aggregator_stays_below_its_utilisation():

@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from computron.parameter_service.packing.queueing import Burst, waits
+from computron.parameter_service.packing.queueing import Burst, wait_of
 from computron.parameter_service.simulation.server import SimulatedJob, simulate
 
 CHUNK = 1e-3
 LIMIT = 0.1
+
+
+def waits(bursts, chunk, jitter):
+    return [wait_of(place, bursts, chunk, jitter) for place in range(len(bursts))]
 
 
 def run(*jobs, seconds=100.0, chunk=CHUNK, **others):
