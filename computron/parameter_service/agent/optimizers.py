@@ -49,7 +49,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
         spec = JobSpec(
             service.job, tensors, kind, service.block_elements,
             tuple(_spec(name, extra, 0) for name, extra in extras.items()), service.gradients, service.average,
-            snapshot_every=service.snapshot_every, loss_limit=service.loss_limit, workers=service.workers, **of_job,
+            snapshot_every=service.snapshot_every, loss_limit=service.loss_limit, workers=service.workers,
+            min_workers=service.min_workers, **of_job,
         )  # fmt: skip
         self._clip = 1.0
         self._version: str | None = None

@@ -23,11 +23,12 @@ GRADIENTS = ("float32", "bfloat16", "float16")
 class ParameterService:
     """master: its URL. token: the job's secret; the first worker that comes sets it. rank: None to be given one.
 
-    workers: with how many the job starts. gradients: their dtype on the way. average: divide the sum of the workers'
-    gradients by their number. snapshot_every: steps, 0 for never. loss_limit: share of its iteration time that the job
-    may lose by sharing. find_unused_parameters: a parameter that has no gradient in a step counts as one whose gradient
-    is zero, instead of as an error. extras: tensors that are not trained but belong to a published version; of a
-    module, its buffers and frozen parameters. shared_memory: False makes everything go by TCP.
+    workers: with how many the job starts; min_workers: with fewer it waits for others. gradients: their dtype on the
+    way. average: divide the sum of the workers' gradients by their number. snapshot_every: steps, 0 for never.
+    loss_limit: share of its iteration time that the job may lose by sharing. find_unused_parameters: a parameter that
+    has no gradient in a step counts as one whose gradient is zero, instead of as an error. extras: tensors that are not
+    trained but belong to a published version; of a module, its buffers and frozen parameters. shared_memory: False
+    makes everything go by TCP.
     """
 
     master: str
@@ -35,6 +36,7 @@ class ParameterService:
     token: str = ""
     rank: int | None = None
     workers: int = 1
+    min_workers: int = 1
     gradients: str = "float32"
     average: bool = True
     snapshot_every: int = 0
@@ -49,7 +51,9 @@ class ParameterService:
     def __post_init__(self) -> None:
         if self.gradients not in GRADIENTS:
             raise ConfigError(f"gradients = {self.gradients!r}: choose one of {', '.join(GRADIENTS)}")
-        if self.workers < 1 or (self.rank is not None and self.rank < 0):
+        if not 1 <= self.min_workers <= self.workers:
+            raise ConfigError(f"min_workers = {self.min_workers}: a number from 1 to workers = {self.workers}")
+        if self.rank is not None and self.rank < 0:
             raise ConfigError(f"rank {self.rank} of {self.workers} workers is none")
 
     @classmethod

@@ -91,7 +91,7 @@ class FrameReader:
             raise FrameError(f"a message of {body} bytes, more than {BODY_LIMIT}")
         if have < HEAD.size + body:
             if HEAD.size + body > len(self._small):
-                small, self._small = self._small, bytearray(HEAD.size + body)  # whoever reads may still have the old one
+                small, self._small = self._small, bytearray(HEAD.size + body)  # whoever reads may have the old one
                 self._small[: len(small)] = small
             return False
         start = self._start + HEAD.size

@@ -48,6 +48,7 @@ class JobSpec(msgspec.Struct, frozen=True):
     gradients: dtype on the wire. average: divide the sum by the number of workers. snapshot_every: steps, 0 for never.
     momentum: whether SGD keeps a momentum buffer. amsgrad: whether Adam keeps the largest second moment.
     loss_limit: share of its iteration time that a job may lose by sharing. workers: with how many it starts.
+    min_workers: with fewer it waits for others.
     """
 
     job: str
@@ -62,6 +63,7 @@ class JobSpec(msgspec.Struct, frozen=True):
     snapshot_every: int = 0
     loss_limit: float = 0.1
     workers: int = 1
+    min_workers: int = 1
 
 
 # Between an agent and an aggregator.
@@ -415,7 +417,7 @@ class Host(msgspec.Struct, tag="host", frozen=True):
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
-    """These blocks are complete here, at these steps. The answer to a `Host` whose blocks a worker is to write has none:
+    """These blocks are complete here, at these steps. Where a worker is to write them, the answer to `Host` has none:
     workers may come.
     """
 
