@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from computron.parameter_service.wire.messages import Address, Data, Hyperparameters
+from computron.parameter_service.wire.messages import Address, Commit, Data, Hyperparameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +73,21 @@ class Wish:
     skip: bool = False
     version: str | None = None
 
+    def commit(self, job: str, epoch: int, blocks: list[int]) -> Commit:
+        return Commit(job, epoch, self.step, self.groups, tuple(blocks), self.scale, self.skip, self.version)
+
 
 @dataclass(slots=True)
 class Peer:
-    """An aggregator. joined: has answered to Join in this epoch. flushing: a Flush is on its way."""
+    """An aggregator. joined: has answered to Join in this epoch. flushing: the blocks that were pushed before the Flush
+    that is on its way, None if none is.
+    """
 
     address: Address
     connected: bool = False
     shared: bool = False
     joined: bool = False
-    flushing: bool = False
+    flushing: set[int] | None = None
 
 
 @dataclass(slots=True)

@@ -34,8 +34,6 @@ from computron.parameter_service.wire.messages import (
     Address,
     Applied,
     AskNorms,
-    Commit,
-    Data,
     Flush,
     Join,
     Joined,
@@ -73,7 +71,7 @@ class Progress:
         self._token = token
         self._incarnation = incarnation
         self._eager = eager
-        self._initialise = False
+        self._unwritten: set[int] = set()  # blocks whose first parameters this worker brings
         self._wish: Wish | None = None
         self._wished: set[int] = set()
         self._norm_scale: float | None = None  # norms are being asked for
@@ -151,7 +149,7 @@ class Progress:
         first, following = self.epoch == 0, self.step + 1
         completes = placement.applied == following and self._wish is not None
         self.epoch, self.rank, self.members = placement.epoch, placement.rank, placement.members
-        self._initialise = placement.initialise
+        self._unwritten = set(range(len(self.blocks))) if placement.initialise else set()
         jumps = first or not (placement.applied == self.step or completes)
         for index, block in enumerate(self.blocks):
             block.owner = placement.addresses[placement.owners[index]].aggregator
@@ -174,7 +172,7 @@ class Progress:
         actions: list[Action] = []
         wanted = {address.aggregator: address for address in placement.addresses}
         for name, peer in list(self.peers.items()):
-            peer.joined = peer.flushing = False
+            peer.joined, peer.flushing = False, None
             if wanted.get(name) == peer.address and peer.connected and peer.shared:
                 actions.append(self._join(name))
             else:
@@ -186,14 +184,14 @@ class Progress:
         peer = self.peers.get(aggregator)
         if peer is None:
             return [Disconnect(aggregator)]
-        peer.connected, peer.shared, peer.joined, peer.flushing = True, shared, False, False
+        peer.connected, peer.shared, peer.joined, peer.flushing = True, shared, False, None
         return [self._join(aggregator)]
 
     def lost(self, aggregator: str) -> list[Action]:
         peer = self.peers.get(aggregator)
         if peer is None:
             return []
-        peer.connected = peer.joined = peer.flushing = False
+        peer.connected, peer.joined, peer.flushing = False, False, None
         self._asked.discard(aggregator)
         for index, block in enumerate(self.blocks):
             if block.owner == aggregator:
@@ -225,8 +223,8 @@ class Progress:
                 actions.append(Map(hosted.block))
             if block.applied != hosted.applied:
                 self._saw(hosted.block, hosted.applied)
-        if self._initialise:
-            actions += self._write_first(sender)
+        self._unwritten.difference_update(touched)
+        actions += self._write_first(sender)
         return actions + self._advance(touched)
 
     def applied(self, sender: str, message: Applied) -> list[Action]:
@@ -266,16 +264,19 @@ class Progress:
         if not moving:
             return []
         self._asked.clear()
+        self._unwritten.difference_update(moving)
         if message.to.aggregator in self.peers:
             return self.join(message.to.aggregator)  # it may have answered before we knew
         return self._know(message.to)
 
     def pushed(self, sender: str, message: Pushed) -> list[Action]:
         peer = self.peers.get(sender)
-        if peer is None or not peer.flushing or message.step != self.step + 1:
+        if peer is None or peer.flushing is None:
             return []
-        peer.flushing = False
-        touched = [i for i in self.ledger.unplaced if self.blocks[i].owner == sender and self.blocks[i].pushed]
+        flushed, peer.flushing = peer.flushing, None
+        if message.step != self.step + 1:
+            return []
+        touched = [i for i in flushed if self.blocks[i].owner == sender and self.blocks[i].pushed]
         for index in touched:
             self.ledger.place(index)
         return self._advance(touched)
@@ -319,11 +320,6 @@ class Progress:
     def _one_by_one(self) -> bool:
         return self._eager or self.alone
 
-    @property
-    def _ordered(self) -> bool:
-        """Commits go the way of all pushes that matter to them: nobody has to say that those have arrived."""
-        return self._one_by_one or len({block.owner for block in self.blocks}) == 1
-
     def _push(self, index: int) -> list[Action]:
         block = self.blocks[index]
         if not block.hosted or block.applied < 0 or block.staged != block.applied + 1 or block.pushed:
@@ -332,20 +328,24 @@ class Progress:
         if self.peers[block.owner].shared:
             self.ledger.place(index)
             return []
-        if self._ordered:
+        if self._one_by_one:  # its commit comes behind it
             self.ledger.place(index)
         return [Send(block.owner, Push(self.job, self.epoch, block.staged, index))]
 
     def _flush(self) -> list[Action]:
-        pushed: dict[str, bool] = {}
+        pushed: dict[str, set[int]] = defaultdict(set)
+        incomplete = set()
         for index in self.ledger.unplaced:
             block = self.blocks[index]
-            pushed[block.owner] = pushed.get(block.owner, True) and block.pushed
+            if block.pushed:
+                pushed[block.owner].add(index)
+            else:
+                incomplete.add(block.owner)
         actions: list[Action] = []
-        for name, complete in pushed.items():
+        for name in sorted(pushed.keys() - incomplete):
             peer = self.peers[name]
-            if complete and peer.connected and not peer.flushing:
-                peer.flushing = True
+            if peer.flushing is None:
+                peer.flushing = pushed[name]
                 actions.append(Send(name, Flush(self.job, self.step + 1)))
         return actions
 
@@ -365,23 +365,14 @@ class Progress:
             if index in self._wished and block.placed and block.staged == wish.step and not block.committed:
                 block.committed = True
                 by_owner[block.owner].append(index)
-        return [
-            Send(
-                owner,
-                Commit(
-                    self.job, self.epoch, wish.step, wish.groups, tuple(blocks), wish.scale, wish.skip, wish.version
-                ),
-            )
-            for owner, blocks in by_owner.items()
-        ]
+        return [Send(owner, wish.commit(self.job, self.epoch, blocks)) for owner, blocks in by_owner.items()]
 
     def _write_first(self, owner: str) -> list[Action]:
-        writes: list[Data] = []
-        for index, block in enumerate(self.blocks):
-            if block.owner == owner and not block.hosted and not block.written:
-                block.written = True
-                writes.append(Write(self.job, self.epoch, index, PARAMETERS, self.step, True))
-        return [Send(owner, write) for write in writes]
+        writes = [index for index in sorted(self._unwritten) if self.blocks[index].owner == owner]
+        writes = [index for index in writes if not self.blocks[index].written]
+        for index in writes:
+            self.blocks[index].written = True
+        return [Send(owner, Write(self.job, self.epoch, index, PARAMETERS, self.step, True)) for index in writes]
 
     def _know(self, address: Address) -> list[Action]:
         if address.aggregator in self.peers:

@@ -148,12 +148,12 @@ class Session:
         """Leave the job and end the threads."""
         if os.getpid() != self._process or not self._thread.is_alive():
             return
-        self._loop.call_soon_threadsafe(lambda: self._start(self._leave(reason)))
-        self._thread.join(LEAVING * 2)
         with self.changed:
             self._error = self._error or ParameterServiceError(f"job {self.spec.job} was left: {reason}")
             self.changed.notify_all()
         self.staging.close()
+        self._loop.call_soon_threadsafe(lambda: self._start(self._leave(reason)))
+        self._thread.join()
 
     # The push thread.
 

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 import uvloop
 from aiohttp import WSMsgType, web
@@ -53,6 +54,18 @@ class LenientServer(Server):
                 raise AssertionError("pushed again")
             return worker.staging.destination(job.layout.blocks[block])
         return super()._destination(link, message)
+
+    def _join(self, link, message, fds):
+        before = self._job(message.job).workers.get(message.rank)
+        super()._join(link, message, fds)
+        job, worker = self._workers[link]
+        if before is not None and before.staging is not worker.staging and not message.shared:
+            job.commits.pop(message.rank, None)
+
+    def _commit(self, link, message):
+        job, _ = self._worker(link, message.epoch)
+        here = tuple(b for b in message.blocks if b in job.blocks or b in job.expected)
+        super()._commit(link, msgspec.structs.replace(message, blocks=here))
 
 
 class FakeAggregator:

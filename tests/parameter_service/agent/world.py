@@ -210,6 +210,8 @@ class World:
             return
         match message:
             case Write(block=index):
+                assert self.owner[index] != name or self.held[index].applied in (-1, message.applied)
+                assert not self.history
                 if self.held[index].applied < 0:
                     self.held[index].applied = message.applied
                     self.tell_hosted(name, [index])
