@@ -20,6 +20,25 @@ PROMISED = {
     "bench_first_token": {"first_token.over_pipeline_bound"},
     "bench_generate": {"generate.equal.ratio", "generate.mixed.ratio"},
     "bench_node_memory": {"memory.4x1.share", "memory.2x2.share", "memory.1x4.share"},
+    "bench_packing": {
+        *(f"packing.trace.{row}" for row in ("cpu_ratio", "bound_ratio", "unrounded_bound_ratio", "two_per_job_ratio")),
+        *(
+            f"packing.trace.{prefix}{row}"
+            for prefix in ("", "cyclic_")
+            for row in (
+                *("reserved_ratio", "over_bound", "worst_loss", "mean_loss", "moves_per_job"),
+                *("simulated_worst_loss", "simulated_mean_loss", "simulated_over_limit"),
+            )
+        ),
+        *(
+            f"packing.trace.limit_{limit}.{row}"
+            for limit in ("0.05", "0.2")
+            for row in (
+                *("reserved_ratio", "simulated_over_limit"),
+                *("cyclic_reserved_ratio", "cyclic_simulated_over_limit"),
+            )
+        ),
+    },
     "bench_parallel_swap": {
         *(f"parallel.{grid}.load_speedup" for grid in ("2x1", "4x1", "1x2", "1x4", "2x2")),
         *(f"parallel.{grid}.overhead_ms" for grid in ("1x1", "2x1", "4x1", "1x2", "1x4", "2x2")),
