@@ -51,6 +51,8 @@ class Hosts:
             self._state.send(link, Stop())
         for job in self._state.jobs.values():
             job.excluded.pop(name, None)
+            if name in job.unfenced:
+                job.fenced.add(name)
             if name in job.holders:
                 self._compare(job, name, message.jobs)
                 self._reconfiguration.aggregator_back(job, name)

@@ -9,7 +9,9 @@ master was away.
 
 A step needs the commits of all members, and a worker follows one epoch only. So blocks are taken from an aggregator
 that cannot be asked only if it is known to be dead, or if a member of the old epoch follows the new one or is certainly
-dead: then the old owner can never apply a step again. When neither holds, everything waits until somebody is back.
+dead: then the old owner can never apply a step again. When neither holds, everything waits until somebody is back. The
+same is asked again at every later reconfiguration, until the old owner has come back or that member has made a step in
+a newer epoch.
 """
 
 from __future__ import annotations
@@ -216,6 +218,8 @@ class Reconfiguration:
         elif job.idle_since is None:
             job.idle_since = now
         elif now - job.idle_since >= self._state.limits.idle and job.book.snapshots:
+            if job.unfenced or not all(map(self._state.is_linked, job.holders)):
+                return  # somebody may still train it with an aggregator that cannot be told
             for name in sorted(job.holders):
                 self._state.tell(name, Drop(job.name))
             self._state.write(JobUnhosted(job.name))
@@ -265,17 +269,25 @@ class Reconfiguration:
 
     def _may_abandon(self, job: Job, change: Change) -> bool:
         """Whether those who have not answered can never apply a step again."""
-        return True
-        silent = {name for name in job.holders if name in self._state.aggregators and name not in change.held}
-        if not silent:
-            return True
-        members = job.book.members
-        follows = any(
-            rank in job.workers and job.workers[rank].link is not None
-            and incarnation in ("", job.workers[rank].incarnation)
-            for rank, incarnation in members.items()
-        )  # fmt: skip
-        return follows or all(job.book.gone.get(rank, False) for rank in members)
+        return all(self._is_followed(job, members) for members in self._silent(job, change).values())
+
+    def _silent(self, job: Job, change: Change) -> dict[str, tuple[tuple[int, str], ...]]:
+        """Aggregators that may be alive in an old epoch, with the members of that epoch."""
+        assert job.book.placed is not None
+        members = job.book.placed.members
+        suspects = {**dict.fromkeys(job.holders, members), **job.unfenced}
+        return {
+            name: who for name, who in suspects.items() if name in self._state.aggregators and name not in change.held
+        }
+
+    def _is_followed(self, job: Job, members: tuple[tuple[int, str], ...]) -> bool:
+        """Whether one of these will follow the new epoch, or all are certainly dead."""
+        for rank, incarnation in members:
+            worker = job.workers.get(rank)
+            if worker is not None and worker.link is not None and incarnation in ("", worker.incarnation):
+                return True
+        assert job.book.placed is not None
+        return members == job.book.placed.members and all(job.book.gone.get(rank, False) for rank, _ in members)
 
     # 2. Decide.
 
@@ -383,6 +395,8 @@ class Reconfiguration:
         rolled_back = change.source != KEEP
         first = min([worker.rank for worker in job.linked] or change.members)
         initialise = first if change.source == FRESH else None
+        silent = self._silent(job, change) if job.book.placed is not None else {}
+        unfenced = sorted((name, members) for name, members in silent.items() if name not in change.owners)
         self._state.write(Placed(
             job=job.name,
             epoch=change.epoch,
@@ -392,7 +406,9 @@ class Reconfiguration:
             lost=change.lost,
             initialise=initialise,
             reason=change.reason,
+            unfenced=tuple(unfenced),
         ))  # fmt: skip
+        job.fenced.clear()
         for rank, incarnation in change.members.items():
             worker = job.workers.get(rank)
             if worker is None or worker.incarnation != incarnation:  # it has gone meanwhile

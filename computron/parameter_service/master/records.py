@@ -26,7 +26,8 @@ class EpochBegun(msgspec.Struct, tag="epoch_begun", frozen=True):
 
 class Placed(msgspec.Struct, tag="placed", frozen=True):
     """The reconfiguration that began with `epoch` is complete. members: rank and incarnation. owners: of each block.
-    lost: steps that this one rolled back. initialise: rank that brings the parameters.
+    lost: steps that this one rolled back. initialise: rank that brings the parameters. unfenced: aggregators that could
+    not be told of this epoch, each with the members of the epoch that it may still be in.
     """
 
     job: str
@@ -37,6 +38,7 @@ class Placed(msgspec.Struct, tag="placed", frozen=True):
     lost: int = 0
     initialise: int | None = None
     reason: str = ""
+    unfenced: tuple[tuple[str, tuple[tuple[int, str], ...]], ...] = ()
 
 
 class MoveBegun(msgspec.Struct, tag="move_begun", frozen=True):

@@ -107,7 +107,8 @@ class Job:
     since when. mismatch: an aggregator has something else than what the book says. mismatch_of_log: the log did not
     have the job, an aggregator had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute
     thread a step, by block. cpu_total: seconds of it so far. saving: blocks in each unfinished file. moves: pending
-    ones by block, with the time until which they are waited for. hosts: aggregators that have or had blocks.
+    ones by block, with the time until which they are waited for. hosts: aggregators that have or had blocks. fenced:
+    those of `Placed.unfenced` that can do no harm any more.
     """
 
     book: JobBook
@@ -127,6 +128,7 @@ class Job:
     saving: dict[tuple[str, int, str], set[int]] = field(default_factory=dict)
     moves: dict[int, float] = field(default_factory=dict)
     hosts: set[str] = field(default_factory=set)
+    fenced: set[str] = field(default_factory=set)
     idle_since: float | None = None
 
     @property
@@ -141,6 +143,12 @@ class Job:
     def holders(self) -> set[str]:
         """Aggregators that may have blocks of it."""
         return (set(self.book.owners) | set(self.book.moving.values()) | self.hosts) - {""}
+
+    @property
+    def unfenced(self) -> dict[str, tuple[tuple[int, str], ...]]:
+        """Aggregators that may still be in an epoch before the last placement's, with the members of that epoch."""
+        placed = self.book.placed
+        return {name: who for name, who in placed.unfenced if name not in self.fenced} if placed is not None else {}
 
     @property
     def linked(self) -> list[Worker]:

@@ -87,6 +87,9 @@ class Workers:
             return
         worker.step, worker.compute, worker.wait, worker.lost = message.step, message.compute, message.wait, False
         job.saw(message.step, now)
+        if job.change is None:
+            follower = worker.rank, worker.incarnation
+            job.fenced.update(name for name, members in job.unfenced.items() if follower in members)
 
     def unreachable(self, link: int, message: Unreachable, now: float) -> None:
         job = self._state.jobs.get(message.job)

@@ -57,6 +57,8 @@ class SimPeer:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.away_until = 0.0
+        self.deaf = False
         self.alive = True
         self.link: int | None = None
         self.queue: deque[Any] = deque()
@@ -332,7 +334,7 @@ class World:
     def deliver(self, peer: SimPeer) -> None:
         if peer.queue and peer.link is not None:
             self.tell(Received(peer.link, peer.queue.popleft()))
-        if peer.inbox and self.random.random() < 0.9:
+        if peer.inbox and not peer.deaf and self.random.random() < 0.9:
             peer.receive(peer.inbox.popleft())
 
     def go_on(self) -> None:
@@ -347,7 +349,7 @@ class World:
             if self.random.random() < 0.3:
                 aggregator.hand_over()
         for peer in self.peers():
-            if peer.link is None and self.random.random() < 0.2:
+            if peer.link is None and self.now >= peer.away_until and self.random.random() < 0.2:
                 peer.connect()
         self.pass_time(self.random.choice((0.001, 0.01, 0.05, 0.2)))
 
@@ -367,7 +369,10 @@ class World:
         elif choice == 4:
             self.restart_master()
         elif choice == 5:
-            self.close(self.random.choice(self.peers()))
+            away = self.random.choice((0.0, 1.0, 5.0))
+            for peer in self.random.choices(self.peers(), k=self.random.choice((1, 3))):
+                peer.away_until = self.now + away
+                self.close(peer)
         elif choice == 6 and aggregators:
             self.cuts.add((self.random.randrange(3), self.random.choice(aggregators).name))
         elif choice == 7:
@@ -385,6 +390,8 @@ class World:
     def settle(self, rounds: int = 600) -> None:
         """Everything is whole again, and time passes."""
         self.cuts.clear()
+        for peer in self.peers():
+            peer.away_until = 0.0
         if not self.aggregators:
             self.start_aggregator()
         for rank in range(self.spec.workers):
