@@ -1,8 +1,6 @@
 """A communication hook for DistributedDataParallel: the Parameter Service averages the gradients, the user's own
-optimizer applies them.
+optimizer applies them. DistributedDataParallel reads the hook's annotations, so that they are no strings here.
 """
-
-from __future__ import annotations
 
 import logging
 import queue
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
 
 from computron.errors import ParameterServiceError
 from computron.parameter_service.agent.actions import Wish
@@ -25,7 +24,7 @@ from computron.parameter_service.wire.messages import Hyperparameters, JobSpec
 
 log = logging.getLogger(__name__)
 
-Hook = Callable[["Reduction", GradBucket], "torch.futures.Future[Tensor]"]
+Hook = Callable[["Reduction", GradBucket], Future[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class _Waiting:
     blocks: list[int]
     step: int
     generation: int
-    future: torch.futures.Future[Tensor]
+    future: Future[Tensor]
 
 
 class Reduction:
@@ -70,7 +69,7 @@ class Reduction:
     def steps(self) -> int:
         return self._session.progress.step
 
-    def reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    def reduce(self, bucket: GradBucket) -> Future[Tensor]:
         """The future has the bucket, averaged over the workers."""
         session = self._session
         session.check()
@@ -84,7 +83,7 @@ class Reduction:
             blocks.update(self._layout.blocks_of(index))
             session.staging.put(index, gradient)
         self._given = 0 if bucket.is_last() else self._given + 1
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future: Future[Tensor] = Future()
         self._arrived.put(_Waiting(buffer, tensors, sorted(blocks), session.working, session.generation, future))
         return future
 
