@@ -69,6 +69,8 @@ class Packer(ABC):
         1. It is alone on its aggregators: nothing can be done here.
         2. The prediction said so too (loads have changed): it goes where it is within its limit, with ease.
         3. It did not: the assignment is reverted. The job goes to aggregators of its own, for as long as it is here.
+
+        Raises DoesNotFit if a block has become too large for an aggregator of its own.
         """
         change = Change()
         trial = fleet
@@ -132,11 +134,12 @@ class Packer(ABC):
 
     def _alone(self, fleet: Fleet, name: str) -> Change:
         job = fleet.jobs[name]
-        for count in range(job.servers, len(job.blocks) + 1):
+        blocks = [load.block for load in job.blocks]
+        rest = fleet.without(name)
+        empty = [server for server in sorted(rest.servers) if not rest.servers[server]]
+        for count in range(max(0, job.servers - len(empty)), len(blocks) + 1):
             opened = fleet.fresh(count)
-            places = self._settle(
-                fleet.without(name).opened(opened), job, [load.block for load in job.blocks], opened, 1.0
-            )
+            places = self._settle(rest.opened(opened), job, blocks, [*empty, *opened], 1.0)
             if places is not None:
                 used = tuple(server for server in opened if server in places.values())
                 return replace(self._towards(fleet, name, places, used), alone=frozenset({name}))

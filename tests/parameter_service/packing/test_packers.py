@@ -128,6 +128,15 @@ def test_a_job_slower_than_predicted_gets_aggregators_of_its_own_and_keeps_them(
 
 
 @BOTH
+def test_an_empty_aggregator_is_taken_before_another_is_opened(name):
+    packer = PACKERS[name]()
+    fleet = placed(packer, [job("a", 1.0, [0.1]), job("b", 1.0, [0.1])]).opened(["empty"])
+    change = packer.rebalance(fleet, {"a": 0.0, "b": 0.3})
+    assert change.opened == ()
+    assert fleet.changed(change).homes["b"] == ("empty",)
+
+
+@BOTH
 def test_a_small_excess_over_the_limit_moves_nothing(name):
     packer = PACKERS[name](Limits(loss=0.1, tolerance=0.2))
     fleet = placed(packer, [job("a", 1.0, [0.1]), job("b", 1.0, [0.1])])
