@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,8 @@ class Counters:
 class Job:
     """held: nothing is applied but what the master asks for. expected: blocks that will be handed over to here.
 
-    leaving: blocks that were announced to be elsewhere, and are kept until they are.
+    leaving: blocks that were announced to be elsewhere, and are kept until they are. kept: step of the last complete
+    snapshot; guarded: no step is applied that a failure could take back together with more than the job allows.
     """
 
     spec: JobSpec
@@ -68,6 +70,8 @@ class Job:
     asks: dict[int, AskNorms] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     block_seconds: dict[int, float] = field(default_factory=dict)
+    kept: int = 0
+    guarded: bool = True
     period: float = 0.0
     last_commit: float = 0.0
 
@@ -97,9 +101,22 @@ class Job:
             if block is None or not block.complete or block.scheduled:
                 continue
             step = block.applied + 1
+            if step > self.last_allowed:
+                continue
             if all(commit.covers(index, step) for commit in commits):
                 found.append(block)
         return found
+
+    @property
+    def last_allowed(self) -> float:
+        """The last step that may be applied now."""
+        every = self.spec.snapshot_every
+        return self.kept + every if every and self.guarded else math.inf
+
+    def wants_snapshot(self, step: int) -> bool:
+        """Twice as often as steps may be lost: while one is being written, as many steps may go on."""
+        every = self.spec.snapshot_every
+        return bool(every) and step % max(1, every // 2) == 0
 
     def free_to_move(self, block: HeldBlock) -> bool:
         """Nobody has committed its next step, and no file wants its state."""

@@ -23,15 +23,23 @@ _decoder = decoder(FromMaster)
 
 
 class MasterLink:
-    """register: what this aggregator is and has, asked for at each connection. received: told what the master sends."""
+    """register: what this aggregator is and has, asked for at each connection. received: told what the master sends.
+    away: told when it cannot be reached.
+    """
 
     def __init__(
-        self, url: str, api_key: str | None, register: Callable[[], Register], received: Callable[[Any], None]
+        self,
+        url: str,
+        api_key: str | None,
+        register: Callable[[], Register],
+        received: Callable[[Any], None],
+        away: Callable[[], None],
     ) -> None:
         self._url = f"{url.rstrip('/')}/v1/link"
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._register = register
         self._received = received
+        self._away = away
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._unsent: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -56,6 +64,7 @@ class MasterLink:
                 finally:
                     self._socket = None
                 log.warning("no connection to the master: %s", reason)
+                self._away()
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, LAST_RETRY)
 

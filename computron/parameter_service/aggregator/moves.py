@@ -48,7 +48,9 @@ class Moves:
         blocks = [job.blocks[index] for index in move.blocks if index in job.blocks]
         for block in blocks:
             block.moving = move.to
-        expect = Expect(self._key, job.spec, job.token, job.epoch, job.members, tuple(b.block.index for b in blocks))
+        expect = Expect(
+            self._key, job.spec, job.token, job.epoch, job.members, tuple(b.block.index for b in blocks), job.kept
+        )
         task = asyncio.ensure_future(self._announce(job, move.to, expect))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)

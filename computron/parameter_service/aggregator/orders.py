@@ -23,6 +23,7 @@ from computron.parameter_service.wire.messages import (
     Held,
     Hold,
     Host,
+    Kept,
     Move,
     Ready,
 )
@@ -129,6 +130,14 @@ class Orders:
             self._saver.cancel(job)
             self._steps.quiet(job, lambda: self._forget(job))
 
+    def kept(self, order: Kept) -> list[Job]:
+        """The job, if it is here: more of its steps may be applied now."""
+        job = self._jobs.get(order.job)
+        if job is None:
+            return []
+        job.kept, job.guarded = max(job.kept, order.step), True
+        return [job]
+
     def expect(self, message: Expect) -> Job:
         """Blocks will be handed over to here. Raises NoRoom, ValueError, or StaleEpoch."""
         job = self._jobs.get(message.spec.job)
@@ -168,6 +177,7 @@ class Orders:
             raise ValueError(f"blocks {missing} are not here to be kept")
         self._check_room(sum(block_bytes(job.spec, job.layout.blocks[index]) for index in missing))
         job.epoch, job.members, job.held, job.token = order.epoch, order.members, True, order.token
+        job.kept = order.kept
         self._saver.cancel(job)
         self._steps.quiet(job, lambda: self._entered(job, order) if job.epoch == order.epoch else None)
 
@@ -232,4 +242,4 @@ class Orders:
 def new_job(order: Host | Expect) -> Job:
     """Raises ValueError if its blocks cannot be made."""
     layout = Layout(order.spec.tensors, order.spec.block_elements)
-    return Job(order.spec, order.token, order.epoch, order.members, layout)
+    return Job(order.spec, order.token, order.epoch, order.members, layout, kept=order.kept)

@@ -38,6 +38,7 @@ from computron.parameter_service.wire.messages import (
     Host,
     HostedJob,
     JobUsage,
+    Kept,
     Move,
     Register,
     Registered,
@@ -90,7 +91,7 @@ class Aggregator:
         path = f"\0computron-{uuid.uuid4().hex}"
         listener = await listen(settings.host, settings.port, path, server)
         self._address = Address(self._identity, settings.host, listener.port, machine_id(), path)
-        self._master = MasterLink(settings.master, settings.api_key, self._register, self._received)
+        self._master = MasterLink(settings.master, settings.api_key, self._register, self._received, self._master_away)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stopped.set)
@@ -123,6 +124,9 @@ class Aggregator:
                 self._orders.move(message)
             case Drop():
                 self._orders.drop(message)
+            case Kept():
+                for job in self._orders.kept(message):
+                    self._server.go_on(job, list(job.blocks))
             case Registered():
                 for name in message.drop:
                     self._orders.drop(Drop(name))
@@ -132,8 +136,7 @@ class Aggregator:
                 log.error("%s is not for aggregators", type(message).__name__)
 
     def _changed(self, job: Job, blocks: list[HeldBlock], step: int, commits: Sequence[HeldCommit]) -> None:
-        every = job.spec.snapshot_every
-        if every and step % every == 0:
+        if job.wants_snapshot(step):
             self._saver.save(job, blocks, step)
         for version in sorted({commit.version for commit in commits if commit.version is not None}):
             self._saver.save(job, blocks, step, version)
@@ -151,6 +154,17 @@ class Aggregator:
     def _order_failed(self, job: Job, order: str, reason: str) -> None:
         log.error("job %s: %s: %s", job.spec.job, order, reason)
         self._report(Failed(job.spec.job, job.epoch, order, reason))
+        if order == "save":
+            self._unguard(job)  # it goes on, and may lose more
+
+    def _master_away(self) -> None:
+        """Nobody counts snapshots as complete meanwhile."""
+        for job in self._jobs.values():
+            self._unguard(job)
+
+    def _unguard(self, job: Job) -> None:
+        job.guarded = False
+        self._server.go_on(job, list(job.blocks))
 
     def _register(self) -> Register:
         jobs = tuple(

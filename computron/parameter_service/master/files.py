@@ -7,7 +7,7 @@ import logging
 from computron.parameter_service.master.events import Finish, Finished, Remove
 from computron.parameter_service.master.records import SNAPSHOTS_KEPT, SnapshotSaved, VersionSaved
 from computron.parameter_service.master.state import State
-from computron.parameter_service.wire.messages import Saved
+from computron.parameter_service.wire.messages import Kept, Saved
 
 log = logging.getLogger(__name__)
 
@@ -41,3 +41,5 @@ class Files:
         for key in [key for key in job.saving if not key[0] and key[1] < event.step]:
             del job.saving[key]  # what is missing in an older one will not come any more
         self._state.orders.extend(Remove(saved.path) for saved in older)
+        for name in sorted(job.holders):
+            self._state.tell(name, Kept(job.name, event.step))

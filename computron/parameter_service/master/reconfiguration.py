@@ -384,6 +384,7 @@ class Reconfiguration:
                 blocks=blocks,
                 applied=change.applied,
                 source=change.source,
+                kept=max((saved.step for saved in job.book.snapshots), default=-job.book.spec.snapshot_every),
             ))  # fmt: skip
         for name in sorted(job.holders - owners):
             state.tell(name, Drop(job.name))

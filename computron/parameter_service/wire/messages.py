@@ -45,7 +45,8 @@ class JobSpec(msgspec.Struct, frozen=True):
     """What does not change while a job lives. extras: tensors that are not trained but belong in a version's file.
 
     optimizer: "sgd", "adam", "adamw", or "sum", which adds gradients up and has no parameters of its own.
-    gradients: dtype on the wire. average: divide the sum by the number of workers. snapshot_every: steps, 0 for never.
+    gradients: dtype on the wire. average: divide the sum by the number of workers. snapshot_every: steps that a failure
+    may cost; 0: nothing is saved.
     momentum: whether SGD keeps a momentum buffer. amsgrad: whether Adam keeps the largest second moment.
     loss_limit: share of its iteration time that a job may lose by sharing. workers: with how many it starts.
     min_workers: with fewer it waits for others.
@@ -252,7 +253,7 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 
 class Expect(msgspec.Struct, tag="expect", frozen=True):
     """Blocks will be handed over: workers that are told so may come before their states. key: of the service.
-    members, token: of the job.
+    members, token: of the job. kept: as in `Kept`.
     """
 
     key: str
@@ -261,6 +262,7 @@ class Expect(msgspec.Struct, tag="expect", frozen=True):
     epoch: int
     members: tuple[int, ...]
     blocks: tuple[int, ...]
+    kept: int = 0
 
 
 class Expecting(msgspec.Struct, tag="expecting", frozen=True):
@@ -404,7 +406,7 @@ class Host(msgspec.Struct, tag="host", frozen=True):
     """From this epoch on own exactly these blocks of the job, all at step `applied`, with these members.
 
     source: "keep" what is there; "worker": one will write them; otherwise the snapshot's file that they are read from.
-    Other blocks of the job are forgotten, unfinished moves too.
+    Other blocks of the job are forgotten, unfinished moves too. kept: as in `Kept`.
     """
 
     spec: JobSpec
@@ -414,6 +416,7 @@ class Host(msgspec.Struct, tag="host", frozen=True):
     blocks: tuple[int, ...]
     applied: int
     source: str
+    kept: int = 0
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -486,6 +489,15 @@ class Complete(msgspec.Struct, tag="complete", frozen=True):
     commits: tuple[HeldCommit, ...]
 
 
+class Kept(msgspec.Struct, tag="kept", frozen=True):
+    """The job's snapshot of this step is complete. So that a failure costs no more than `snapshot_every` steps, an
+    aggregator that is connected to the master applies none further behind the last complete snapshot.
+    """
+
+    job: str
+    step: int
+
+
 class Drop(msgspec.Struct, tag="drop", frozen=True):
     """Forget the job. Its files stay."""
 
@@ -551,7 +563,7 @@ class Stop(msgspec.Struct, tag="stop", frozen=True):
 ToMaster = (
     Enlist | Progress | Unreachable | Leave | Register | Ready | MovedOut | Held | WorkerLost | Saved | Usage | Failed
 )  # fmt: skip
-FromMaster = Placement | Denied | Registered | Host | Move | Hold | Complete | Drop | Stop
+FromMaster = Placement | Denied | Registered | Host | Move | Hold | Complete | Kept | Drop | Stop
 
 
 def encoder() -> msgspec.msgpack.Encoder:

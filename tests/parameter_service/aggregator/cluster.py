@@ -54,6 +54,7 @@ from computron.parameter_service.wire.segments import Segment
 
 TOKEN = "secret"
 MIB = 1 << 20
+NEVER = 1 << 40  # kept: of a job that may go on, whatever has been saved
 
 
 class FakeMaster:
@@ -95,10 +96,10 @@ class FakeMaster:
                 await self._changed.wait()
 
     async def host(self, spec: JobSpec, owners: dict[str, Sequence[int]], *, epoch: int = 1, source: str = "worker",
-                   members: Sequence[int] = (0,), applied: int = 0) -> None:  # fmt: skip
+                   members: Sequence[int] = (0,), applied: int = 0, kept: int = NEVER) -> None:  # fmt: skip
         """Waits until all are ready, unless a worker is to bring the state."""
         for who, blocks in owners.items():
-            await self.send(who, Host(spec, TOKEN, epoch, tuple(members), tuple(blocks), applied, source))
+            await self.send(who, Host(spec, TOKEN, epoch, tuple(members), tuple(blocks), applied, source, kept))
         await self.heard(lambda who, m: isinstance(m, Ready) and m.epoch == epoch, len(owners))
 
     async def move(self, spec: JobSpec, who: str, to: str, blocks: Sequence[int], epoch: int = 1) -> None:

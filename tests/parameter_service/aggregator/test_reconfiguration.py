@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from computron.parameter_service.versions.files import finish
-from computron.parameter_service.wire.messages import Host, Hyperparameters, Saved, WorkerLost
-from tests.parameter_service.aggregator.cluster import TOKEN, FakeMaster, RawWorker, Reference, cluster, job
+from computron.parameter_service.wire.messages import Host, Hyperparameters, JobSpec, Kept, Saved, WorkerLost
+from tests.parameter_service.aggregator.cluster import NEVER, TOKEN, FakeMaster, RawWorker, Reference, cluster, job
 from tests.parameter_service.aggregator.test_steps import ADAM, assert_equal, one_step, spread, started
 
 HYPER = Hyperparameters(**ADAM)
@@ -106,7 +106,7 @@ async def test_a_job_goes_back_to_its_snapshot_and_on_from_there(tmp_path: Path)
         await master.hold(spec, 2, "a")
         new = {"a": owners["a"], "c": owners["b"]}
         for who, indices in new.items():
-            await master.send(who, Host(spec, TOKEN, 2, (0, 1), tuple(indices), 2, str(path)))
+            await master.send(who, Host(spec, TOKEN, 2, (0, 1), tuple(indices), 2, str(path), NEVER))
         await master.heard(lambda who, m: type(m).__name__ == "Ready" and m.epoch == 2 and bool(m.blocks), 2)
         with torch.no_grad():
             for parameter, value in zip(reference.parameters, saved, strict=True):
@@ -119,6 +119,39 @@ async def test_a_job_goes_back_to_its_snapshot_and_on_from_there(tmp_path: Path)
         assert_equal(workers, reference)
         await one_step(workers, reference, 4, ADAM)
         assert_equal(workers, reference)
+
+
+async def test_no_step_is_applied_that_a_failure_could_take_back_with_too_many(tmp_path: Path) -> None:
+    spec = job(workers=1, snapshot_every=2)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a", "b")
+    blocks = len(reference.layout.blocks)
+    async with cluster("a", "b", folder=tmp_path) as master:
+        await master.host(spec, owners, kept=-2)
+        worker = RawWorker(master, spec)
+        await worker.join(owners)
+        await worker.initialise(reference.flat())
+        await snapshot(master, 0, blocks)
+        gradients = [reference.gradients()]
+        worker.gradient.copy_(reference.flat(gradients[0]))
+        await worker.commit(1, HYPER)
+        await worker.read("exp_avg")  # the commit has been taken
+        assert not worker.applied
+        await kept(master, spec, 0)
+        await worker.answered(1)
+        reference.step(gradients)
+        await one_step([worker], reference, 2, ADAM)
+        await snapshot(master, 2, blocks)
+        await worker.commit(3, HYPER)
+        await worker.read("exp_avg")
+        assert set(worker.applied.values()) == {2}
+        await kept(master, spec, 2)
+        await worker.answered(3)
+
+
+async def kept(master: FakeMaster, spec: JobSpec, step: int) -> None:
+    for name in master.addresses:
+        await master.send(name, Kept(spec.job, step))
 
 
 async def test_a_version_is_what_the_parameters_were_at_its_step(tmp_path: Path) -> None:
