@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from computron.cli.output import fail, output, wide
 from computron.cli.parameter_service.client import DEFAULT_URL, ApiKey, Url, call, quoted
 from computron.cli.parameter_service.tables import aggregators_table, jobs_table
 
+LOOK_EVERY = 0.1  # seconds
 Job = Annotated[str, typer.Argument(help="Name of the job.", show_default=False)]
 
 
@@ -74,15 +76,28 @@ def drain(
     aggregator: Annotated[str, typer.Argument(help="Name of the aggregator.", show_default=False)],
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait until it holds nothing any more.")] = 0.0,
 ) -> None:
     """Move everything away from an aggregator, and stop it then.
 
-    Example:
+    Examples:
 
         computron parameter-service drain aggregator-2
+
+        computron parameter-service drain aggregator-2 --wait 60
     """
     call(url, "POST", f"/v1/aggregators/{quoted(aggregator)}/drain", api_key)
-    output.print(f"{aggregator} is being drained")
+    deadline = time.monotonic() + wait
+    while wait and (blocks := _blocks_at(aggregator, url, api_key)):
+        if time.monotonic() >= deadline:
+            fail(f"{aggregator} still holds {blocks} blocks after {wait:g} s; it goes on being drained")
+        time.sleep(LOOK_EVERY)
+    output.print(f"{aggregator} is empty" if wait else f"{aggregator} is being drained")
+
+
+def _blocks_at(aggregator: str, url: str, api_key: str | None) -> int:
+    known = call(url, "GET", "/v1/aggregators", api_key)["data"]
+    return sum(sum(one["jobs"].values()) for one in known if one["id"] == aggregator)
 
 
 def delete(job: Job, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:

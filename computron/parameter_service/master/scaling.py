@@ -2,6 +2,7 @@
 
 1. A job loses more than its limit: its blocks are moved, to aggregators that are started first if there are none.
 2. Nothing of the kind for a while, and the others can carry the work of the least loaded aggregator: it is drained.
+   Where somebody else starts the aggregators, one fewer is wanted, and whoever stops one has it drained first.
 3. An aggregator that is drained and empty is stopped.
 """
 
@@ -159,7 +160,8 @@ class Scaling:
         self._order(moves, names, now)
 
     def _look_for_dispensable(self, fleet: Fleet, now: float) -> None:
-        name = self._packer.shrink(fleet) if len(fleet.servers) > self._minimum else None
+        spare = len(fleet.servers) > self._minimum and (self.settings.starts or len(fleet.servers) <= self.wanted)
+        name = self._packer.shrink(fleet) if spare else None
         if name is None:
             self._dispensable_since = None
         elif self._dispensable_since is None:
@@ -168,7 +170,8 @@ class Scaling:
             log.info("scale_in aggregator=%s", name)
             self._dispensable_since = None
             self._extra = max(0, self._extra - 1)
-            self._state.aggregators[name].draining = True
+            if self.settings.starts:
+                self._state.aggregators[name].draining = True
 
     def _stop_drained(self, now: float) -> None:
         for known in list(self._state.aggregators.values()):

@@ -69,7 +69,7 @@ class MasterSettings:
 
 
 class MasterServer:
-    """`async with` it: it listens within. `url`: where."""
+    """`async with` it: it listens within. url: where. ticking: ends with the error if the master fails."""
 
     def __init__(self, settings: MasterSettings) -> None:
         self.settings = settings
@@ -103,12 +103,12 @@ class MasterServer:
         )
         for name, started in list(self._journal.book.started.items()):
             self._processes.adopt(name, started.pid, started.began)
-        self._ticking = asyncio.create_task(self._tick())
+        self.ticking = asyncio.create_task(self._tick())
         log.info("master_started url=%s jobs=%d", self.url, len(self.master.state.jobs))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._ticking.cancel()
+        self.ticking.cancel()
         for link in list(self._links.values()):
             await link.close()
         await self._runner.cleanup()
@@ -239,7 +239,11 @@ def run(settings: MasterSettings, ready: Callable[[str], None]) -> None:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         async with MasterServer(settings) as server:
             ready(server.url)
-            await stop.wait()
+            stopped = asyncio.ensure_future(stop.wait())
+            await asyncio.wait((stopped, server.ticking), return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            if server.ticking.done():
+                server.ticking.result()  # a defect: the next master reads the log and goes on
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve())

@@ -67,7 +67,8 @@ async def test_jobs_and_aggregators_are_shown(tmp_path: Path) -> None:
 async def test_blocks_are_moved_aggregators_drained_and_jobs_deleted(tmp_path: Path) -> None:
     async def look(url: str) -> None:
         assert await typed(url, "move", "lm", "--blocks", "0,1", "--to", "two") == (0, "2 blocks are on their way")
-        assert await typed(url, "drain", "one") == (0, "one is being drained")
+        assert await typed(url, "drain", "one", "--wait", "10") == (0, "one is empty")
+        assert await typed(url, "drain", "nobody") == (1, "error: there is no aggregator nobody")
         assert await typed(url, "delete", "lm") == (0, "lm is deleted")
         code, said = await typed(url, "delete", "lm")
         assert (code, "there is no job lm" in said) == (1, True)

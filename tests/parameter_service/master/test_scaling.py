@@ -164,6 +164,22 @@ def test_an_aggregator_that_is_not_needed_is_drained_and_stopped_after_a_while()
     assert bench.wait(5.0) == []
 
 
+def test_whoever_starts_the_aggregators_also_chooses_which_one_ends() -> None:
+    bench = Bench(minimum=1, maximum=3, starts=False)
+    bench.tell(CountAsked(2))
+    bench.register("one")
+    bench.register("two", 2)
+    bench.tell(CountAsked(1))
+    for _ in range(9):
+        bench.wait(1.0)
+    assert bench.master.scaling.wanted == 1
+    assert not bench.heard("one", Stop)
+    assert not bench.heard("two", Stop)
+    bench.tell(DrainAsked("two"))
+    bench.wait(0.1)
+    assert bench.heard("two", Stop)
+
+
 def test_a_drained_aggregator_gives_its_blocks_away_before_it_stops() -> None:
     bench = Bench(minimum=2, maximum=2)
     for pid, name in enumerate(bench.wait(), 1):
