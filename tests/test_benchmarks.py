@@ -14,6 +14,11 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 PROMISED = {
+    "bench_aggregation": {"aggregation.step_overhead", "aggregation.shm_share", "aggregation.tcp_share"},
+    "bench_faults": {
+        *("faults.kills", "faults.lost_steps", "faults.wrong_parameters", "faults.loss"),
+        *(f"faults.{target}.recovery" for target in ("aggregator", "master", "worker")),
+    },
     "bench_transfer": {"transfer.memcpy_share", "transfer.emulated_error"},
     "bench_swap": {"swap.over_bound", "swap.partial.over_bound", "swap.vs_write_back"},
     "bench_exchange": {f"exchange.{nodes}_nodes.{width}.ratio" for nodes in (2, 4) for width in (576, 4096)},

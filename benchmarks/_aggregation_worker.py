@@ -1,0 +1,85 @@
+"""A worker of bench_aggregation, in a process of its own. Prints one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+
+from computron.parameter_service import AdamW, ParameterService
+from computron.parameter_service.agent.staging import Staging
+from computron.parameter_service.layout import Layout, TensorSpec
+
+SIDE = 1000  # of the square matrices that the parameters are
+WARM_UP = 3
+
+
+def overhead(master: str, elements: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of `step()`: of this agent, and of torch's fused optimizer, in turn."""
+    shapes = [(SIDE, SIDE)] * (elements // SIDE**2)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    gradients = [torch.randn(shape) for shape in shapes]
+    service = ParameterService(master=master, job="overhead", token="overhead", rank=0)
+    taken: dict[str, list[float]] = {"service": [], "torch": []}
+    with AdamW(ours, lr=1e-4, service=service) as agent:
+        local = torch.optim.AdamW(theirs, lr=1e-4, fused=True)
+        for _ in range(WARM_UP + rounds):
+            for name, parameters, optimizer in (("service", ours, agent), ("torch", theirs, local)):
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient.clone()
+                start = time.perf_counter()
+                optimizer.step()
+                taken[name].append(time.perf_counter() - start)
+                optimizer.zero_grad()
+        same = all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    if not same:
+        raise RuntimeError("the service's parameters are not those of torch")
+    return {name: seconds[WARM_UP:] for name, seconds in taken.items()}
+
+
+def shared(elements: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds to stage gradients in shared memory, and to memcpy them to other memory."""
+    tensors = [TensorSpec(str(number), (SIDE, SIDE), "float32", 0) for number in range(elements // SIDE**2)]
+    gradients = [torch.randn(SIDE, SIDE) for _ in tensors]
+    copies = [torch.zeros(SIDE, SIDE) for _ in tensors]
+    left = 0
+
+    def staged(blocks: list[int], final: bool) -> None:
+        nonlocal left
+        left -= len(blocks)
+
+    def failed(error: BaseException) -> None:
+        raise error
+
+    layout = Layout(tensors)
+    staging = Staging(layout, "float32", staged=staged, may_write=lambda block: True, idle=lambda: None, failed=failed)
+    taken: dict[str, list[float]] = {"service": [], "memcpy": []}
+    for _ in range(WARM_UP + rounds):
+        staging.begin()
+        left = len(layout.blocks)
+        start = time.perf_counter()
+        staging.finish(list(enumerate(gradients)))
+        while not staging.idle:
+            time.sleep(0)
+        taken["service"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for copy, gradient in zip(copies, gradients, strict=True):
+            copy.copy_(gradient)
+        taken["memcpy"].append(time.perf_counter() - start)
+    staging.close()
+    return {name: seconds[WARM_UP:] for name, seconds in taken.items()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    what, rounds, elements = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    found: Any = overhead(sys.argv[4], elements, rounds) if what == "overhead" else shared(elements, rounds)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
