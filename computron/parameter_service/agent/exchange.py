@@ -179,7 +179,7 @@ class Exchange:
                 return progress.applied(sender, message)
             case Parameters():
                 self.skipped = message.skipped
-                return progress.received(sender, message)
+                return progress.read(sender, message.block, message.step)
             case Contents(part=part) if part == PARAMETERS:
                 return progress.read(sender, message.block, message.applied)
             case Contents() | Written():

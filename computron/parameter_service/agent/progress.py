@@ -1,9 +1,10 @@
 """How far a worker is, and what it tells whom next. Pure: events in, actions out; no clock, no socket, no thread.
 
 A step goes as follows. Blocks are staged, one by one or all at once (`staged`); what goes by TCP is pushed. The
-training thread wants the step taken (`commit`). Alone, or where nothing lasts (optimizer "sum"), a block is committed
-as soon as its gradient is with its owner; otherwise all of them are, when the last one is (the first phase is over: who
-dies from now on is not missed). A block is through when its owner says so (`applied`), a step when all blocks are.
+training thread wants the step taken (`commit`). All blocks are committed when the gradients of all of them are with
+their owners: whoever finds a step half taken can complete it without this worker. Only where nothing lasts (optimizer
+"sum") a block is committed as soon as its own gradient is there. A block is through when its owner says so (`applied`),
+a step when all blocks are.
 
 What may come between, at any moment: an owner gives blocks away (`moved`): they are pushed and committed again to the
 new one. A link breaks (`lost`) and comes back (`connected`): the same. The master reconfigures the job (`placed`):
@@ -39,7 +40,6 @@ from computron.parameter_service.wire.messages import (
     Joined,
     Moved,
     Norms,
-    Parameters,
     Placement,
     Push,
     Pushed,
@@ -54,8 +54,8 @@ PARAMETERS = "parameters"
 
 class Progress:
     """step: the last one that all blocks have seen. generation: how often the job went on from another step than this
-    worker was in. lost_steps: that rollbacks took back. eager: blocks are committed one by one, whoever else takes
-    part.
+    worker was in. lost_steps: that rollbacks took back. eager: blocks are committed one by one; a step that a new epoch
+    finds half taken is dropped.
     """
 
     def __init__(self, job: str, token: str, incarnation: str, blocks: int, *, eager: bool = False) -> None:
@@ -95,10 +95,6 @@ class Progress:
         return sum(self._norms[index] for index in range(len(self.blocks)))
 
     @property
-    def alone(self) -> bool:
-        return len(self.members) == 1
-
-    @property
     def wants_step(self) -> bool:
         return self._wish is not None
 
@@ -114,6 +110,7 @@ class Progress:
         touched = [index for index in touched if self.blocks[index].applied < step]
         for index in touched:
             self.blocks[index].staged = step
+            self._not_flushed(index)
             self.ledger.unplace(index)
         return self._advance(touched)
 
@@ -147,7 +144,7 @@ class Progress:
         if placement.epoch <= self.epoch:
             return []
         first, following = self.epoch == 0, self.step + 1
-        completes = placement.applied == following and self._wish is not None
+        completes = placement.applied == following and self._wish is not None and not self._eager
         self.epoch, self.rank, self.members = placement.epoch, placement.rank, placement.members
         self._unwritten = set(range(len(self.blocks))) if placement.initialise else set()
         jumps = first or not (placement.applied == self.step or completes)
@@ -242,9 +239,6 @@ class Progress:
         """Parameters are coming in: the ones before are no more."""
         self.blocks[block].filling = True
 
-    def received(self, sender: str, message: Parameters) -> list[Action]:
-        return self.read(sender, message.block, message.step)
-
     def read(self, sender: str, index: int, step: int) -> list[Action]:
         """The block's parameters after this step have come in."""
         block = self.blocks[index]
@@ -274,9 +268,9 @@ class Progress:
         if peer is None or peer.flushing is None:
             return []
         flushed, peer.flushing = peer.flushing, None
-        if message.step != self.step + 1:
-            return []
-        touched = [i for i in flushed if self.blocks[i].owner == sender and self.blocks[i].pushed]
+        touched = [
+            i for i in flushed if i in self.ledger.missing and self.blocks[i].owner == sender and self.blocks[i].pushed
+        ]
         for index in touched:
             self.ledger.place(index)
         return self._advance(touched)
@@ -310,15 +304,11 @@ class Progress:
         if self._norm_scale is not None and not self.ledger.unplaced:
             actions += self._ask()
         if self._wish is not None:
-            if self._one_by_one:
+            if self._eager:
                 actions += self._commit_blocks(index for index in touched if self.blocks[index].placed)
             elif not self.ledger.unplaced and self.ledger.missing <= self._wished:
                 actions += self._commit_blocks(self.ledger.missing)
         return actions
-
-    @property
-    def _one_by_one(self) -> bool:
-        return self._eager or self.alone
 
     def _push(self, index: int) -> list[Action]:
         block = self.blocks[index]
@@ -328,7 +318,7 @@ class Progress:
         if self.peers[block.owner].shared:
             self.ledger.place(index)
             return []
-        if self._one_by_one:  # its commit comes behind it
+        if self._eager:  # its commit comes behind it
             self.ledger.place(index)
         return [Send(block.owner, Push(self.job, self.epoch, block.staged, index))]
 
@@ -396,5 +386,12 @@ class Progress:
         self.ledger.begin(done)
 
     def _leave_owner(self, index: int) -> None:
+        self._not_flushed(index)
         self.ledger.leave_owner(index)
         self._norms.pop(index, None)
+
+    def _not_flushed(self, index: int) -> None:
+        """The answer to a Flush that is on its way says nothing of this block."""
+        peer = self.peers.get(self.blocks[index].owner)
+        if peer is not None and peer.flushing is not None:
+            peer.flushing.discard(index)

@@ -78,9 +78,9 @@ def address(name):
     return Address(name, "host", 1, "machine", "")
 
 
-def started(*, members=(0,), owners=(0, 1), shared=True, applied=0):
+def started(*, members=(0,), owners=(0, 1), shared=True, applied=0, eager=False):
     """A worker whose blocks all aggregators have."""
-    progress = Progress("job", "token", "me", len(owners))
+    progress = Progress("job", "token", "me", len(owners), eager=eager)
     names = [f"a{n}" for n in range(max(owners) + 1)]
     addresses = tuple(map(address, names))
     placement = Placement("job", 1, 0, members, owners, addresses, applied)
@@ -101,8 +101,8 @@ def commit(step, *blocks):
     return Commit("job", 1, step, GROUPS, blocks)
 
 
-def test_a_worker_alone_commits_each_block_when_it_is_staged():
-    progress = started()
+def test_a_sum_is_committed_block_by_block():
+    progress = started(eager=True)
     assert progress.staged(1, [0]) == []
     assert progress.commit(Wish(1, GROUPS), [0]) == [Send("a0", commit(1, 0))]
     assert progress.staged(1, [1]) == []
@@ -113,8 +113,9 @@ def test_a_worker_alone_commits_each_block_when_it_is_staged():
     assert progress.step == 1
 
 
-def test_two_workers_commit_when_everything_is_in_place_everywhere():
-    progress = started(members=(0, 1), shared=False)
+@pytest.mark.parametrize("members", [(0,), (0, 1)])
+def test_a_worker_commits_when_everything_is_in_place_everywhere(members):
+    progress = started(members=members, shared=False)
     assert progress.staged(1, [0]) == [Send("a0", Push("job", 1, 1, 0))]
     assert progress.commit(Wish(1, GROUPS), [0]) == []
     assert progress.staged(1, [1]) == [Send("a1", Push("job", 1, 1, 1))]

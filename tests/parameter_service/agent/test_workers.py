@@ -175,3 +175,32 @@ def test_an_optimizer_that_was_closed_says_so(cluster):
     optimizer.close()
     with pytest.raises(ParameterServiceError, match="job job was left"):
         optimizer.step()
+
+
+def test_a_forked_process_cannot_use_it(cluster, monkeypatch):
+    model = network()
+    with service.SGD(model.parameters(), lr=0.1, service=cluster.service()) as optimizer:
+        loss(model, batch_of(0, 0)).backward()
+        with monkeypatch.context() as other:
+            other.setattr("os.getpid", lambda: 1)
+            with pytest.raises(RuntimeError, match="only in the process that made it"):
+                optimizer.step()
+        optimizer.step()
+
+
+def test_a_long_wait_says_what_it_waits_for(cluster, monkeypatch, caplog):
+    monkeypatch.setattr("computron.parameter_service.agent.session.PATIENCE", 0.05)
+    monkeypatch.setattr("computron.parameter_service.agent.session.WAKE", 0.02)
+    worker = Worker(cluster, 0, 2, 1)
+    deadline = time.monotonic() + 10
+    while "for the master's placement" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    Worker(cluster, 1, 2, 1).finish()
+    worker.finish()
+
+
+def test_a_worker_that_is_refused_by_the_master_says_why(cluster):
+    wrong = dataclasses.replace(cluster.service(), master=f"{cluster.url}/nowhere")
+    with pytest.raises(JobRefused, match="answers 404"):
+        service.SGD(network().parameters(), lr=0.1, service=wrong)

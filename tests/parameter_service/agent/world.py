@@ -111,10 +111,13 @@ class World:
             self.fresh_epoch(step)
 
     def move(self) -> None:
-        """A block that nobody has committed leaves."""
+        """A block whose next step nobody has pushed or committed leaves."""
         index = self.random.randrange(len(self.held))
         block, to = self.held[index], self.random.choice(self.names)
-        if block.applied < 0 or block.applied + 1 in block.committed.values() or to == self.owner[index]:
+        following = block.applied + 1
+        if block.applied < 0 or to == self.owner[index] or following in block.committed.values():
+            return
+        if following in block.pushed.values():
             return
         message = Moved("job", self.epoch, block.applied, (index,), _address(to))
         self.gone[self.owner[index], index] = message
@@ -193,6 +196,9 @@ class World:
 
     def serve(self, rank: int, name: str, message, staged: int) -> None:
         epoch = getattr(message, "epoch", self.epoch)
+        if isinstance(message, Flush):
+            self.tell(rank, name, Pushed("job", message.step))
+            return
         if epoch != self.epoch:
             self.tell(rank, name, Refused("job", "stale_epoch", "old"))
             return
@@ -220,8 +226,6 @@ class World:
             case Push(block=index) if self.owner[index] == name:
                 assert self.held[index].applied + 1 >= message.step
                 self.held[index].pushed[rank] = staged
-            case Flush():
-                self.tell(rank, name, Pushed("job", message.step))
             case Commit():
                 for index in message.blocks:
                     self.commit(rank, name, index, message.step)
@@ -236,23 +240,20 @@ class World:
             self.tell_applied(rank, name, index, step)
             return
         assert step == block.applied + 1
+        if self.eager and self.staged(rank, index) != step:  # it was away when the gradient came
+            self.tell(rank, name, Refused("job", "not_owner", "", step, (index,)))
+            return
         assert self.staged(rank, index) == step, "committed before it was staged"
         block.committed[rank] = step
-        if len(self.workers) > 1 and not self.eager:
+        if not self.eager:
             for other, held in enumerate(self.held):
-                assert held.applied >= step or self.staged(rank, other) == step or held.applied < step - 1 or (
-                    not self.shared and self.owner[other] != name and self.moved_since(other, rank)
-                ), "committed before all was staged"  # fmt: skip
+                assert held.applied >= step or self.staged(rank, other) == step, "committed before all was staged"
         if all(block.committed.get(r) == step for r in range(len(self.workers))):
             block.applied = step
             block.committed.clear()
             self.history.append((index, step))
             for r in range(len(self.workers)):
                 self.tell_applied(r, name, index, step)
-
-    def moved_since(self, index: int, rank: int) -> bool:
-        """Its gradient was with the owner before."""
-        return rank not in self.held[index].pushed
 
     def hosted(self, blocks: list[int]) -> Joined:
         complete = [index for index in blocks if self.held[index].applied >= 0]
