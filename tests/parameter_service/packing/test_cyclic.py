@@ -31,11 +31,12 @@ def test_a_job_on_two_aggregators_has_the_longest_of_its_stretches():
     assert Cyclic().losses(fleet)["both"] == pytest.approx(0.1)  # 0.5 with "long", 0.475 with "middle"
 
 
-def test_a_stretched_job_makes_the_cycle_longer_where_it_is_the_longest():
+@pytest.mark.parametrize(("one", "other"), ["ab", "ba"])
+def test_a_stretched_job_makes_the_cycle_longer_where_it_is_the_longest(one, other):
     fleet = fleet_of(
-        (job("long", 1.0, [0.1]), "a"),
-        (job("both", 0.9, [0.1, 0.1]), "ab"),
-        (job("short", 0.45, [0.1]), "b"),
+        (job("long", 1.0, [0.1]), one),
+        (job("both", 0.9, [0.1, 0.1]), one + other),
+        (job("short", 0.45, [0.1]), other),
     )
     assert Cyclic().losses(fleet) == {"long": 0.0, "both": pytest.approx(0.1), "short": pytest.approx(0.1)}
 
