@@ -137,5 +137,6 @@ class Hosts:
         ours = {block for block, owner in enumerate(placed.owners) if owner == name}
         if hosted is not None:
             job.hosts.add(name)
-        if there != ours or (hosted is not None and hosted.epoch != placed.epoch):
+        on_the_way = {block for block, to in job.book.moving.items() if name in (to, placed.owners[block])}
+        if there != ours or on_the_way or (hosted is not None and hosted.epoch != placed.epoch):
             job.mismatch = True

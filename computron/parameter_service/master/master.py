@@ -84,7 +84,6 @@ class Master:
                 self._asked(event, now)
         for job in self._concerned(event):
             self._reconfiguration.advance(job, now)
-            self._moves.look_at_time(job, now)
         if isinstance(event, Tick):
             self.scaling.advance(now)
         orders, self.state.orders = self.state.orders, []
@@ -170,7 +169,7 @@ class Master:
                 self._reconfiguration.ready(job, name, message)
             case Failed(order="move"):
                 log.warning("move_failed job=%s aggregator=%s reason=%s", job.name, name, message.message)
-                self._moves.failed(job, name)
+                self._moves.failed(job, name, now)
             case Failed(order="host" | "hold" | "complete"):
                 self._reconfiguration.failed(job, name, message, now)
             case Failed():

@@ -23,7 +23,7 @@ class Moves:
         placed = job.book.placed
         if job.change is not None or placed is None or placed.epoch != job.book.epoch or job.failed is not None:
             return 0
-        if target is None or target.address is None or target.link is None:
+        if target is None or target.address is None or target.link is None or now < job.still_until:
             return 0
         by_owner: dict[str, list[int]] = defaultdict(list)
         for block in blocks:
@@ -32,7 +32,6 @@ class Moves:
                 by_owner[owner].append(block)
         for owner, moved in sorted(by_owner.items()):
             self._state.write(MoveBegun(job.name, tuple(moved), to))
-            job.moves.update(dict.fromkeys(moved, now + self._state.limits.move))
             self._state.tell(owner, Move(job.name, placed.epoch, tuple(moved), target.address))
         return sum(map(len, by_owner.values()))
 
@@ -44,25 +43,15 @@ class Moves:
         blocks = tuple(block for block in message.blocks if 0 <= block < len(owners) and owners[block] == aggregator)
         if not blocks:
             return
-        for block in blocks:
-            job.moves.pop(block, None)
         self._state.write(MoveEnded(job.name, blocks, message.to))
         self._state.migrations += len(blocks)
         job.saw(message.applied, now)
 
-    def failed(self, job: Job, aggregator: str) -> None:
-        """What this aggregator was to move stays, as far as is known: whoever has it will say so."""
-        ours = tuple(block for block in job.book.moving if job.book.owners[block] == aggregator)
+    def failed(self, job: Job, aggregator: str, now: float) -> None:
+        """What this aggregator was to move stays, for a while at least. Whoever was to have it may have some of it."""
+        moving = job.book.moving
+        ours = tuple(sorted(block for block in moving if job.book.owners[block] == aggregator))
         if ours:
+            job.hosts.update(moving[block] for block in ours)
+            job.still_until = now + self._state.limits.still
             self._state.write(MoveEnded(job.name, ours, aggregator))
-        for block in ours:
-            job.moves.pop(block, None)
-
-    def look_at_time(self, job: Job, now: float) -> None:
-        """A move that nobody answers keeps its place in the book, where both ends are asked if anything happens; but
-        its block may be ordered away again.
-        """
-        late = tuple(sorted(block for block, until in job.moves.items() if now >= until))
-        for block in late:
-            del job.moves[block]
-            log.warning("move_late job=%s block=%d to=%s", job.name, block, job.book.moving.get(block))

@@ -203,7 +203,7 @@ class Reconfiguration:
         assert book.placed is not None
         if book.placed.epoch != book.epoch or job.mismatch:
             return "the master was away"
-        for owner in sorted(set(book.owners)):
+        for owner in sorted({*book.owners, *book.moving.values()}):
             if owner not in self._state.aggregators:
                 return f"{owner or 'an aggregator'} died"
             if owner in job.excluded:
@@ -232,7 +232,6 @@ class Reconfiguration:
         epoch = job.book.epoch + 1
         state.write(EpochBegun(job.name, epoch))
         state.reconfigurations += 1
-        job.moves.clear()
         job.doubted.clear()
         job.mismatch = False
         change = job.change = Change(epoch, reason, now + state.limits.hold)

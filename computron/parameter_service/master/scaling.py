@@ -123,7 +123,7 @@ class Scaling:
 
     def _evaluate(self, now: float) -> None:
         usable = [known.id for known in self._staying() if known.link is not None]
-        if not usable or any(job.change is not None or job.book.moving for job in self._state.jobs.values()):
+        if not usable or any(job.book.moving and job.change is None for job in self._state.jobs.values()):
             return
         fleet = fleet_of(self._state, usable)
         self.predicted = self._packer.losses(fleet)

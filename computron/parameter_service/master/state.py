@@ -25,8 +25,8 @@ class Limits:
     stands still. unreachable: how long a job may stand still because a member cannot reach an aggregator that is up.
     exclusion: how long an aggregator that did not answer or could not be reached gets nothing of the job. idle: after
     which a job that nobody works on gives its memory back. forget: how long an aggregator that has nothing is
-    remembered without a link. move: how long a move is waited for. read_rate: bytes a second at which a snapshot is
-    read at the least.
+    remembered without a link. still: how long nothing of a job is moved after a move that failed. read_rate: bytes a
+    second at which a snapshot is read at the least.
     """
 
     hold: float = 2.0
@@ -37,7 +37,7 @@ class Limits:
     exclusion: float = 10.0
     idle: float = 600.0
     forget: float = 60.0
-    move: float = 30.0
+    still: float = 5.0
     read_rate: float = 50e6
     max_job_memory: int | None = None
 
@@ -106,9 +106,9 @@ class Job:
     """excluded: aggregators that count as lost for this job, until when. doubted: those that a member cannot reach,
     since when. mismatch: an aggregator has something else than what the book says. mismatch_of_log: the log did not
     have the job, an aggregator had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute
-    thread a step, by block. cpu_total: seconds of it so far. saving: blocks in each unfinished file. moves: pending
-    ones by block, with the time until which they are waited for. hosts: aggregators that have or had blocks. fenced:
-    those of `Placed.unfenced` that can do no harm any more.
+    thread a step, by block. cpu_total: seconds of it so far. saving: blocks in each unfinished file. hosts:
+    aggregators that have or had blocks. fenced: those of `Placed.unfenced` that can do no harm any more. still_until:
+    until then nothing is moved.
     """
 
     book: JobBook
@@ -126,9 +126,9 @@ class Job:
     cpu_total: float = 0.0
     late: float = 0.0
     saving: dict[tuple[str, int, str], set[int]] = field(default_factory=dict)
-    moves: dict[int, float] = field(default_factory=dict)
     hosts: set[str] = field(default_factory=set)
     fenced: set[str] = field(default_factory=set)
+    still_until: float = 0.0
     idle_since: float | None = None
 
     @property

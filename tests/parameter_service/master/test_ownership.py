@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from computron.parameter_service.master.events import MoveAsked
 from tests.parameter_service.master.world import SimPeer, SimWorker, World
 
 FOR_EVER = 1e9
@@ -83,3 +84,21 @@ def test_a_member_that_vanishes_before_it_follows_does_not_let_others_take_the_j
     world.check()
     assert newcomer.placement is not None
     assert newcomer.placement.members == (0, 1)
+
+
+def test_a_move_whose_target_dies_comes_to_nothing_and_the_job_goes_on() -> None:
+    world = training(workers=1)
+    worker = world.workers[0]
+    assert worker.placement is not None
+    owner = world.aggregators[worker.placement.addresses[0].aggregator]
+    (target,) = [aggregator for aggregator in world.aggregators.values() if aggregator is not owner]
+    world.tell(MoveAsked("lm", (0,), target.name))
+    while owner.inbox:
+        world.deliver(owner)
+    assert owner.job is not None
+    assert owner.job.blocks[0].target == target.name
+    world.kill_aggregator(target)
+    step = worker.step
+    go_on(world, 10.0)
+    assert worker.step > step + 1
+    assert world.master.state.jobs["lm"].book.lost == 0

@@ -24,6 +24,7 @@ from computron.parameter_service.master.records import Book
 from computron.parameter_service.master.scaling import ScalingSettings
 from computron.parameter_service.packing import PACKERS
 from computron.parameter_service.wire.messages import (
+    Failed,
     JobUsage,
     Move,
     MovedOut,
@@ -194,6 +195,24 @@ def test_a_drained_aggregator_gives_its_blocks_away_before_it_stops() -> None:
     bench.wait(0.1)
     assert bench.heard(owner, Stop)
     assert set(bench.master.state.jobs["a"].book.owners) == {move.to.aggregator}
+
+
+def test_a_move_that_failed_is_tried_again_only_after_a_while() -> None:
+    bench = Bench(minimum=2, maximum=2)
+    for pid, name in enumerate(bench.wait(), 1):
+        bench.begin(name, pid)
+    bench.train("a")
+    (owner,) = set(bench.master.state.jobs["a"].book.owners)
+    bench.tell(DrainAsked(owner))
+    bench.wait(0.1)
+    bench.say(owner, Failed("a", 1, "move", "no room"))
+    for _ in range(4):
+        bench.wait(1.0)
+    assert len(bench.heard(owner, Move)) == 1
+    for _ in range(4):
+        bench.wait(1.0)
+    assert len(bench.heard(owner, Move)) == 2
+    assert set(bench.master.state.jobs["a"].book.owners) == {owner}
 
 
 def test_the_last_aggregator_is_not_drained() -> None:
