@@ -14,9 +14,9 @@ from computron.parameter_service.packing.queueing import Burst, Wait, wait_of
 class Utilisation(Packer):
     """A job's blocks are cut in one to `limits.pieces` even pieces, each on an aggregator; more only if they must be.
 
-    Pieces are worked on at the same time and wait less, so that a job may be faster than alone. Of all places where
-    every job that notices stays within its limit and every shared aggregator within its utilisation, that one is
-    taken at which they together lose least.
+    Pieces are worked on at the same time and wait less, so that a job may be faster than alone. Of the places tried at
+    which every job that notices stays within its limit and every shared aggregator within its utilisation, that one is
+    taken where they together lose least: more pieces as long as that helps.
     """
 
     name = "utilisation"
