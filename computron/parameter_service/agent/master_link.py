@@ -51,23 +51,24 @@ class MasterLink:
     async def run(self) -> None:
         """Until it is cancelled. Raises JobRefused if the master will have nothing to do with us."""
         pause = FIRST_PAUSE
+        level = logging.WARNING  # of the next trouble: a master that stays away is told of once
         async with aiohttp.ClientSession(headers=self._headers) as session:
             while True:
                 try:
                     async with session.ws_connect(self._url, heartbeat=HEARTBEAT, max_msg_size=0) as socket:
                         await socket.send_bytes(self._encoder.encode(self._enlist))
                         self._socket = socket
-                        pause = FIRST_PAUSE
+                        pause, level = FIRST_PAUSE, logging.WARNING
                         async for message in socket:
                             self._take(message)
                         log.warning("the master at %s closed the link", self._url)
                 except aiohttp.WSServerHandshakeError as error:
                     if error.status in REFUSALS:
                         raise JobRefused(f"{self._url} answers {error.status}: {error.message}") from None
-                    log.warning("the master at %s answers %s", self._url, error.status)
+                    log.log(level, "the master at %s answers %s", self._url, error.status)
                 except (aiohttp.ClientError, OSError) as error:
-                    log.warning("the master at %s cannot be reached: %s", self._url, error)
-                self._socket = None
+                    log.log(level, "the master at %s cannot be reached: %s", self._url, error)
+                self._socket, level = None, logging.DEBUG
                 await asyncio.sleep(pause)
                 pause = min(LONGEST_PAUSE, pause * 2)
 

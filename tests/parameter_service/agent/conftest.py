@@ -45,6 +45,10 @@ MEMORY = 1 << 30
 
 
 class LenientServer(Server):
+    """A server that does not end the job over what can come when blocks move or links break over TCP: a push behind the
+    commit of another block, a commit of a block that has just left, a commit whose gradients went with the old link.
+    """
+
     def _destination(self, link, message):
         if isinstance(message, Push):
             job, worker = self._worker(link, message.epoch)
