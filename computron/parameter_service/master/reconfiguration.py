@@ -19,11 +19,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
+from computron.parameter_service.master.findings import best, commits_of, is_followed, silent
 from computron.parameter_service.master.placement import Placer
+from computron.parameter_service.master.reasons import (
+    enough,
+    look_for_doubts,
+    look_for_idleness,
+    look_for_members,
+    reason_to_begin,
+)
 from computron.parameter_service.master.records import (
     EpochBegun,
     JobFailed,
-    JobUnhosted,
     MemberGone,
     Placed,
     SnapshotBad,
@@ -31,12 +38,10 @@ from computron.parameter_service.master.records import (
 from computron.parameter_service.master.state import FRESH, KEEP, Change, Job, Phase, State, Worker
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.messages import (
-    BlockState,
     Complete,
     Drop,
     Failed,
     Held,
-    HeldCommit,
     Hold,
     Host,
     Placement,
@@ -57,8 +62,8 @@ class Reconfiguration:
         """Do for the job what is due. To be called after every event that concerns it, and as time passes."""
         if job.failed is not None:
             return
-        self._look_for_members(job, now)
-        self._look_for_doubts(job, now)
+        look_for_members(self._state, job, now)
+        look_for_doubts(self._state, job, now)
         for name in [name for name, until in job.excluded.items() if now >= until and job.change is None]:
             del job.excluded[name]
         change = job.change
@@ -68,8 +73,10 @@ class Reconfiguration:
             if len(job.linked) >= job.book.spec.workers:
                 self._begin(job, "the job starts", now)
         else:
-            self._look_for_reasons(job, now)
-            self._look_for_idleness(job, now)
+            reason = reason_to_begin(self._state, job, now)
+            if reason is not None:
+                self._begin(job, reason, now)
+            look_for_idleness(self._state, job, now)
 
     def held(self, job: Job, aggregator: str, message: Held, now: float) -> None:
         change = job.change
@@ -154,77 +161,6 @@ class Reconfiguration:
     def _exclude(self, job: Job, aggregators: Iterable[str], now: float) -> None:
         job.exclude(aggregators, now + self._state.limits.exclusion)
 
-    # What calls for a reconfiguration.
-
-    def _look_for_members(self, job: Job, now: float) -> None:
-        limits = self._state.limits
-        for rank, worker in list(job.workers.items()):
-            if worker.link is not None:
-                continue
-            away = now - worker.unlinked
-            still = now - max(job.progressed, worker.unlinked)
-            if (worker.lost and away >= limits.loss) or still >= limits.absence or rank not in job.book.members:
-                del job.workers[rank]
-                if rank in job.book.members:
-                    log.warning("worker_lost job=%s rank=%d", job.name, rank)
-                    self._state.write(MemberGone(job.name, rank, worker.lost_for_certain))
-
-    def _look_for_doubts(self, job: Job, now: float) -> None:
-        for aggregator, since in list(job.doubted.items()):
-            if job.progressed > since or job.change is not None:
-                del job.doubted[aggregator]
-            elif now - since >= self._state.limits.unreachable:
-                del job.doubted[aggregator]
-                self._exclude(job, [aggregator], now)
-
-    def _look_for_reasons(self, job: Job, now: float) -> None:
-        members = job.book.members
-        reason = self._pressing(job)
-        if reason is None:
-            joining = [w for w in job.linked if members.get(w.rank) not in ("", w.incarnation)]
-            owners_here = all(self._state.is_linked(owner) for owner in set(job.book.owners))
-            if joining and owners_here and now - max(w.came for w in joining) >= self._state.limits.join:
-                reason = f"rank {', '.join(str(worker.rank) for worker in joining)} joins"
-        if reason is None or not self._enough(job):
-            return
-        if job.mismatch_of_log and now - job.since < self._state.limits.hold:
-            return  # other aggregators that have blocks of it are about to register
-        if not any(rank in job.workers for rank in members) and len(job.linked) < job.book.spec.workers:
-            return  # it begins anew, which takes as many workers as it said
-        self._begin(job, reason, now)
-
-    def _enough(self, job: Job) -> bool:
-        """Whether so many workers are there that the job may go on."""
-        return len(job.linked) >= max(1, job.book.spec.min_workers)
-
-    def _pressing(self, job: Job) -> str | None:
-        """Why the job cannot go on as it is."""
-        book = job.book
-        assert book.placed is not None
-        if book.placed.epoch != book.epoch or job.mismatch:
-            return "the master was away"
-        for owner in sorted({*book.owners, *book.moving.values()}):
-            if owner not in self._state.aggregators:
-                return f"{owner or 'an aggregator'} died"
-            if owner in job.excluded:
-                return f"{owner} cannot be reached"
-        if book.gone:
-            return f"rank {', '.join(map(str, sorted(book.gone)))} left"
-        return None
-
-    def _look_for_idleness(self, job: Job, now: float) -> None:
-        if job.workers:
-            job.idle_since = None
-        elif job.idle_since is None:
-            job.idle_since = now
-        elif now - job.idle_since >= self._state.limits.idle and job.book.snapshots:
-            if job.unfenced or not all(map(self._state.is_linked, job.holders)):
-                return  # somebody may still train it with an aggregator that cannot be told
-            for name in sorted(job.holders):
-                self._state.tell(name, Drop(job.name))
-            self._state.write(JobUnhosted(job.name))
-            job.hosts.clear()
-
     # 1. Hold.
 
     def _begin(self, job: Job, reason: str, now: float) -> None:
@@ -268,30 +204,12 @@ class Reconfiguration:
 
     def _may_abandon(self, job: Job, change: Change) -> bool:
         """Whether those who have not answered can never apply a step again."""
-        return all(self._is_followed(job, members) for members in self._silent(job, change).values())
-
-    def _silent(self, job: Job, change: Change) -> dict[str, tuple[tuple[int, str], ...]]:
-        """Aggregators that may be alive in an old epoch, with the members of that epoch."""
-        assert job.book.placed is not None
-        members = job.book.placed.members
-        suspects = {**dict.fromkeys(job.holders, members), **job.unfenced}
-        return {
-            name: who for name, who in suspects.items() if name in self._state.aggregators and name not in change.held
-        }
-
-    def _is_followed(self, job: Job, members: tuple[tuple[int, str], ...]) -> bool:
-        """Whether one of these will follow the new epoch, or all are certainly dead."""
-        for rank, incarnation in members:
-            worker = job.workers.get(rank)
-            if worker is not None and worker.link is not None and incarnation in ("", worker.incarnation):
-                return True
-        assert job.book.placed is not None
-        return members == job.book.placed.members and all(job.book.gone.get(rank, False) for rank, _ in members)
+        return all(is_followed(job, members) for members in silent(self._state, job, change).values())
 
     # 2. Decide.
 
     def _decide(self, job: Job, change: Change, now: float) -> None:
-        found = _best(job, {name: held for name, held in change.held.items() if name not in job.excluded})
+        found = best(job, {name: held for name, held in change.held.items() if name not in job.excluded})
         for held in change.held.values():
             for block in held.blocks:
                 job.saw(block.applied, now)
@@ -300,7 +218,7 @@ class Reconfiguration:
             return
         applied = max(step for step, _ in found.values())
         behind = {block for block, (step, _) in found.items() if step < applied}
-        commits = _commits(change, applied, set(job.book.members))
+        commits = commits_of(change, applied, set(job.book.members))
         if any(found[block][0] != applied - 1 for block in behind) or (behind and commits is None):
             self._restore(job, change, now)
             return
@@ -362,7 +280,7 @@ class Reconfiguration:
 
     def _host(self, job: Job, change: Change, now: float) -> None:
         state = self._state
-        if not self._enough(job):
+        if not enough(job):
             change.phase = Phase.COLLECTING  # too few are there to go on: decided again when others are
             job.change = None
             return
@@ -395,8 +313,8 @@ class Reconfiguration:
         rolled_back = change.source != KEEP
         first = min([worker.rank for worker in job.linked] or change.members)
         initialise = first if change.source == FRESH else None
-        silent = self._silent(job, change) if job.book.placed is not None else {}
-        unfenced = sorted((name, members) for name, members in silent.items() if name not in change.owners)
+        unheard = silent(self._state, job, change) if job.book.placed is not None else {}
+        unfenced = sorted((name, members) for name, members in unheard.items() if name not in change.owners)
         self._state.write(Placed(
             job=job.name,
             epoch=change.epoch,
@@ -427,29 +345,3 @@ class Reconfiguration:
         )  # fmt: skip
         for worker in job.linked:
             self.placement(job, worker)
-
-
-def _best(job: Job, held: dict[str, Held]) -> dict[int, tuple[int, str]]:
-    """Of each block that somebody has: the newest step, and who has it; the owner, if others have it too."""
-    found: dict[int, tuple[int, str]] = {}
-    owners = job.book.owners
-    for name, message in sorted(held.items()):
-        for state in message.blocks:
-            if not 0 <= state.block < len(job.layout.blocks):
-                continue
-            known = found.get(state.block)
-            if known is None or _rank(state, name, owners) > _rank(BlockState(state.block, known[0]), known[1], owners):
-                found[state.block] = (state.applied, name)
-    return found
-
-
-def _rank(state: BlockState, name: str, owners: tuple[str, ...]) -> tuple[int, bool]:
-    return state.applied, owners[state.block] == name
-
-
-def _commits(change: Change, step: int, members: set[int]) -> tuple[HeldCommit, ...] | None:
-    """Of all members for this step, as any aggregator has seen them; None if one's is nowhere."""
-    found = {commit.rank: commit for held in change.held.values() for commit in held.commits if commit.step == step}
-    if set(found) < members:
-        return None
-    return tuple(found[rank] for rank in sorted(members & set(found)))

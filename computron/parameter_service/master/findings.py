@@ -1,0 +1,50 @@
+"""What is known when `Hold` was answered: where blocks are, what was committed, and who has said nothing."""
+
+from __future__ import annotations
+
+from computron.parameter_service.master.state import Change, Job, State
+from computron.parameter_service.wire.messages import BlockState, Held, HeldCommit
+
+
+def silent(state: State, job: Job, change: Change) -> dict[str, tuple[tuple[int, str], ...]]:
+    """Aggregators that may be alive in an old epoch, with the members of that epoch."""
+    assert job.book.placed is not None
+    members = job.book.placed.members
+    suspects = {**dict.fromkeys(job.holders, members), **job.unfenced}
+    return {name: who for name, who in suspects.items() if name in state.aggregators and name not in change.held}
+
+
+def is_followed(job: Job, members: tuple[tuple[int, str], ...]) -> bool:
+    """Whether one of these will follow the new epoch, or all are certainly dead."""
+    for rank, incarnation in members:
+        worker = job.workers.get(rank)
+        if worker is not None and worker.link is not None and incarnation in ("", worker.incarnation):
+            return True
+    assert job.book.placed is not None
+    return members == job.book.placed.members and all(job.book.gone.get(rank, False) for rank, _ in members)
+
+
+def best(job: Job, held: dict[str, Held]) -> dict[int, tuple[int, str]]:
+    """Of each block that somebody has: the newest step, and who has it; the owner, if others have it too."""
+    found: dict[int, tuple[int, str]] = {}
+    owners = job.book.owners
+    for name, message in sorted(held.items()):
+        for state in message.blocks:
+            if not 0 <= state.block < len(job.layout.blocks):
+                continue
+            known = found.get(state.block)
+            if known is None or _rank(state, name, owners) > _rank(BlockState(state.block, known[0]), known[1], owners):
+                found[state.block] = (state.applied, name)
+    return found
+
+
+def _rank(state: BlockState, name: str, owners: tuple[str, ...]) -> tuple[int, bool]:
+    return state.applied, owners[state.block] == name
+
+
+def commits_of(change: Change, step: int, members: set[int]) -> tuple[HeldCommit, ...] | None:
+    """Of all members for this step, as any aggregator has seen them; None if one's is nowhere."""
+    found = {commit.rank: commit for held in change.held.values() for commit in held.commits if commit.step == step}
+    if set(found) < members:
+        return None
+    return tuple(found[rank] for rank in sorted(members & set(found)))

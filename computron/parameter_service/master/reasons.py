@@ -1,0 +1,90 @@
+"""What calls for a reconfiguration of a job, and when nobody is there who would want one."""
+
+from __future__ import annotations
+
+import logging
+
+from computron.parameter_service.master.records import JobUnhosted, MemberGone
+from computron.parameter_service.master.state import Job, State
+from computron.parameter_service.wire.messages import Drop
+
+log = logging.getLogger(__name__)
+
+
+def look_for_members(state: State, job: Job, now: float) -> None:
+    """Workers that count as gone: both their links are down, or the job stands still without them."""
+    limits = state.limits
+    for rank, worker in list(job.workers.items()):
+        if worker.link is not None:
+            continue
+        away = now - worker.unlinked
+        still = now - max(job.progressed, worker.unlinked)
+        if (worker.lost and away >= limits.loss) or still >= limits.absence or rank not in job.book.members:
+            del job.workers[rank]
+            if rank in job.book.members:
+                log.warning("worker_lost job=%s rank=%d", job.name, rank)
+                state.write(MemberGone(job.name, rank, worker.lost_for_certain))
+
+
+def look_for_doubts(state: State, job: Job, now: float) -> None:
+    """Aggregators that a member cannot reach, while the job stands still: they count as lost for it."""
+    for aggregator, since in list(job.doubted.items()):
+        if job.progressed > since or job.change is not None:
+            del job.doubted[aggregator]
+        elif now - since >= state.limits.unreachable:
+            del job.doubted[aggregator]
+            job.exclude([aggregator], now + state.limits.exclusion)
+
+
+def reason_to_begin(state: State, job: Job, now: float) -> str | None:
+    """Why the job is to be reconfigured now, if it is, and can be."""
+    members = job.book.members
+    reason = _pressing(state, job)
+    if reason is None:
+        joining = [w for w in job.linked if members.get(w.rank) not in ("", w.incarnation)]
+        owners_here = all(state.is_linked(owner) for owner in set(job.book.owners))
+        if joining and owners_here and now - max(w.came for w in joining) >= state.limits.join:
+            reason = f"rank {', '.join(str(worker.rank) for worker in joining)} joins"
+    if reason is None or not enough(job):
+        return None
+    if job.mismatch_of_log and now - job.since < state.limits.hold:
+        return None  # other aggregators that have blocks of it are about to register
+    if not any(rank in job.workers for rank in members) and len(job.linked) < job.book.spec.workers:
+        return None  # it begins anew, which takes as many workers as it said
+    return reason
+
+
+def enough(job: Job) -> bool:
+    """Whether so many workers are there that the job may go on."""
+    return len(job.linked) >= max(1, job.book.spec.min_workers)
+
+
+def look_for_idleness(state: State, job: Job, now: float) -> None:
+    """A job that nobody has worked on for long gives its memory back, if it can be taken up from a snapshot."""
+    if job.workers:
+        job.idle_since = None
+    elif job.idle_since is None:
+        job.idle_since = now
+    elif now - job.idle_since >= state.limits.idle and job.book.snapshots:
+        if job.unfenced or not all(map(state.is_linked, job.holders)):
+            return  # somebody may still train it with an aggregator that cannot be told
+        for name in sorted(job.holders):
+            state.tell(name, Drop(job.name))
+        state.write(JobUnhosted(job.name))
+        job.hosts.clear()
+
+
+def _pressing(state: State, job: Job) -> str | None:
+    """Why the job cannot go on as it is."""
+    book = job.book
+    assert book.placed is not None
+    if book.placed.epoch != book.epoch or job.mismatch:
+        return "the master was away"
+    for owner in sorted({*book.owners, *book.moving.values()}):
+        if owner not in state.aggregators:
+            return f"{owner or 'an aggregator'} died"
+        if owner in job.excluded:
+            return f"{owner} cannot be reached"
+    if book.gone:
+        return f"rank {', '.join(map(str, sorted(book.gone)))} left"
+    return None
