@@ -57,6 +57,14 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class NotFinished:
+    """A file could not be given its name."""
+
+    job: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class MoveAsked:
     """blocks: None for all of the job."""
 
@@ -91,7 +99,7 @@ class CountAsked:
 
 
 Asked = MoveAsked | DrainAsked | DropAsked | QuotaAsked | CountAsked
-Event = Received | Closed | Tick | Started | Exited | Finished | Asked
+Event = Received | Closed | Tick | Started | Exited | Finished | NotFinished | Asked
 
 # Orders, to be carried out one after the other; a record is on the disk before what follows it is sent.
 

@@ -28,6 +28,13 @@ class Files:
             del job.saving[key]
             self._state.orders.append(Finish(job.name, *key))
 
+    def failed(self, name: str, message: str) -> None:
+        """A snapshot or a version did not come about; the job's view says so until a snapshot does."""
+        log.error("file_failed job=%s reason=%s", name, message)
+        job = self._state.jobs.get(name)
+        if job is not None:
+            job.trouble = message
+
     def finished(self, event: Finished) -> None:
         job = self._state.jobs.get(event.job)
         if job is None:
@@ -36,6 +43,7 @@ class Files:
             self._state.write(VersionSaved(event.job, event.version, event.step, event.path, event.at))
             log.info("version_complete job=%s version=%s step=%d", event.job, event.version, event.step)
             return
+        job.trouble = ""
         older = job.book.snapshots[: max(0, len(job.book.snapshots) + 1 - SNAPSHOTS_KEPT)]
         self._state.write(SnapshotSaved(event.job, event.step, event.path))
         for key in [key for key in job.saving if not key[0] and key[1] < event.step]:

@@ -11,6 +11,7 @@ from computron.parameter_service.master.events import (
     Event,
     Exited,
     Finished,
+    NotFinished,
     Order,
     Received,
     Started,
@@ -78,6 +79,8 @@ class Master:
                 self._hosts.gone(event.aggregator, now)
             case Finished():
                 self._files.finished(event)
+            case NotFinished():
+                self._files.failed(event.job, event.message)
             case Tick():
                 pass
             case _:
@@ -173,7 +176,4 @@ class Master:
             case Failed(order="host" | "hold" | "complete"):
                 self._reconfiguration.failed(job, name, message, now)
             case Failed():
-                log.warning(
-                    "order_failed job=%s aggregator=%s order=%s reason=%s",
-                    job.name, name, message.order, message.message,
-                )  # fmt: skip
+                self._files.failed(job.name, f"{name}: {message.message}")

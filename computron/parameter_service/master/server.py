@@ -28,6 +28,7 @@ from computron.parameter_service.master.events import (
     Finish,
     Finished,
     Log,
+    NotFinished,
     Order,
     Received,
     Remove,
@@ -148,17 +149,27 @@ class MasterServer:
                 if begun is not None:
                     self.tell(Started(order.aggregator, *begun))
             case Finish():
-                self._in_thread(lambda: finish(Path(order.path)), lambda: self.tell(_finished(order)))
+                self._in_thread(
+                    lambda: finish(Path(order.path)),
+                    lambda: self.tell(_finished(order)),
+                    lambda error: self.tell(NotFinished(order.job, f"{order.path}: {error}; does the master see it?")),
+                )
             case Remove():
-                self._in_thread(lambda: Path(order.path).unlink(missing_ok=True), lambda: None)
+                self._in_thread(
+                    lambda: Path(order.path).unlink(missing_ok=True),
+                    lambda: None,
+                    lambda error: log.error("not_removed path=%s error=%s", order.path, error),
+                )
 
-    def _in_thread(self, work: Callable[[], None], then: Callable[[], None]) -> None:
+    def _in_thread(
+        self, work: Callable[[], None], then: Callable[[], None], otherwise: Callable[[BaseException], None]
+    ) -> None:
         def done(future: asyncio.Future[None]) -> None:
             error = future.exception()
             if error is None:
                 then()
             else:
-                log.error("file_failed error=%s", error)
+                otherwise(error)
 
         asyncio.get_running_loop().run_in_executor(self._disk, work).add_done_callback(done)
 

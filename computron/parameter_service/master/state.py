@@ -108,7 +108,7 @@ class Job:
     have the job, an aggregator had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute
     thread a step, by block. cpu_total: seconds of it so far. saving: blocks in each unfinished file. hosts:
     aggregators that have or had blocks. fenced: those of `Placed.unfenced` that can do no harm any more. still_until:
-    until then nothing is moved.
+    until then nothing is moved. trouble: why the last snapshot or version did not come about.
     """
 
     book: JobBook
@@ -129,6 +129,7 @@ class Job:
     hosts: set[str] = field(default_factory=set)
     fenced: set[str] = field(default_factory=set)
     still_until: float = 0.0
+    trouble: str = ""
     idle_since: float | None = None
 
     @property

@@ -19,7 +19,7 @@ def job_view(master: Master, job: Job) -> dict[str, Any]:
         "id": job.name,
         "object": "job",
         "state": state_of(job),
-        "reason": job.failed or (job.change.reason if job.change is not None else ""),
+        "reason": job.failed or (job.change.reason if job.change is not None else job.trouble),
         "epoch": job.book.epoch,
         "step": job.step,
         "workers": sorted(job.book.members),

@@ -143,6 +143,17 @@ async def test_a_job_without_a_snapshot_fails_and_says_what_to_do(server: Master
         assert "one is taken every 100 steps" in (await agent.heard(Denied)).message
 
 
+async def test_a_snapshot_that_cannot_be_finished_is_told(server: MasterServer, tmp_path: Path) -> None:
+    async with FakeAggregator(server.url, "one") as one, FakeAgent(server.url) as agent, aiohttp.ClientSession() as web:
+        await agent.enlist(job_spec(snapshot_every=10))
+        await agent.placed()
+        await one.say(Saved("lm", "", 10, str(tmp_path / "nowhere"), (0, 1, 2, 3)))
+        while not (job := await _json(web, f"{server.url}/v1/jobs/lm"))["reason"]:
+            pass
+        assert "nowhere" in str(job["reason"])
+        assert job["snapshot_step"] is None
+
+
 async def test_a_link_that_breaks_is_not_a_death(server: MasterServer) -> None:
     async with FakeAgent(server.url) as agent:
         async with FakeAggregator(server.url, "one"):
