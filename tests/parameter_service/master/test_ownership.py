@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from computron.parameter_service.master.events import MoveAsked
-from tests.parameter_service.master.world import SimPeer, SimWorker, World
+from tests.parameter_service.master.world import World
+from tests.parameter_service.master.world_peers import SimPeer, SimWorker
 
 FOR_EVER = 1e9
 
