@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from computron.parameter_service.aggregator.block import HeldBlock
-from computron.parameter_service.aggregator.staging import Staging
+from computron.parameter_service.aggregator.staging import Staging, missing
 from computron.parameter_service.layout import Layout
 from computron.parameter_service.wire.link import Link
-from computron.parameter_service.wire.messages import AskNorms, Commit, HeldCommit, JobSpec
+from computron.parameter_service.wire.messages import Address, AskNorms, Commit, HeldCommit, JobSpec
 
 SMOOTHING = 0.1  # of measured times: the weight of the newest
 LEAST_ALLOWANCE = 0.001  # seconds
@@ -52,7 +52,8 @@ class Counters:
 class Job:
     """held: nothing is applied but what the master asks for. expected: blocks that will be handed over to here.
 
-    leaving: blocks that were announced to be elsewhere, and are kept until they are. kept: step of the last complete
+    leaving: blocks that were announced to be elsewhere, and are kept until they are; given: all that were in this
+    epoch, after which step and to whom. kept: step of the last complete
     snapshot; guarded: no step is applied that a failure could take back together with more than the job allows.
     """
 
@@ -65,6 +66,7 @@ class Job:
     blocks: dict[int, HeldBlock] = field(default_factory=dict)
     expected: set[int] = field(default_factory=set)
     leaving: dict[int, HeldBlock] = field(default_factory=dict)
+    given: dict[int, tuple[int, Address]] = field(default_factory=dict)
     workers: dict[int, Worker] = field(default_factory=dict)
     commits: dict[int, Committed] = field(default_factory=dict)
     asks: dict[int, AskNorms] = field(default_factory=dict)
@@ -103,7 +105,7 @@ class Job:
             step = block.applied + 1
             if step > self.last_allowed:
                 continue
-            if all(commit.covers(index, step) for commit in commits):
+            if all(commit.covers(index, step) for commit in commits) and self._staged(block, step):
                 found.append(block)
         return found
 
@@ -119,11 +121,19 @@ class Job:
         return bool(every) and step % max(1, every // 2) == 0
 
     def free_to_move(self, block: HeldBlock) -> bool:
-        """Nobody has committed its next step, and no file wants its state."""
+        """Nobody has pushed or committed anything of its next step, and no file wants its state."""
         if not block.complete or block.scheduled or block.wanted or self.held:
             return False
         step = block.applied + 1
+        if any(worker.staging.staged(block.block) == step for worker in self.workers.values()):
+            return False
         return not any(commit.covers(block.block.index, step) for commit in self.commits.values())
+
+    def _staged(self, block: HeldBlock, step: int) -> bool:
+        """Whether all gradients that the step needs are here."""
+        if any(self.commits[rank].said.skip for rank in self.members):
+            return True
+        return not missing({rank: self.workers[rank].staging for rank in self.members}, block.block, step)
 
     def asked_norms(self, step: int) -> Sequence[AskNorms] | None:
         """All members' questions, once all have asked and every block here is complete and at the step before."""

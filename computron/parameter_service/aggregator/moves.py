@@ -105,6 +105,7 @@ class Moves:
         for block in blocks:
             index = block.block.index
             job.leaving[index] = job.blocks.pop(index)
+            job.given[index] = block.applied, to
             adopt = Adopt(name, job.epoch, index, block.applied, block.updates, block.memory)
             if link.shares_memory:
                 link.send(adopt, fds=[block.segment.fd])

@@ -150,6 +150,7 @@ class Orders:
         if message.epoch > job.epoch:
             job.epoch, job.members = message.epoch, message.members
             job.commits.clear()
+            job.given.clear()
         job.expected.update(blocks)
         self._jobs[message.spec.job] = job
         return job
@@ -159,6 +160,7 @@ class Orders:
         block.applied, block.updates, block.complete = message.applied, message.updates, True
         job.blocks[message.block] = block
         job.expected.discard(message.block)
+        job.given.pop(message.block, None)
         self._arrived(job, [block])
 
     def written(self, job: Job, block: HeldBlock) -> None:
@@ -183,7 +185,7 @@ class Orders:
 
     def _entered(self, job: Job, order: Host) -> None:
         known = {**job.leaving, **job.blocks}
-        job.blocks, job.leaving, job.expected = {}, {}, set()
+        job.blocks, job.leaving, job.expected, job.given = {}, {}, set(), {}
         job.commits.clear()
         job.asks.clear()
         try:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 from torch import Tensor
 
 from computron.parameter_service.aggregator.block import HeldBlock, block_bytes
@@ -33,6 +34,7 @@ from computron.parameter_service.wire.messages import (
     Hosted,
     Join,
     Joined,
+    Moved,
     Push,
     Pushed,
     Read,
@@ -139,7 +141,7 @@ class Server:
                 said = job.commits.get(worker.rank)
                 if isinstance(worker.staging, SharedStaging):
                     raise Refusal(refusals.BAD_MESSAGE, "who shares memory pushes nothing")
-                if said is not None and said.said.step >= message.step:
+                if said is not None and (said.said.step > message.step or said.covers(block, message.step)):
                     raise Refusal(refusals.BAD_MESSAGE, f"step {message.step} has been committed")
                 return worker.staging.destination(job.layout.blocks[block])
             case Write():
@@ -220,12 +222,16 @@ class Server:
         else:
             staging = PushedStaging(job.spec)
         worker = Worker(message.rank, message.incarnation, link, staging)
+        if before is not None and before.staging is not staging and not message.shared:
+            job.commits.pop(message.rank, None)  # its gradients went with the old connection
         if before is not None and before.link is not link:
             self._workers.pop(before.link, None)
             before.link.close()
         job.workers[message.rank] = worker
         self._workers[link] = job, worker
         self._joined(job, worker, [block for block in job.blocks.values() if block.complete])
+        for index, (step, to) in job.given.items():  # it may have been away when the others were told
+            link.send(Moved(job.spec.job, job.epoch, step, (index,), to))
 
     def _joined(self, job: Job, worker: Worker, blocks: Sequence[HeldBlock]) -> None:
         fds = [block.segment.fd for block in blocks] if worker.link.shares_memory else []
@@ -237,7 +243,10 @@ class Server:
 
     def _commit(self, link: Link, message: Commit) -> None:
         job, worker = self._worker(link, message.epoch)
-        indices = list(job.blocks) if message.blocks is None else list(message.blocks)
+        indices = list(job.blocks)
+        if message.blocks is not None:  # those that have just been given away are committed at who has them
+            indices = [index for index in message.blocks if index in job.blocks or index in job.expected]
+            message = msgspec.structs.replace(message, blocks=tuple(indices))
         late = [
             i for i in indices if i in job.blocks and job.blocks[i].complete and job.blocks[i].applied >= message.step
         ]
@@ -245,7 +254,9 @@ class Server:
             stagings = {worker.rank: worker.staging}
             lacking = [i for i in indices if i not in late and missing(stagings, job.layout.blocks[i], message.step)]
             if lacking:
-                raise Refusal(refusals.BAD_MESSAGE, f"gradients of blocks {lacking} were not pushed before the commit")
+                text = f"gradients of blocks {lacking} were not pushed before the commit"
+                link.send(Refused(message.job, refusals.NOT_OWNER, text, message.step, tuple(lacking)))
+                return
         for index in late:
             self.steps.tell(job, worker, job.blocks[index])
         job.commit(worker.rank, message)

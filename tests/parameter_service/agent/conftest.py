@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import pytest
 import uvloop
 from aiohttp import WSMsgType, web
@@ -33,7 +32,6 @@ from computron.parameter_service.wire.messages import (
     Move,
     Placement,
     Progress,
-    Push,
     Ready,
     ToMaster,
     Unreachable,
@@ -42,34 +40,6 @@ from computron.parameter_service.wire.messages import (
 )
 
 MEMORY = 1 << 30
-
-
-class LenientServer(Server):
-    """A server that does not end the job over what can come when blocks move or links break over TCP: a push behind the
-    commit of another block, a commit of a block that has just left, a commit whose gradients went with the old link.
-    """
-
-    def _destination(self, link, message):
-        if isinstance(message, Push):
-            job, worker = self._worker(link, message.epoch)
-            block = self._block(job, message.block)
-            said = job.commits.get(worker.rank)
-            if said is not None and (said.said.step > message.step or said.covers(block, message.step)):
-                raise AssertionError("pushed again")
-            return worker.staging.destination(job.layout.blocks[block])
-        return super()._destination(link, message)
-
-    def _join(self, link, message, fds):
-        before = self._job(message.job).workers.get(message.rank)
-        super()._join(link, message, fds)
-        job, worker = self._workers[link]
-        if before is not None and before.staging is not worker.staging and not message.shared:
-            job.commits.pop(message.rank, None)
-
-    def _commit(self, link, message):
-        job, _ = self._worker(link, message.epoch)
-        here = tuple(b for b in message.blocks if b in job.blocks or b in job.expected)
-        super()._commit(link, msgspec.structs.replace(message, blocks=here))
 
 
 class FakeAggregator:
@@ -84,7 +54,7 @@ class FakeAggregator:
         def report(message: Any) -> None:
             self._report(self.name, message)
 
-        server = LenientServer("key", self.jobs, report)
+        server = Server("key", self.jobs, report)
         server.steps = self.steps = Steps(self._changed)
         server.moves = self.moves = Moves(machine_id(), "key", server, report, lambda job, why: None)
         server.saver = self.saver = Saver(None, report, lambda job, order, why: None, self._free)

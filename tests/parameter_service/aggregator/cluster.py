@@ -239,7 +239,10 @@ class RawWorker:
                 self.skipped = message.skipped
                 self.applied[message.block] = message.step
             case Moved():
-                self.owner.update(dict.fromkeys(message.blocks, message.to.aggregator))
+                theirs = [block for block in message.blocks if self._links.get(self.owner.get(block, "")) is link]
+                if not theirs:
+                    return  # it was told again of what others have given away since
+                self.owner.update(dict.fromkeys(theirs, message.to.aggregator))
                 self._joining = asyncio.ensure_future(self.join_one(message.to.aggregator))
             case Pushed():
                 self._pushed += 1

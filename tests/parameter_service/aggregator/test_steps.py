@@ -174,7 +174,9 @@ async def test_a_commit_before_its_gradients_is_refused() -> None:
         workers = await started(master, spec, reference, (False,), spread(reference, "a"))
         await workers[0].commit_at("a", 1, Hyperparameters(**ADAM))
         await workers[0].until(lambda: bool(workers[0].refused))
-        assert "were not pushed" in workers[0].refused.pop().message
+        refused = workers[0].refused.pop()
+        assert "were not pushed" in refused.message
+        assert (refused.code, refused.blocks) == ("not_owner", tuple(range(len(reference.layout.blocks))))
         await one_step(workers, reference, 1, ADAM)
         assert_equal(workers, reference)
 
