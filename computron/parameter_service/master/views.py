@@ -22,7 +22,7 @@ def job_view(master: Master, job: Job) -> dict[str, Any]:
         "reason": job.failed or (job.change.reason if job.change is not None else job.trouble),
         "epoch": job.book.epoch,
         "step": job.step,
-        "workers": sorted(job.book.members),
+        "workers": sorted(set(job.book.members) - set(job.book.gone)),
         "connected_workers": [worker.rank for worker in job.linked],
         "optimizer": spec.optimizer,
         "parameters": sum(tensor.elements for tensor in spec.tensors),
