@@ -225,6 +225,8 @@ class Orders:
             block.applied, block.complete = order.applied, True
         job.held = False
         self._ready(job, order.epoch, blocks)
+        if job.spec.snapshot_every and order.applied > job.kept:
+            self._saver.save(job, blocks, order.applied)  # what was being saved in the last epoch will not be complete
         self._arrived(job, blocks)
 
     def _ready(self, job: Job, epoch: int, blocks: Sequence[HeldBlock]) -> None:

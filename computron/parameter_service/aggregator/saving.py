@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,36 +31,50 @@ class Save:
         self.version = version
         self.path = path
         self.epoch = job.epoch
-        self.cancelled = False
+        self._begun = threading.Lock()
+        self._cancelled = False
         self._taken: dict[int, tuple[dict[str, Tensor], int]] = {}
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """From now on no file is begun."""
+        with self._begun:
+            self._cancelled = True
 
     def take(self, block: HeldBlock) -> None:
         index = block.block.index
-        if not self.cancelled and index not in self._taken:
+        if not self._cancelled and index not in self._taken:
             names = [PARAMETERS] if self.version else list(block.parts)
             self._taken[index] = ({name: block.parts[name].clone() for name in names}, block.updates)
 
     def write(self) -> None:
-        """Raises as SharedFile does."""
-        spec = self.job.spec
-        if self.version:
-            with VersionWriter(self.path, spec, version=self.version, step=self.step) as version:
-                for block in self.blocks:
-                    version.write_block(block.block, self._copy(block)[0][PARAMETERS])
-                version.sync()
-        else:
-            with SnapshotWriter(self.path, spec, step=self.step, epoch=self.epoch) as snapshot:
-                for block in self.blocks:
-                    parts, updates = self._copy(block)
-                    snapshot.write_block(block.block, parts, updates)
-                snapshot.sync()
+        """Raises as SharedFile does, and Cancelled."""
+        with self._begin() as file:
+            for block in self.blocks:
+                parts, updates = self._copy(block)
+                if isinstance(file, VersionWriter):
+                    file.write_block(block.block, parts[PARAMETERS])
+                else:
+                    file.write_block(block.block, parts, updates)
+            file.sync()
+
+    def _begin(self) -> VersionWriter | SnapshotWriter:
+        with self._begun:
+            if self._cancelled:
+                raise Cancelled
+            if self.version:
+                return VersionWriter(self.path, self.job.spec, version=self.version, step=self.step)
+            return SnapshotWriter(self.path, self.job.spec, step=self.step, epoch=self.epoch)
 
     def _copy(self, block: HeldBlock) -> tuple[dict[str, Tensor], int]:
         with block.lock:
             self.take(block)
             if self in block.wanted:
                 block.wanted.remove(self)
-        if self.cancelled:
+        if self._cancelled:
             raise Cancelled
         return self._taken.pop(block.block.index)
 
@@ -102,17 +117,19 @@ class Saver:
         self._pending.add(save)
         self._thread.submit(self._write, save)
 
-    def extra(self, job: Job, message: Extra, data: bytearray) -> None:
-        """A tensor that is not trained, for the file of a version."""
-        if self._directory is not None:
-            path = version_path(self._directory, job.spec.job, message.version)
-            self._thread.submit(self._write_extra, job, message, data, path)
+    def extra(self, job: Job, message: Extra, data: bytearray, then: Callable[[], None]) -> None:
+        """A tensor that is not trained, for the file of a version; `then` is called when it is there or cannot be."""
+        if self._directory is None:
+            then()  # those who save its blocks say why
+            return
+        path = version_path(self._directory, job.spec.job, message.version)
+        self._thread.submit(self._write_extra, job, job.epoch, message, data, path, then)
 
     def cancel(self, job: Job) -> None:
         """The job's state will be another one: what has not been copied yet must not be."""
         for save in self._pending:
             if save.job is job:
-                save.cancelled = True
+                save.cancel()
 
     def restore(self, job: Job, blocks: Sequence[HeldBlock], path: Path, then: Callable[[], None]) -> None:
         """Fill the blocks from a snapshot; `then` is called when they are."""
@@ -139,12 +156,26 @@ class Saver:
             self._failed(save.job, "save", f"{save.path}: {error}")
         self._free(save.job, save.blocks)
 
-    def _write_extra(self, job: Job, message: Extra, data: bytearray, path: Path) -> None:
+    def _write_extra(
+        self, job: Job, message: Extra, data: bytearray, path: Path, then: Callable[[], None]
+    ) -> None:
+        error: Exception | None = None
         try:
             with VersionWriter(path, job.spec, version=message.version, step=message.step) as version:
                 version.write_extra(message.tensor, data)
-        except Exception as error:
-            self._loop.call_soon_threadsafe(self._failed, job, "save", f"{path}: {error}")
+                version.sync()
+        except Exception as raised:
+            error = raised
+        self._loop.call_soon_threadsafe(self._extra_written, job, message, path, then, error)
+
+    def _extra_written(
+        self, job: Job, message: Extra, path: Path, then: Callable[[], None], error: Exception | None
+    ) -> None:
+        if error is None:
+            self._saved(Saved(message.job, message.version, message.step, str(path), extras=(message.tensor,)))
+        else:
+            self._failed(job, "save", f"{path}: {error}")
+        then()
 
     def _read(self, job: Job, blocks: Sequence[HeldBlock], path: Path, then: Callable[[], None]) -> None:
         error: Exception | None = None

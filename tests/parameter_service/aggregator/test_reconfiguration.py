@@ -149,6 +149,20 @@ async def test_no_step_is_applied_that_a_failure_could_take_back_with_too_many(t
         await worker.answered(3)
 
 
+async def test_what_a_new_epoch_leaves_unsaved_is_saved_again(tmp_path: Path) -> None:
+    spec = job(workers=1, snapshot_every=8)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a", "b")
+    async with cluster("a", "b", folder=tmp_path) as master:
+        workers = await started(master, spec, reference, (True,), owners)
+        await one_step(workers, reference, 1, ADAM)
+        await master.hold(spec, 2, "a", "b")
+        await master.host(spec, owners, epoch=2, source="keep", applied=1, kept=0)
+        path = await snapshot(master, 1, len(reference.layout.blocks))
+        assert path.name == "snapshot-1-2.safetensors"
+        assert torch.equal(load_file(path)["t0"], reference.parameters[0])
+
+
 async def kept(master: FakeMaster, spec: JobSpec, step: int) -> None:
     for name in master.addresses:
         await master.send(name, Kept(spec.job, step))
