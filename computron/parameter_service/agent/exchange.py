@@ -31,11 +31,14 @@ from computron.parameter_service.wire.messages import (
     Applied,
     Contents,
     Data,
+    Extra,
+    ExtraTaken,
     Join,
     Joined,
     Moved,
     Norms,
     Parameters,
+    Placement,
     Push,
     Pushed,
     Read,
@@ -46,7 +49,9 @@ from computron.parameter_service.wire.messages import (
 
 JOIN_PAUSE = 0.1  # seconds before an aggregator is asked again what it has
 
-Answer = Callable[[Contents | Written], None]
+Question = Read | Write | Extra
+Key = tuple[int | str, int | str]  # what a question and its answer have in common
+Answer = Callable[[Contents | Written | ExtraTaken], None]
 
 
 class Exchange:
@@ -68,7 +73,7 @@ class Exchange:
         self.skipped = False  # the last step changed nothing
         self._progress, self._layout, self._parameters, self._staging = progress, layout, parameters, staging
         self._changed, self._failed = changed, failed
-        self._asked: dict[tuple[int, str], tuple[Read | Write, memoryview, Answer]] = {}
+        self._asked: dict[Key, tuple[Question, memoryview, Answer]] = {}
         self._connections = Connections(self, machine, self._opened, unreachable, failed)
 
     def handle(self, event: Callable[[], Iterable[Action]], fds: dict[int, int] | None = None) -> None:
@@ -114,10 +119,10 @@ class Exchange:
         for message, memory, _ in list(self._asked.values()):
             self._send_asked(message, memory)
 
-    def send_to_owner(self, block: int, message: Data, payload: memoryview) -> None:
-        link = self._connections.link(self._progress.blocks[block].owner)
-        if link is not None:
-            link.send(message, payload=payload)
+    @property
+    def extras_left(self) -> bool:
+        """Some that belong to a version are not where they belong."""
+        return any(isinstance(message, Extra) for message, _, _ in self._asked.values())
 
     def close(self) -> None:
         self._connections.close()
@@ -182,7 +187,7 @@ class Exchange:
                 return progress.read(sender, message.block, message.step)
             case Contents(part=part) if part == PARAMETERS:
                 return progress.read(sender, message.block, message.applied)
-            case Contents() | Written():
+            case Contents() | Written() | ExtraTaken():
                 return self._answered(message)
             case Moved():
                 return progress.moved(sender, message)
@@ -194,21 +199,39 @@ class Exchange:
                 return progress.refused(sender, message)
         return []
 
-    def _answered(self, message: Contents | Written) -> list[Action]:
-        known = self._asked.pop((message.block, message.part), None)
+    def placed(self, placement: Placement) -> None:
+        def event() -> list[Action]:
+            generation = self._progress.generation
+            actions = self._progress.placed(placement)
+            if self._progress.generation != generation:  # versions of steps that were taken back come to nothing
+                self._asked = {key: asked for key, asked in self._asked.items() if not isinstance(asked[0], Extra)}
+            return actions
+
+        self.handle(event)
+
+    def _answered(self, message: Contents | Written | ExtraTaken) -> list[Action]:
+        known = self._asked.pop(_key(message), None)
         if known is not None:
             known[2](message)
         return []
 
-    def ask(self, message: Read | Write, memory: memoryview, then: Answer) -> None:
-        self._asked[message.block, message.part] = (message, memory, then)
+    def ask(self, message: Question, memory: memoryview, then: Answer) -> None:
+        self._asked[_key(message)] = (message, memory, then)
         self._send_asked(message, memory)
 
-    def _send_asked(self, message: Read | Write, memory: memoryview) -> None:
-        link = self._connections.link(self._progress.blocks[message.block].owner)
-        if link is None:
+    def _send_asked(self, message: Question, memory: memoryview) -> None:
+        """To the owner, if that knows us; `ask_again` comes later."""
+        state = self._progress.blocks[0 if isinstance(message, Extra) else message.block]
+        link = self._connections.link(state.owner)
+        if link is None or not state.hosted:
             return
         if isinstance(message, Read):
             link.send(message)
         else:
             link.send(msgspec.structs.replace(message, epoch=self._progress.epoch), payload=memory)
+
+
+def _key(message: Question | Contents | Written | ExtraTaken) -> Key:
+    if isinstance(message, Extra | ExtraTaken):
+        return message.version, message.tensor
+    return message.block, message.part

@@ -17,6 +17,7 @@ from computron.parameter_service.agent.settings import ParameterService
 from computron.parameter_service.agent.state import read_state, write_state
 from computron.parameter_service.agent.training import Rollback, Trainer
 from computron.parameter_service.layout import TensorSpec
+from computron.parameter_service.versions.names import check_version
 from computron.parameter_service.wire.messages import Hyperparameters, JobSpec
 
 EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ adds to the norm
@@ -109,7 +110,11 @@ class ServiceOptimizer(torch.optim.Optimizer):
         return torch.tensor(total)
 
     def publish(self, name: str) -> None:
-        """The parameters after the next `step` become a version of this name."""
+        """The parameters after the next `step` become a version of this name. All workers call it; tensors that are not
+        trained are those of the lowest rank, as they are when `step` is called. If that step is rolled back before the
+        version is complete, there is none. Raises BadRequest for a name that a file cannot have.
+        """
+        check_version(name)
         self._version = name
 
     def overlap(self, model: nn.Module) -> None:

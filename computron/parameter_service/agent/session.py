@@ -25,9 +25,9 @@ from computron.parameter_service.agent.waiting import waits_for
 from computron.parameter_service.layout import Layout
 from computron.parameter_service.wire.machine import machine_id
 from computron.parameter_service.wire.messages import (
-    Data,
     Denied,
     Enlist,
+    Extra,
     JobSpec,
     Leave,
     Placement,
@@ -44,6 +44,7 @@ PATIENCE, REMINDER = 10.0, 60.0  # seconds after which a wait is logged, and log
 REPORT = 1.0  # seconds between two reports to the master
 WAKE = 1.0  # seconds: a wait looks around so often
 LEAVING = 2.0  # seconds that a farewell may take
+GIVING = 30.0  # seconds that tensors of a version may take before it
 
 
 class Session:
@@ -141,14 +142,27 @@ class Session:
         """Read a block's part into `memory`, or write it from there; `then` is called in the loop's thread."""
         self._loop.call_soon_threadsafe(self._exchange.ask, message, memory, then)
 
-    def send(self, to_owner_of: int, message: Data, payload: memoryview) -> None:
-        self._loop.call_soon_threadsafe(self._exchange.send_to_owner, to_owner_of, message, payload)
+    def give(self, extras: Sequence[tuple[Extra, memoryview]]) -> None:
+        """These belong to the version that the parameters become after this step."""
+        generation = self.generation
+
+        def give() -> None:
+            if generation == self.progress.generation:
+                for message, memory in extras:
+                    self._exchange.ask(message, memory, lambda _: None)
+
+        self._loop.call_soon_threadsafe(give)
 
     def close(self, reason: str) -> None:
-        """Leave the job and end the threads."""
+        """Leave the job and end the threads, when what belongs to versions has been taken."""
         if os.getpid() != self._process or not self._thread.is_alive():
             return
+        told = threading.Event()
+        self._loop.call_soon_threadsafe(told.set)
+        told.wait(LEAVING)  # what was asked for before is being done
         with self.changed:
+            if not self.changed.wait_for(lambda: not self._exchange.extras_left or self._error is not None, GIVING):
+                log.warning("job %s was left before all of its last version was taken", self.spec.job)
             self._error = self._error or ParameterServiceError(f"job {self.spec.job} was left: {reason}")
             self.changed.notify_all()
         self.staging.close()
@@ -265,4 +279,4 @@ class Session:
             self._fail(JobRefused(f"job {message.job}: {message.message} ({message.code})"))
             return
         log.info("job %s: epoch %d, step %d: %s", message.job, message.epoch, message.applied, message.reason)
-        self._exchange.handle(lambda: self.progress.placed(message))
+        self._exchange.placed(message)

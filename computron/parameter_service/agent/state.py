@@ -12,7 +12,7 @@ from computron.parameter_service.agent.progress import PARAMETERS
 from computron.parameter_service.agent.training import Trainer
 from computron.parameter_service.layout import Block
 from computron.parameter_service.versions.snapshot import state_names
-from computron.parameter_service.wire.messages import Contents, Read, Write, Written
+from computron.parameter_service.wire.messages import Contents, ExtraTaken, Read, Write, Written
 
 
 def read_state(trainer: Trainer) -> list[dict[str, Tensor]]:
@@ -26,7 +26,7 @@ def read_state(trainer: Trainer) -> list[dict[str, Tensor]]:
     updates = [0] * len(layout.blocks)
     answers = _Answers(trainer, len(parts) * len(layout.blocks))
 
-    def note(answer: Contents | Written) -> None:
+    def note(answer: Contents | Written | ExtraTaken) -> None:
         if isinstance(answer, Contents):
             updates[answer.block] = answer.updates
         answers.one()

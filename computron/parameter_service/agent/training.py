@@ -175,11 +175,14 @@ class Trainer:
         return True
 
     def _send_extras(self, version: str) -> None:
-        if self.session.progress.rank != min(self.members):
+        session = self.session
+        if session.progress.rank != min(self.members):
             return
-        for index, spec in enumerate(self.spec.extras):
-            tensor = self._extras[spec.name].detach().cpu().contiguous()
-            self.session.send(0, Extra(self.spec.job, version, self.session.working, index), _bytes_of(tensor))
+        copies = [self._extras[spec.name].detach().cpu().clone().contiguous() for spec in self.spec.extras]
+        session.give([
+            (Extra(self.spec.job, session.progress.epoch, version, session.working, index), _bytes_of(copy))
+            for index, copy in enumerate(copies)
+        ])  # fmt: skip
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -167,3 +167,8 @@ class Job:
 
 def said(rank: int, commit: Commit) -> HeldCommit:
     return HeldCommit(rank, commit.step, commit.groups, commit.scale, commit.skip, commit.version)
+
+
+def versions_of(commits: Iterable[HeldCommit]) -> list[str]:
+    """Names of the versions that the parameters become after a step that was committed so."""
+    return sorted({commit.version for commit in commits if commit.version is not None})

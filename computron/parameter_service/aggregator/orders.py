@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from computron.parameter_service.aggregator.block import HeldBlock, block_bytes
-from computron.parameter_service.aggregator.job import Job
+from computron.parameter_service.aggregator.job import Job, versions_of
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.steps import Steps
@@ -102,6 +102,8 @@ class Orders:
             if lacking:
                 self._report(Failed(order.job, order.epoch, "complete", f"blocks {lacking} could not be computed"))
             else:
+                for version in versions_of(order.commits):
+                    self._saver.save(job, blocks, order.step, version)
                 self._ready(job, order.epoch, blocks)
 
         self._steps.complete(job, blocks, order.commits, done)
@@ -127,7 +129,7 @@ class Orders:
     def drop(self, order: Drop) -> None:
         job = self._jobs.pop(order.job, None)
         if job is not None:
-            self._saver.cancel(job)
+            self._saver.cancel(job, versions=True)
             self._steps.quiet(job, lambda: self._forget(job))
 
     def kept(self, order: Kept) -> list[Job]:
@@ -180,7 +182,7 @@ class Orders:
         self._check_room(sum(block_bytes(job.spec, job.layout.blocks[index]) for index in missing))
         job.epoch, job.members, job.held, job.token = order.epoch, order.members, True, order.token
         job.kept = order.kept
-        self._saver.cancel(job)
+        self._saver.cancel(job, versions=order.source != KEEP)
         self._steps.quiet(job, lambda: self._entered(job, order) if job.epoch == order.epoch else None)
 
     def _entered(self, job: Job, order: Host) -> None:

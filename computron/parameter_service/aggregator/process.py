@@ -18,7 +18,7 @@ import torch
 import uvloop
 
 from computron.parameter_service.aggregator.block import HeldBlock
-from computron.parameter_service.aggregator.job import Job
+from computron.parameter_service.aggregator.job import Job, versions_of
 from computron.parameter_service.aggregator.master_link import MasterLink
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.orders import Orders
@@ -138,7 +138,7 @@ class Aggregator:
     def _changed(self, job: Job, blocks: list[HeldBlock], step: int, commits: Sequence[HeldCommit]) -> None:
         if job.wants_snapshot(step):
             self._saver.save(job, blocks, step)
-        for version in sorted({commit.version for commit in commits if commit.version is not None}):
+        for version in versions_of(commits):
             self._saver.save(job, blocks, step, version)
         self._server.go_on(job, [block.block.index for block in blocks])
 

@@ -31,50 +31,39 @@ class Save:
         self.version = version
         self.path = path
         self.epoch = job.epoch
-        self._begun = threading.Lock()
-        self._cancelled = False
+        self.cancelled = False
         self._taken: dict[int, tuple[dict[str, Tensor], int]] = {}
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled
-
-    def cancel(self) -> None:
-        """From now on no file is begun."""
-        with self._begun:
-            self._cancelled = True
 
     def take(self, block: HeldBlock) -> None:
         index = block.block.index
-        if not self._cancelled and index not in self._taken:
+        if not self.cancelled and index not in self._taken:
             names = [PARAMETERS] if self.version else list(block.parts)
             self._taken[index] = ({name: block.parts[name].clone() for name in names}, block.updates)
 
-    def write(self) -> None:
+    def begin(self) -> VersionWriter | SnapshotWriter:
         """Raises as SharedFile does, and Cancelled."""
-        with self._begin() as file:
-            for block in self.blocks:
-                parts, updates = self._copy(block)
-                if isinstance(file, VersionWriter):
-                    file.write_block(block.block, parts[PARAMETERS])
-                else:
-                    file.write_block(block.block, parts, updates)
-            file.sync()
+        if self.cancelled:
+            raise Cancelled
+        if self.version:
+            return VersionWriter(self.path, self.job.spec, version=self.version, step=self.step)
+        return SnapshotWriter(self.path, self.job.spec, step=self.step, epoch=self.epoch)
 
-    def _begin(self) -> VersionWriter | SnapshotWriter:
-        with self._begun:
-            if self._cancelled:
-                raise Cancelled
-            if self.version:
-                return VersionWriter(self.path, self.job.spec, version=self.version, step=self.step)
-            return SnapshotWriter(self.path, self.job.spec, step=self.step, epoch=self.epoch)
+    def write(self, file: VersionWriter | SnapshotWriter) -> None:
+        """Raises as SharedFile does, and Cancelled."""
+        for block in self.blocks:
+            parts, updates = self._copy(block)
+            if isinstance(file, VersionWriter):
+                file.write_block(block.block, parts[PARAMETERS])
+            else:
+                file.write_block(block.block, parts, updates)
+        file.sync()
 
     def _copy(self, block: HeldBlock) -> tuple[dict[str, Tensor], int]:
         with block.lock:
             self.take(block)
             if self in block.wanted:
                 block.wanted.remove(self)
-        if self._cancelled:
+        if self.cancelled:
             raise Cancelled
         return self._taken.pop(block.block.index)
 
@@ -100,6 +89,7 @@ class Saver:
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "migration")
         self._pending: set[Save] = set()
+        self._beginning = threading.Lock()
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -118,18 +108,23 @@ class Saver:
         self._thread.submit(self._write, save)
 
     def extra(self, job: Job, message: Extra, data: bytearray, then: Callable[[], None]) -> None:
-        """A tensor that is not trained, for the file of a version; `then` is called when it is there or cannot be."""
+        """A tensor that is not trained, for the file of a version. `then` is called when it is there or cannot be; not
+        if the job has come into another epoch before.
+        """
         if self._directory is None:
             then()  # those who save its blocks say why
             return
         path = version_path(self._directory, job.spec.job, message.version)
-        self._thread.submit(self._write_extra, job, job.epoch, message, data, path, then)
+        self._thread.submit(self._write_extra, job, message, data, path, then)
 
-    def cancel(self, job: Job) -> None:
-        """The job's state will be another one: what has not been copied yet must not be."""
-        for save in self._pending:
-            if save.job is job:
-                save.cancel()
+    def cancel(self, job: Job, *, versions: bool) -> None:
+        """The job's state will be another one: what has not been copied yet must not be, and no file that was ordered
+        before is begun when this returns. versions: those too, not only snapshots.
+        """
+        with self._beginning:
+            for save in self._pending:
+                if save.job is job and (versions or not save.version):
+                    save.cancelled = True
 
     def restore(self, job: Job, blocks: Sequence[HeldBlock], path: Path, then: Callable[[], None]) -> None:
         """Fill the blocks from a snapshot; `then` is called when they are."""
@@ -138,7 +133,10 @@ class Saver:
     def _write(self, save: Save) -> None:
         error: Exception | None = None
         try:
-            save.write()
+            with self._beginning:
+                file = save.begin()
+            with file:
+                save.write(file)
         except Exception as raised:
             error = raised
         self._loop.call_soon_threadsafe(self._written, save, error)
@@ -156,12 +154,14 @@ class Saver:
             self._failed(save.job, "save", f"{save.path}: {error}")
         self._free(save.job, save.blocks)
 
-    def _write_extra(
-        self, job: Job, message: Extra, data: bytearray, path: Path, then: Callable[[], None]
-    ) -> None:
+    def _write_extra(self, job: Job, message: Extra, data: bytearray, path: Path, then: Callable[[], None]) -> None:
         error: Exception | None = None
         try:
-            with VersionWriter(path, job.spec, version=message.version, step=message.step) as version:
+            with self._beginning:
+                if job.epoch != message.epoch:
+                    return
+                version = VersionWriter(path, job.spec, version=message.version, step=message.step)
+            with version:
                 version.write_extra(message.tensor, data)
                 version.sync()
         except Exception as raised:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
+from computron.errors import BadRequest
 from computron.parameter_service.aggregator.block import HeldBlock, block_bytes
 from computron.parameter_service.aggregator.job import Job, Worker
 from computron.parameter_service.aggregator.moves import Moves
@@ -19,6 +20,7 @@ from computron.parameter_service.aggregator.orders import NoRoom, Orders
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.staging import PushedStaging, SharedStaging, Staging, as_bytes, missing
 from computron.parameter_service.aggregator.steps import Steps
+from computron.parameter_service.versions.names import check_version
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.link import FDS_AT_ONCE, Link
 from computron.parameter_service.wire.messages import (
@@ -30,6 +32,7 @@ from computron.parameter_service.wire.messages import (
     Expect,
     Expecting,
     Extra,
+    ExtraTaken,
     Flush,
     Hosted,
     Join,
@@ -184,8 +187,7 @@ class Server:
                     self.orders.written(job, block)
                 link.send(Written(message.job, message.block, message.part))
             case Extra():
-                job, _ = self._worker(link, None)
-                self.saver.extra(job, message, self._incoming.pop(link))
+                self._extra(link, message)
             case Expect():
                 self._expect(link, message)
             case Expecting():
@@ -243,6 +245,8 @@ class Server:
 
     def _commit(self, link: Link, message: Commit) -> None:
         job, worker = self._worker(link, message.epoch)
+        if message.version is not None:
+            _check_version(message.version)
         indices = list(job.blocks)
         if message.blocks is not None:  # those that have just been given away are committed at who has them
             indices = [index for index in message.blocks if index in job.blocks or index in job.expected]
@@ -261,6 +265,15 @@ class Server:
             self.steps.tell(job, worker, job.blocks[index])
         job.commit(worker.rank, message)
         self.go_on(job, indices)
+
+    def _extra(self, link: Link, message: Extra) -> None:
+        data = self._incoming.pop(link)
+        job, _ = self._worker(link, message.epoch)
+        _check_version(message.version)
+        if not 0 <= message.tensor < len(job.spec.extras):
+            raise Refusal(refusals.BAD_MESSAGE, f"the job has no tensor {message.tensor} that is not trained")
+        taken = ExtraTaken(message.job, message.version, message.tensor)
+        self.saver.extra(job, message, data, lambda: link.send(taken))
 
     def _expect(self, link: Link, message: Expect) -> None:
         if not hmac.compare_digest(message.key.encode(), self._key.encode()):
@@ -334,3 +347,10 @@ class Server:
         step = getattr(message, "step", 0)
         blocks = (message.block,) if hasattr(message, "block") else ()
         link.send(Refused(getattr(message, "job", ""), refusal.code, refusal.message, step, blocks))
+
+
+def _check_version(version: str) -> None:
+    try:
+        check_version(version)
+    except BadRequest as error:
+        raise Refusal(refusals.BAD_MESSAGE, error.message) from error

@@ -191,12 +191,22 @@ class Norms(msgspec.Struct, tag="norms", frozen=True):
 
 class Extra(msgspec.Struct, tag="extra", frozen=True):
     """A tensor that is not trained (a buffer, a frozen parameter) follows as payload, in its own dtype, for the file of
-    the version that the parameters become after `step`. tensor: its place in `JobSpec.extras`.
+    the version that the parameters become after `step`. tensor: its place in `JobSpec.extras`. Sent again until there
+    is an answer.
     """
 
     job: str
+    epoch: int
     version: str
     step: int
+    tensor: int
+
+
+class ExtraTaken(msgspec.Struct, tag="extra_taken", frozen=True):
+    """It is in the file; or it cannot be, and the master was told why."""
+
+    job: str
+    version: str
     tensor: int
 
 
@@ -291,8 +301,8 @@ class Adopted(msgspec.Struct, tag="adopted", frozen=True):
 
 
 Data = (
-    Join | Joined | Push | Flush | Pushed | Commit | Applied | Parameters | Moved | AskNorms | Norms | Extra | Read
-    | Contents | Write | Written | Refused | Expect | Expecting | Adopt | Adopted
+    Join | Joined | Push | Flush | Pushed | Commit | Applied | Parameters | Moved | AskNorms | Norms | Extra
+    | ExtraTaken | Read | Contents | Write | Written | Refused | Expect | Expecting | Adopt | Adopted
 )  # fmt: skip
 
 
@@ -513,13 +523,14 @@ class WorkerLost(msgspec.Struct, tag="worker_lost", frozen=True):
 
 
 class Saved(msgspec.Struct, tag="saved", frozen=True):
-    """These blocks of a snapshot ("") or a version are in its file."""
+    """These blocks of a snapshot ("") or a version are in its file, and these extras of a version."""
 
     job: str
     version: str
     step: int
     path: str
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...] = ()
+    extras: tuple[int, ...] = ()
 
 
 class JobUsage(msgspec.Struct, frozen=True):
