@@ -171,6 +171,8 @@ class Saver:
     def _extra_written(
         self, job: Job, message: Extra, path: Path, then: Callable[[], None], error: Exception | None
     ) -> None:
+        if job.epoch != message.epoch:
+            return  # it may have been discarded: whoever sent it sends it again, if it still belongs there
         if error is None:
             self._saved(Saved(message.job, message.version, message.step, str(path), extras=(message.tensor,)))
         else:

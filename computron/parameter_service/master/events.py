@@ -140,10 +140,18 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
-class Remove:
-    """A snapshot's file, which no recovery needs any more."""
+class Prune:
+    """The snapshot of this path is complete: older ones, unfinished ones too, may go, but for those of `keep`."""
+
+    path: str
+    keep: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """A version's file that will not be complete."""
 
     path: str
 
 
-Order = Log | Send | Close | Start | Finish | Remove
+Order = Log | Send | Close | Start | Finish | Prune | Discard

@@ -1,12 +1,12 @@
-"""Snapshots and versions: when all blocks are in a file it counts."""
+"""Snapshots and versions: a file counts when all that belongs to it is there."""
 
 from __future__ import annotations
 
 import logging
 
-from computron.parameter_service.master.events import Finish, Finished, Remove
-from computron.parameter_service.master.records import SNAPSHOTS_KEPT, SnapshotSaved, VersionSaved
-from computron.parameter_service.master.state import State
+from computron.parameter_service.master.events import Discard, Finish, Finished, Prune
+from computron.parameter_service.master.records import SnapshotSaved, VersionSaved
+from computron.parameter_service.master.state import Job, State, Unfinished
 from computron.parameter_service.wire.messages import Kept, Saved
 
 log = logging.getLogger(__name__)
@@ -18,13 +18,15 @@ class Files:
 
     def saved(self, message: Saved, now: float) -> None:
         job = self._state.jobs.get(message.job)
-        if job is None or any(saved.path == message.path for saved in job.book.snapshots):
+        if job is None or message.path in job.book.files:
             return
         job.saw(message.step, now)
         key = message.version, message.step, message.path
-        blocks = job.saving.setdefault(key, set())
-        blocks.update(message.blocks)
-        if len(blocks) == len(job.layout.blocks):
+        there = job.saving.setdefault(key, Unfinished())
+        there.blocks.update(message.blocks)
+        there.extras.update(message.extras)
+        extras = len(job.book.spec.extras) if message.version else 0
+        if len(there.blocks) == len(job.layout.blocks) and len(there.extras) == extras:
             del job.saving[key]
             self._state.orders.append(Finish(job.name, *key))
 
@@ -44,10 +46,15 @@ class Files:
             log.info("version_complete job=%s version=%s step=%d", event.job, event.version, event.step)
             return
         job.trouble = ""
-        older = job.book.snapshots[: max(0, len(job.book.snapshots) + 1 - SNAPSHOTS_KEPT)]
         self._state.write(SnapshotSaved(event.job, event.step, event.path))
         for key in [key for key in job.saving if not key[0] and key[1] < event.step]:
             del job.saving[key]  # what is missing in an older one will not come any more
-        self._state.orders.extend(Remove(saved.path) for saved in older)
+        self._state.orders.append(Prune(event.path, tuple(saved.path for saved in job.book.snapshots)))
         for name in sorted(job.holders):
             self._state.tell(name, Kept(job.name, event.step))
+
+
+def discard_unfinished(state: State, job: Job) -> None:
+    """What is being written will not be complete: the job goes on from another step, or is no more."""
+    state.orders.extend(Discard(path) for version, _, path in job.saving if version)
+    job.saving.clear()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
+from computron.parameter_service.master.files import discard_unfinished
 from computron.parameter_service.master.findings import best, commits_of, is_followed, silent
 from computron.parameter_service.master.placement import Placer
 from computron.parameter_service.master.reasons import (
@@ -333,7 +334,7 @@ class Reconfiguration:
                 self._state.write(MemberGone(job.name, rank, False))
         if rolled_back:
             self._state.rollbacks += job.step > 0
-            job.saving.clear()
+            discard_unfinished(self._state, job)
             if change.lost:
                 log.warning("rolled_back job=%s to_step=%d lost=%d", job.name, change.applied, change.lost)
         job.step = change.applied

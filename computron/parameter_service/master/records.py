@@ -171,6 +171,11 @@ class JobBook:
         return self.spec.job
 
     @property
+    def files(self) -> set[str]:
+        """Paths of all that is complete."""
+        return {saved.path for saved in self.snapshots} | {saved.path for saved in self.versions.values()}
+
+    @property
     def owners(self) -> tuple[str, ...]:
         return self.placed.owners if self.placed is not None else ()
 

@@ -11,6 +11,7 @@ from computron.parameter_service.master.events import (
     MoveAsked,
     QuotaAsked,
 )
+from computron.parameter_service.master.files import discard_unfinished
 from computron.parameter_service.master.moves import Moves
 from computron.parameter_service.master.records import CountSet, JobDropped, QuotaSet
 from computron.parameter_service.master.scaling import Scaling
@@ -80,5 +81,6 @@ class Requests:
             self._state.tell(name, Drop(job.name))
         for worker in job.linked:
             self._state.dismiss(worker.link, job.name, refusals.UNKNOWN_JOB, "the job was deleted")
+        discard_unfinished(self._state, job)
         del self._state.jobs[job.name]
         self._state.write(JobDropped(job.name))

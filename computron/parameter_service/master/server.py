@@ -23,6 +23,7 @@ from computron.parameter_service.master import rest
 from computron.parameter_service.master.events import (
     Close,
     Closed,
+    Discard,
     Event,
     Exited,
     Finish,
@@ -30,8 +31,8 @@ from computron.parameter_service.master.events import (
     Log,
     NotFinished,
     Order,
+    Prune,
     Received,
-    Remove,
     Send,
     Start,
     Started,
@@ -43,7 +44,8 @@ from computron.parameter_service.master.processes import Processes, aggregator_c
 from computron.parameter_service.master.scaling import ScalingSettings
 from computron.parameter_service.master.state import Limits
 from computron.parameter_service.packing import PACKERS
-from computron.parameter_service.versions.files import finish
+from computron.parameter_service.versions.files import discard, finish
+from computron.parameter_service.versions.pruning import prune
 from computron.parameter_service.wire import messages
 
 log = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ class MasterServer:
         self._numbers = itertools.count(1)
         self._orders: deque[Order] = deque()
         self._busy = False
+        self._leaving = False
         self._encode = messages.encoder().encode
         self._decode: Callable[[bytes], messages.ToMaster] = messages.decoder(messages.ToMaster).decode
         self._disk = ThreadPoolExecutor(1, "files")
@@ -110,6 +113,7 @@ class MasterServer:
 
     async def __aexit__(self, *_: object) -> None:
         self.ticking.cancel()
+        self._leaving = True
         for link in list(self._links.values()):
             await link.close()
         await self._runner.cleanup()
@@ -154,17 +158,18 @@ class MasterServer:
                     lambda: self.tell(_finished(order)),
                     lambda error: self.tell(NotFinished(order.job, f"{order.path}: {error}; does the master see it?")),
                 )
-            case Remove():
-                self._in_thread(
-                    lambda: Path(order.path).unlink(missing_ok=True),
-                    lambda: None,
-                    lambda error: log.error("not_removed path=%s error=%s", order.path, error),
-                )
+            case Prune():
+                self._remove(lambda: prune(Path(order.path), map(Path, order.keep)))
+            case Discard():
+                self._remove(lambda: discard(Path(order.path)))
+
+    def _remove(self, work: Callable[[], object]) -> None:
+        self._in_thread(work, lambda: None, lambda error: log.error("not_removed error=%s", error))
 
     def _in_thread(
-        self, work: Callable[[], None], then: Callable[[], None], otherwise: Callable[[BaseException], None]
+        self, work: Callable[[], object], then: Callable[[], None], otherwise: Callable[[BaseException], None]
     ) -> None:
-        def done(future: asyncio.Future[None]) -> None:
+        def done(future: asyncio.Future[object]) -> None:
             error = future.exception()
             if error is None:
                 then()
@@ -221,7 +226,8 @@ class MasterServer:
         finally:
             sender.cancel()
             del self._links[number], self._outboxes[number]
-            self.tell(Closed(number))
+            if not self._leaving:
+                self.tell(Closed(number))
         return socket
 
 

@@ -102,13 +102,21 @@ class Change:
 
 
 @dataclass(slots=True)
+class Unfinished:
+    """Blocks, and extras of a version, that are in a file."""
+
+    blocks: set[int] = field(default_factory=set)
+    extras: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
 class Job:
     """excluded: aggregators that count as lost for this job, until when. doubted: those that a member cannot reach,
     since when. mismatch: an aggregator has something else than what the book says. mismatch_of_log: the log did not
     have the job, an aggregator had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute
-    thread a step, by block. cpu_total: seconds of it so far. saving: blocks in each unfinished file. hosts:
-    aggregators that have or had blocks. fenced: those of `Placed.unfenced` that can do no harm any more. still_until:
-    until then nothing is moved. trouble: why the last snapshot or version did not come about.
+    thread a step, by block. cpu_total: seconds of it so far. saving: by version ("" for a snapshot), step and
+    path. hosts: aggregators that have or had blocks. fenced: those of `Placed.unfenced` that can do no harm any more.
+    still_until: until then nothing is moved. trouble: why the last snapshot or version did not come about.
     """
 
     book: JobBook
@@ -125,7 +133,7 @@ class Job:
     cpu: dict[int, float] = field(default_factory=dict)
     cpu_total: float = 0.0
     late: float = 0.0
-    saving: dict[tuple[str, int, str], set[int]] = field(default_factory=dict)
+    saving: dict[tuple[str, int, str], Unfinished] = field(default_factory=dict)
     hosts: set[str] = field(default_factory=set)
     fenced: set[str] = field(default_factory=set)
     still_until: float = 0.0

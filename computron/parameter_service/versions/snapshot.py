@@ -8,18 +8,16 @@ For each trained tensor the file holds `<name>`, its fp32 parameters, and where 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from computron.errors import CheckpointError, StorageFailed
+from computron.errors import CheckpointError
 from computron.parameter_service.layout import Block
 from computron.parameter_service.versions.casting import as_bytes
-from computron.parameter_service.versions.files import PARTIAL, SharedFile, partial_path
+from computron.parameter_service.versions.files import SharedFile
 from computron.parameter_service.versions.header import Entry, Header, Tensor, make_header, read_header
-from computron.parameter_service.versions.names import SNAPSHOT, job_folder
 from computron.parameter_service.wire.messages import JobSpec
 
 KIND = "computron.snapshot"
@@ -153,43 +151,6 @@ class SnapshotReader:
             if count == 0:
                 raise CheckpointError(f"{self.path}: was cut while it was read; use another snapshot")
             into, offset = into[count:], offset + count
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Finished:
-    """A finished snapshot. A later epoch's is newer at the same step: who wrote an earlier one was replaced."""
-
-    step: int
-    epoch: int
-    path: Path
-
-
-def finished_snapshots(directory: Path, job: str) -> list[Finished]:
-    """Of the job, oldest first."""
-    folder = job_folder(directory, job)
-    found = [(SNAPSHOT.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(Finished(int(match[1]), int(match[2]), path) for match, path in found if match)
-
-
-def prune(directory: Path, job: str, keep: Iterable[Path]) -> list[Path]:
-    """Removes the job's snapshots, unfinished ones too, but those of these paths. Returns which were removed.
-
-    Versions stay. Raises StorageFailed if a file cannot be removed.
-    """
-    kept = {path.resolve() for path in keep}
-    kept |= {partial_path(path) for path in kept}
-    folder = job_folder(directory, job).resolve()
-    removed = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path not in kept and SNAPSHOT.fullmatch(path.name.removesuffix(PARTIAL)):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise StorageFailed(
-                    f"{path} cannot be removed: {error.strerror}; see that its folder can be written"
-                ) from error
-            removed.append(path)
-    return removed
 
 
 def _check(path: Path, header: Header, tensors: list[Tensor]) -> tuple[int, int]:

@@ -12,13 +12,11 @@ from safetensors.torch import save_file
 
 from computron.errors import CheckpointError
 from computron.parameter_service.layout import Layout, TensorSpec
-from computron.parameter_service.versions.files import finish, partial_path
-from computron.parameter_service.versions.names import snapshot_path, version_path
+from computron.parameter_service.versions.files import finish
+from computron.parameter_service.versions.names import snapshot_path
 from computron.parameter_service.versions.snapshot import (
     SnapshotReader,
     SnapshotWriter,
-    finished_snapshots,
-    prune,
     state_names,
 )
 from computron.parameter_service.wire.messages import JobSpec
@@ -135,29 +133,3 @@ def test_another_safetensors_file_is_no_snapshot(tmp_path: Path, spec: JobSpec) 
     save_file({"norm.weight": torch.zeros(40)}, tmp_path / "f")
     with pytest.raises(CheckpointError, match="is no snapshot of format 1"):
         SnapshotReader(tmp_path / "f", spec)
-
-
-def test_snapshots_are_listed_by_step_and_then_by_epoch(tmp_path: Path, spec: JobSpec) -> None:
-    assert finished_snapshots(tmp_path, spec.job) == []
-    for step, epoch in [(100, 1), (20, 3), (20, 12)]:
-        path = snapshot_path(tmp_path, spec.job, step, epoch)
-        SnapshotWriter(path, spec, step=step, epoch=epoch).close()
-        finish(path)
-    SnapshotWriter(snapshot_path(tmp_path, spec.job, 200, 1), spec, step=200, epoch=1).close()
-    found = finished_snapshots(tmp_path, spec.job)
-    assert [(snapshot.step, snapshot.epoch) for snapshot in found] == [(20, 3), (20, 12), (100, 1)]
-    assert found[0].path == snapshot_path(tmp_path, spec.job, 20, 3)
-
-
-def test_pruning_keeps_what_it_is_told_and_versions_and_other_jobs(tmp_path: Path, spec: JobSpec) -> None:
-    kept, growing = (snapshot_path(tmp_path, spec.job, step, 1) for step in (20, 30))
-    old, stale = (snapshot_path(tmp_path, spec.job, step, 1) for step in (10, 15))
-    version = version_path(tmp_path, spec.job, "v1")
-    other = snapshot_path(tmp_path, "other", 10, 1)
-    files = [kept, partial_path(growing), old, partial_path(stale), version, partial_path(version), other]
-    for file in files:
-        file.parent.mkdir(exist_ok=True)
-        file.touch()
-    assert prune(tmp_path, spec.job, {kept, growing}) == [old, partial_path(stale)]
-    assert [file for file in files if not file.exists()] == [old, partial_path(stale)]
-    assert prune(tmp_path, "unknown", set()) == []

@@ -1,0 +1,98 @@
+"""When files of a job are finished, and what becomes of those that will not be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from computron.parameter_service.layout import TensorSpec
+from computron.parameter_service.master.events import (
+    Discard,
+    DropAsked,
+    Event,
+    Exited,
+    Finish,
+    Finished,
+    Order,
+    Prune,
+    Received,
+    Tick,
+)
+from computron.parameter_service.master.master import Master
+from computron.parameter_service.master.records import Book
+from computron.parameter_service.master.scaling import ScalingSettings
+from computron.parameter_service.packing import PACKERS
+from computron.parameter_service.wire.messages import BlockState, Ready, Register, Saved
+from tests.parameter_service.master.fakes import address_of, enlist, job_spec
+
+AGGREGATORS = {"one": 1, "two": 2}  # and the numbers of their links
+WORKER = 3
+
+
+class Trained:
+    """A master with a job of two blocks, which `one` has, and two tensors that are not trained."""
+
+    def __init__(self) -> None:
+        self.master = Master(Book(), PACKERS["utilisation"](), ScalingSettings(maximum=2), 0.0)
+        self._now = 0.0
+        extras = (TensorSpec("mean", (8,), "float32", 0), TensorSpec("count", (), "int64", 0))
+        spec = job_spec(blocks=2, extras=extras, snapshot_every=10)
+        self.come("one", memory=1 << 31)
+        self.come("two", memory=1 << 30)
+        self.tell(Received(WORKER, enlist(spec)))
+        assert set(self.job.book.owners) == {"one"}
+
+    @property
+    def job(self) -> Any:
+        return self.master.state.jobs["lm"]
+
+    def come(self, name: str, memory: int) -> None:
+        self.tell(Received(AGGREGATORS[name], Register(address_of(name), "", AGGREGATORS[name], memory, ())))
+
+    def tell(self, event: Event) -> list[Order]:
+        self._now += 1.0
+        return [*self.master.handle(event, self._now), *self.master.handle(Tick(), self._now)]
+
+    def saved(self, version: str, step: int, path: str, *blocks: int, extras: tuple[int, ...] = ()) -> list[Order]:
+        return self.tell(Received(1, Saved("lm", version, step, path, blocks, extras)))
+
+
+@pytest.fixture
+def trained() -> Trained:
+    return Trained()
+
+
+def test_a_version_is_finished_when_all_blocks_and_all_extras_are_there(trained: Trained) -> None:
+    told = [
+        *trained.saved("v1", 7, "/v1", extras=(0,)),
+        *trained.saved("v1", 7, "/v1", 0, 1),
+        *trained.saved("v1", 7, "/v1", extras=(0,)),
+    ]
+    assert not [order for order in told if isinstance(order, Finish)]
+    assert Finish("lm", "v1", 7, "/v1") in trained.saved("v1", 7, "/v1", extras=(1,))
+
+
+def test_a_snapshot_has_no_extras_and_makes_older_ones_needless(trained: Trained) -> None:
+    for step in (5, 10, 15):
+        assert Finish("lm", "", step, f"/{step}") in trained.saved("", step, f"/{step}", 0, 1)
+        orders = trained.tell(Finished("lm", "", step, f"/{step}", 0.0))
+    assert Prune("/15", ("/10", "/15")) in orders
+
+
+def test_a_rollback_discards_versions_that_are_not_complete(trained: Trained) -> None:
+    trained.saved("", 5, "/5", 0, 1)
+    trained.tell(Finished("lm", "", 5, "/5", 0.0))
+    trained.saved("v1", 7, "/v1", 0, 1, extras=(0, 1))
+    trained.tell(Finished("lm", "v1", 7, "/v1", 0.0))
+    trained.saved("v2", 8, "/v2", 0, extras=(0, 1))
+    trained.tell(Exited("one"))
+    epoch = trained.job.book.epoch
+    orders = trained.tell(Received(2, Ready("lm", epoch, (BlockState(0, 5), BlockState(1, 5)))))
+    assert trained.job.book.placed.applied == 5
+    assert [order for order in orders if isinstance(order, Discard)] == [Discard("/v2")]
+
+
+def test_a_job_that_is_deleted_leaves_no_half_versions(trained: Trained) -> None:
+    trained.saved("v1", 7, "/v1", 0)
+    assert Discard("/v1") in trained.tell(DropAsked("lm"))
