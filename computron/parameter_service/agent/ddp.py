@@ -82,6 +82,7 @@ class Reduction:
             tensors.append((index, int(gradient.storage_offset() - buffer.storage_offset())))
             blocks.update(self._layout.blocks_of(index))
             session.staging.put(index, gradient)
+        session.staging.push()
         self._given = 0 if bucket.is_last() else self._given + 1
         future: Future[Tensor] = Future()
         self._arrived.put(_Waiting(buffer, tensors, sorted(blocks), session.working, session.generation, future))

@@ -5,7 +5,6 @@ comes.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -21,6 +20,7 @@ from computron.parameter_service.agent.actions import (
     Send,
     Unshare,
 )
+from computron.parameter_service.agent.change import Change
 from computron.parameter_service.agent.connections import Connections
 from computron.parameter_service.agent.parameters import FlatParameters, close_all
 from computron.parameter_service.agent.progress import PARAMETERS, Progress
@@ -66,7 +66,7 @@ class Exchange:
         parameters: FlatParameters,
         staging: Staging,
         machine: str,
-        changed: threading.Condition,
+        changed: Change,
         unreachable: Callable[[str, str], None],
         failed: Callable[[BaseException], None],
     ) -> None:
@@ -76,12 +76,12 @@ class Exchange:
         self._asked: dict[Key, tuple[Question, memoryview, Answer]] = {}
         self._connections = Connections(self, machine, self._opened, unreachable, failed)
 
-    def handle(self, event: Callable[[], Iterable[Action]], fds: dict[int, int] | None = None) -> None:
+    def handle(self, *events: Callable[[], Iterable[Action]], fds: dict[int, int] | None = None) -> None:
         with self._changed:
-            actions = event()
-            for action in actions:
-                self._perform(action, fds or {})
-            self._changed.notify_all()
+            for event in events:
+                for action in event():
+                    self._perform(action, fds or {})
+            self._changed.tell()
 
     def _perform(self, action: Action, fds: dict[int, int]) -> None:
         match action:
@@ -164,7 +164,7 @@ class Exchange:
                     if isinstance(message, Joined)
                     else {}
                 )
-                self.handle(lambda: self._event(sender, message), with_block)
+                self.handle(lambda: self._event(sender, message), fds=with_block)
         finally:
             close_all(fds)
 
@@ -215,9 +215,10 @@ class Exchange:
             known[2](message)
         return []
 
-    def ask(self, message: Question, memory: memoryview, then: Answer) -> None:
+    def ask(self, message: Question, memory: memoryview, then: Answer) -> list[Action]:
         self._asked[_key(message)] = (message, memory, then)
         self._send_asked(message, memory)
+        return []
 
     def _send_asked(self, message: Question, memory: memoryview) -> None:
         """To the owner, if that knows us; `ask_again` comes later."""

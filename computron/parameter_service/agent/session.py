@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from computron.errors import JobRefused, ParameterServiceError
 from computron.parameter_service.agent.actions import Action, Wish
+from computron.parameter_service.agent.change import Change
 from computron.parameter_service.agent.exchange import Answer, Exchange
 from computron.parameter_service.agent.master_link import MasterLink
 from computron.parameter_service.agent.parameters import FlatParameters
@@ -55,7 +57,7 @@ class Session:
         self.spec, self.layout, self.parameters = spec, layout, parameters
         self._eager = spec.optimizer == "sum"
         self.progress = Progress(spec.job, service.token, service.incarnation, len(layout.blocks), eager=self._eager)
-        self.changed = threading.Condition()
+        self.changed = Change()
         self.compute = self.waited = 0.0  # seconds, of the last iteration
         self.working, self.generation = 1, 0  # the step that gradients are for, as the training thread knows it
         self._error: BaseException | None = None
@@ -75,6 +77,8 @@ class Session:
         self._exchange = Exchange(
             self.progress, layout, parameters, self.staging, machine, self.changed, self._unreachable, self._fail
         )
+        self._calls: deque[Callable[[], list[Action]]] = deque()
+        self._calling = False
         self._loop = uvloop.new_event_loop()
         self._loop.set_exception_handler(self._unhandled)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -102,17 +106,18 @@ class Session:
         began = time.monotonic()
         remind = PATIENCE
         with self.changed:
-            while not done():
-                self.check()
+            while not self.changed.wait(lambda: self._error is not None or done(), WAKE):
                 if time.monotonic() - began >= remind:
                     log.warning("job %s has waited %.0f s for %s", self.spec.job, remind, waits_for(self.progress))
                     remind += REMINDER
-                self.changed.wait(WAKE)
         self.check()
 
     def call(self, wish: Callable[[], list[Action]]) -> None:
         """Ask the progress for something, in its own thread."""
-        self._loop.call_soon_threadsafe(self._exchange.handle, wish)
+        self._calls.append(wish)
+        if not self._calling:  # it is woken once for all that comes until it runs
+            self._calling = True
+            self._loop.call_soon_threadsafe(self._do_calls)
 
     def begin(self, step: int, generation: int) -> None:
         """Gradients that come from now on are for this step."""
@@ -133,25 +138,28 @@ class Session:
             self._staged(untold, False)
         self.call(lambda: self._commit(generation, done))
 
-    def tell_staged(self) -> None:
-        """What lies in staging is complete, though other gradients of the step may follow."""
+    def stage(self, gradients: Iterable[tuple[int, Tensor | None]]) -> None:
+        """All that has come of the step and these, though others may follow. Returns when it is told."""
+        self.staging.finish(gradients, final=False)
+        self.wait(lambda: self.staging.idle)
         if untold := self.staging.untold():
             self._staged(untold, False)
 
     def ask(self, message: Read | Write, memory: memoryview, then: Answer) -> None:
         """Read a block's part into `memory`, or write it from there; `then` is called in the loop's thread."""
-        self._loop.call_soon_threadsafe(self._exchange.ask, message, memory, then)
+        self.call(lambda: self._exchange.ask(message, memory, then))
 
     def give(self, extras: Sequence[tuple[Extra, memoryview]]) -> None:
         """These belong to the version that the parameters become after this step."""
         generation = self.generation
 
-        def give() -> None:
+        def give() -> list[Action]:
             if generation == self.progress.generation:
                 for message, memory in extras:
                     self._exchange.ask(message, memory, lambda _: None)
+            return []
 
-        self._loop.call_soon_threadsafe(give)
+        self.call(give)
 
     def close(self, reason: str) -> None:
         """Leave the job and end the threads, when what belongs to versions has been taken."""
@@ -161,15 +169,15 @@ class Session:
         self._loop.call_soon_threadsafe(told.set)
         told.wait(LEAVING)  # what was asked for before is being done
         with self.changed:
-            if not self.changed.wait_for(lambda: not self._exchange.extras_left or self._error is not None, GIVING):
+            if not self.changed.wait(lambda: not self._exchange.extras_left or self._error is not None, GIVING):
                 log.warning("job %s was left before all of its last version was taken", self.spec.job)
             self._error = self._error or ParameterServiceError(f"job {self.spec.job} was left: {reason}")
-            self.changed.notify_all()
+            self.changed.tell()
         self.staging.close()
         self._loop.call_soon_threadsafe(lambda: self._start(self._leave(reason)))
         self._thread.join()
 
-    # The push thread.
+    # The thread that copies: the push thread, or the training thread that helps it.
 
     def _staged(self, blocks: list[int], final: bool) -> None:
         generation, step = self.generation, self.working
@@ -178,17 +186,21 @@ class Session:
     def _may_write(self, block: int) -> bool:
         """The block's staging is free when its owner has applied what lay there."""
         progress, state = self.progress, self.progress.blocks[block]
-        if state.applied < self.working - 1:
+
+        def settled() -> bool:
+            if self._error is not None or progress.generation != self.generation:
+                return True
+            return state.applied >= self.working - 1
+
+        if not settled():
             with self.changed:
-                while (
-                    state.applied < self.working - 1 and self._error is None and progress.generation == self.generation
-                ):
-                    self.changed.wait(WAKE)
+                while not self.changed.wait(settled, WAKE):
+                    continue
         return progress.generation == self.generation
 
     def _idle(self) -> None:
         with self.changed:
-            self.changed.notify_all()
+            self.changed.tell()
 
     def _fail_from_thread(self, error: BaseException) -> None:
         self._loop.call_soon_threadsafe(self._fail, error)
@@ -242,12 +254,16 @@ class Session:
             log.warning("the master did not take the farewell of job %s", self.spec.job)
         self._loop.stop()
 
+    def _do_calls(self) -> None:
+        self._calling = False
+        self._exchange.handle(*(self._calls.popleft() for _ in range(len(self._calls))))
+
     def _fail(self, error: BaseException) -> None:
         with self.changed:
             if self._error is None:
                 log.error("job %s: %r", self.spec.job, error)
                 self._error = error
-            self.changed.notify_all()
+            self.changed.tell()
 
     def _unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self._fail(context.get("exception") or ParameterServiceError(context["message"]))

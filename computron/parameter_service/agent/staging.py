@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,9 @@ from computron.parameter_service.layout import Block, Layout
 from computron.parameter_service.wire.segments import Segment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BATCH = (
+    1 << 18
+)  # elements of small gradients that are copied together: waking a thread for each costs more than copying
 
 
 class _Copy(NamedTuple):
@@ -24,13 +27,21 @@ class _Copy(NamedTuple):
     event: torch.cuda.Event | None
 
 
+class _Piece(NamedTuple):
+    """Where elements of a tensor go: those from `start` on, None for all of them, which `view` then is shaped like."""
+
+    block: int
+    start: int | None
+    view: Tensor
+
+
 class Staging:
     """Laid out like the flat space, in the dtype of the wire.
 
-    staged: told, in the push thread, of blocks whose last outstanding gradient lies in staging, and whether no other
-    will come in this step. may_write: waits, in the push thread, until the owner has read what the block's staging held
-    before; False where the gradient is of no use any more. idle: told that nothing is left to copy. failed: told of an
-    exception that ends the push thread.
+    staged: told of blocks whose last outstanding gradient lies in staging, and whether no other will come in this step.
+    may_write: waits until the owner has read what the block's staging held before; False where the gradient is of no
+    use any more. idle: told that nothing is left to copy. failed: told of an exception that ends the copying. All are
+    called by the thread that copies.
     """
 
     def __init__(
@@ -47,16 +58,23 @@ class Staging:
         self._itemsize = dtype.itemsize
         self.segment = Segment.create("computron-staging", layout.elements * dtype.itemsize)
         flat = self.segment.tensor(dtype, 0, layout.elements)
-        self._pieces: list[list[tuple[int, int, int, Tensor]]] = [[] for _ in layout.tensors]
+        self._elements = [tensor.elements for tensor in layout.tensors]
+        self._pieces: list[list[_Piece]] = [[] for _ in layout.tensors]
         for block in layout.blocks:
             for piece in block.pieces:
                 start = block.start + piece.offset
                 view = flat[start : start + piece.count]
-                self._pieces[piece.tensor].append((block.index, piece.start, piece.count, view))
+                whole = piece.count == self._elements[piece.tensor]
+                shaped = view.view(layout.tensors[piece.tensor].shape) if whole else view
+                self._pieces[piece.tensor].append(_Piece(block.index, None if whole else piece.start, shaped))
         self._tensors_of = [len(block.pieces) for block in layout.blocks]
         self._staged, self._may_write, self._idle, self._failed = staged, may_write, idle, failed
         self._lock = threading.Lock()
-        self._queue: queue.SimpleQueue[_Copy | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Copy] | None] = queue.SimpleQueue()
+        self._gathered: dict[int, _Copy] = {}  # that nobody has been given yet
+        self._size = 0  # of these, in elements
+        self._given = [0] * len(layout.tensors)  # copies of each tensor that somebody has been given
+        self._ordered = False  # there are two of one tensor: only one thread may copy
         self._outstanding = [0] * len(layout.blocks)
         self._fresh: list[set[int]] = [set() for _ in layout.blocks]  # tensors copied since the block was last told of
         self._left = 0
@@ -69,30 +87,49 @@ class Staging:
         return self.segment.view()[start : start + block.elements * self._itemsize]
 
     def put(self, tensor: int, gradient: Tensor | None) -> None:
-        """Copy it soon; it must stay as it is, or be put again, until this is `idle`. None: zeros."""
+        """Copy it soon, small ones when `push` or `finish` is called; it must stay as it is, or be put again, until
+        this is `idle`. None: zeros.
+        """
         event = None
         if gradient is not None and gradient.is_cuda:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(gradient.device))
         with self._lock:
-            self._count(tensor, 1)
-        self._queue.put(_Copy(tensor, gradient, event))
+            self._gather(_Copy(tensor, gradient, event))
+            full = self._size >= BATCH
+        if full:
+            self.push()
 
-    def finish(self, last: Iterable[tuple[int, Tensor | None]]) -> tuple[list[int], list[int]]:
-        """These are the step's last gradients. Returns the blocks that lie in staging already, and those among them
-        that `staged` has not told of; it tells of the others.
+    def push(self) -> None:
+        """Copy soon what has been put."""
+        with self._lock:
+            copies = self._give()
+        if copies:
+            self._queue.put(copies)
+
+    def finish(self, last: Iterable[tuple[int, Tensor | None]], *, final: bool = True) -> tuple[list[int], list[int]]:
+        """Copy what has been put and these, the step's last gradients if `final`; the calling thread helps. Returns the
+        blocks that lay in staging before, and those among them that `staged` has not told of; it tells of the others.
         """
         last = list(last)
         with self._lock:
-            self._final = True
-            for tensor, _ in last:
-                self._count(tensor, 1)
+            self._final = final
+            for tensor, gradient in last:
+                self._gather(_Copy(tensor, gradient, None))
             done = [block for block, left in enumerate(self._outstanding) if not left]
             untold = [block for block in done if self._fresh[block]]
             for block in untold:
                 self._fresh[block].clear()
-        for tensor, gradient in last:
-            self._queue.put(_Copy(tensor, gradient, None))
+            copies = self._give()
+            alone = not self._ordered
+        batches = list(self._batches(copies))
+        if len(batches) == 1 and alone:
+            self._copy_batch(batches[0])
+            return done, untold
+        for batch in batches:
+            self._queue.put(batch)
+        if alone:
+            self._help()
         return done, untold
 
     @property
@@ -119,46 +156,117 @@ class Staging:
         self._thread.join()
         self.segment.close()
 
-    def _count(self, tensor: int, change: int) -> None:
-        self._left += change
-        for block, _, _, _ in self._pieces[tensor]:
-            self._outstanding[block] += change
+    # With the lock held.
+
+    def _gather(self, copy: _Copy) -> None:
+        if copy.tensor not in self._gathered:
+            self._size += self._elements[copy.tensor]
+            self._left += 1
+            for piece in self._pieces[copy.tensor]:
+                self._outstanding[piece.block] += 1
+        self._gathered[copy.tensor] = copy
+
+    def _give(self) -> list[_Copy]:
+        copies = list(self._gathered.values())
+        for copy in copies:
+            self._ordered = self._ordered or self._given[copy.tensor] > 0
+            self._given[copy.tensor] += 1
+        self._gathered.clear()
+        self._size = 0
+        return copies
+
+    # Whoever copies.
 
     def _run(self) -> None:
-        while (copy := self._queue.get()) is not None:
-            try:
-                self._copy(copy)
-            except BaseException as error:  # the training thread raises it
-                self._failed(error)
+        while (copies := self._queue.get()) is not None:
+            if not self._copy_batch(copies):
                 return
-            del copy  # the gradient's memory is not ours to keep
+            del copies  # the gradients' memory is not ours to keep
 
-    def _copy(self, copy: _Copy) -> None:
-        if copy.event is not None:
-            copy.event.synchronize()
-        flat = None if copy.gradient is None else copy.gradient.detach().reshape(-1)
-        for block, start, count, view in self._pieces[copy.tensor]:
-            if self._may_write(block):
-                if flat is None:
-                    view.zero_()
-                else:
-                    view.copy_(flat[start : start + count])
-            self._done(copy.tensor, block)
+    def _help(self) -> None:
+        while True:
+            try:
+                copies = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            if copies is None:  # for the thread
+                self._queue.put(None)
+                return
+            if not self._copy_batch(copies):
+                return
+
+    def _copy_batch(self, copies: Sequence[_Copy]) -> bool:
+        try:
+            for part in self._batches(copies):
+                self._copy(part)
+        except BaseException as error:  # the training thread raises it
+            self._failed(error)
+            return False
+        return True
+
+    def _batches(self, copies: Sequence[_Copy]) -> Iterator[list[_Copy]]:
+        batch: list[_Copy] = []
+        size = 0
+        for copy in copies:
+            batch.append(copy)
+            size += self._elements[copy.tensor]
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    @torch.no_grad()
+    def _copy(self, copies: Sequence[_Copy]) -> None:
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        arriving: list[tuple[int, int]] = []  # tensors and blocks
+        for tensor, gradient, event in copies:
+            if event is not None:
+                event.synchronize()
+            flat = None
+            for block, start, view in self._pieces[tensor]:
+                if self._may_write(block):
+                    if gradient is None:
+                        view.zero_()
+                    elif start is None:
+                        targets.append(view)
+                        sources.append(gradient)
+                    else:
+                        flat = gradient.reshape(-1) if flat is None else flat
+                        targets.append(view)
+                        sources.append(flat[start : start + len(view)])
+                arriving.append((tensor, block))
+                if start is not None:
+                    self._arrive(targets, sources, arriving)
+        self._arrive(targets, sources, arriving)
         with self._lock:
-            self._left -= 1
-        if not self._left:
+            for copy in copies:
+                self._given[copy.tensor] -= 1
+            self._left -= len(copies)
+            idle = not self._left
+            self._ordered = self._ordered and not idle
+        if idle:
             self._idle()
 
-    def _done(self, tensor: int, block: int) -> None:
+    def _arrive(self, targets: list[Tensor], sources: list[Tensor], arriving: list[tuple[int, int]]) -> None:
+        """Copy these, tell of the blocks that are complete by them, and empty the lists."""
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        complete = []
         with self._lock:
-            self._outstanding[block] -= 1
-            fresh = self._fresh[block]
-            fresh.add(tensor)
             final = self._final
-            if self._outstanding[block] or (not final and len(fresh) < self._tensors_of[block]):
-                return
-            fresh.clear()
-        self._staged([block], final)
+            for tensor, block in arriving:
+                self._outstanding[block] -= 1
+                fresh = self._fresh[block]
+                fresh.add(tensor)
+                if not self._outstanding[block] and (final or len(fresh) >= self._tensors_of[block]):
+                    fresh.clear()
+                    complete.append(block)
+        for parts in (targets, sources, arriving):
+            parts.clear()
+        if complete:
+            self._staged(complete, final)
 
 
 class Gradients:

@@ -135,10 +135,7 @@ class Trainer:
         if progress.generation != session.generation:
             return 0.0
         generation, step = session.generation, session.working
-        for tensor, gradient in self._gradients.changed(zeros=self._zeros):
-            session.staging.put(tensor, gradient)
-        session.wait(lambda: session.staging.idle)
-        session.tell_staged()
+        session.stage(self._gradients.changed(zeros=self._zeros))
         session.call(lambda: progress.ask_norms(step, scale) if progress.generation == generation else [])
         session.wait(lambda: progress.squared_norm is not None or progress.generation != generation)
         return math.sqrt(progress.squared_norm or 0.0)
@@ -164,6 +161,7 @@ class Trainer:
         if progress.generation == session.generation:
             return False
         lost = progress.lost_steps - self._lost
+        session.staging.push()
         session.wait(lambda: session.staging.idle and progress.ready)
         self._gradients.forget()
         self._pending = 0
