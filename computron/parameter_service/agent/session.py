@@ -126,13 +126,12 @@ class Session:
 
     def wish(self, wish: Wish) -> None:
         """The step is to be taken, block by block as their gradients come."""
-        generation = self.generation
-        self.call(lambda: self._wished(generation, wish))
+        self._wish = (self.generation, wish)
 
     def finish(self, wish: Wish, last: Iterable[tuple[int, Tensor | None]]) -> None:
         """These are the step's last gradients: it is to be taken."""
         generation = self.generation
-        self.call(lambda: self._wished(generation, wish))
+        self.wish(wish)
         done, untold = self.staging.finish(last)
         if untold:
             self._staged(untold, False)
@@ -274,14 +273,11 @@ class Session:
         actions = self.progress.staged(step, blocks)
         return actions + self._commit(generation, blocks) if final or self._eager else actions
 
-    def _wished(self, generation: int, wish: Wish) -> list[Action]:
-        self._wish = (generation, wish)
-        return []
-
     def _commit(self, generation: int, blocks: Sequence[int]) -> list[Action]:
-        if self._wish is None or generation != self.progress.generation or self._wish[0] != generation:
+        wish = self._wish
+        if wish is None or generation != self.progress.generation or wish[0] != generation:
             return []
-        return self.progress.commit(self._wish[1], blocks)
+        return self.progress.commit(wish[1], blocks)
 
     def _unreachable(self, aggregator: str, reason: str) -> None:
         progress = self.progress
