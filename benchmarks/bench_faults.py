@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from collections import defaultdict
 from pathlib import Path
 
@@ -110,7 +111,12 @@ def kill(target: str, running: Service, training: Training, chance: random.Rando
     up = [one for one in running.aggregators() if one["jobs"] or chance.random() < 0.2] or running.aggregators()
     if chance.random() < 0.5 and len(running.aggregators()) > 1:
         to = chance.choice([one["id"] for one in running.aggregators()])
-        running.post("/v1/jobs/faults/move", {"blocks": "all", "to": to})
+        try:
+            running.post("/v1/jobs/faults/move", {"blocks": "all", "to": to})
+        except urllib.error.HTTPError as error:
+            if error.code >= 500:
+                raise
+            error.close()  # it has just died, or has all blocks
         time.sleep(chance.uniform(0, 0.02))
     if target == "aggregator":
         os.kill(chance.choice(up)["pid"], signal.SIGKILL)
@@ -133,7 +139,9 @@ def recovered(training: Training, running: Service, since: float) -> float:
             lowest, goal = steps, steps + 1
         training.require_alive()
         if time.monotonic() - since > LONGEST:
-            raise RuntimeError(f"the job did not go on:\n{running.said()}")
+            said = (training.folder / "workers").read_text()[-3000:]
+            job = running.get("/v1/jobs/faults")
+            raise RuntimeError(f"the job did not go on:\n{running.said()}\n{said}\n{job}")
         time.sleep(0.002)
     return time.monotonic() - since
 

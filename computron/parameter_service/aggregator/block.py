@@ -33,8 +33,9 @@ class Wanted(Protocol):
 class HeldBlock:
     """memory: names its segment, wherever it goes. applied: the last step it has seen; updates: how many changed it.
 
-    complete: its state is here. scheduled: a step that is being applied, 0 for none. wanted: files that want the state
-    as it is now. moving: who is to have it; expected_there: and knows. lock: held while the state changes or is copied.
+    saved: the step whose state a snapshot got from here last. complete: its state is here. scheduled: a step that is
+    being applied, 0 for none. wanted: files that want the state as it is now. moving: who is to have it;
+    expected_there: and knows. lock: held while the state changes or is copied.
     """
 
     block: Block
@@ -44,6 +45,7 @@ class HeldBlock:
     kernel: Kernel
     applied: int = 0
     updates: int = 0
+    saved: int = 0
     complete: bool = False
     scheduled: int = 0
     wanted: list[Wanted] = field(default_factory=list)

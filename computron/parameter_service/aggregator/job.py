@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.staging import Staging, missing
@@ -15,6 +16,14 @@ from computron.parameter_service.wire.messages import Address, AskNorms, Commit,
 
 SMOOTHING = 0.1  # of measured times: the weight of the newest
 LEAST_ALLOWANCE = 0.001  # seconds
+
+
+class Guard(Enum):
+    """What tells how far behind the last snapshot steps may be applied."""
+
+    MASTER = auto()
+    BLOCK = auto()
+    NONE = auto()
 
 
 @dataclass(eq=False)
@@ -53,8 +62,8 @@ class Job:
     """held: nothing is applied but what the master asks for. expected: blocks that will be handed over to here.
 
     leaving: blocks that were announced to be elsewhere, and are kept until they are; given: all that were in this
-    epoch, after which step and to whom. kept: step of the last complete
-    snapshot; guarded: no step is applied that a failure could take back together with more than the job allows.
+    epoch, after which step and to whom. kept: step of the last complete snapshot.
+    guard: what limits the steps after it.
     """
 
     spec: JobSpec
@@ -73,7 +82,7 @@ class Job:
     counters: Counters = field(default_factory=Counters)
     block_seconds: dict[int, float] = field(default_factory=dict)
     kept: int = 0
-    guarded: bool = True
+    guard: Guard = Guard.MASTER
     period: float = 0.0
     last_commit: float = 0.0
 
@@ -103,17 +112,26 @@ class Job:
             if block is None or not block.complete or block.scheduled:
                 continue
             step = block.applied + 1
-            if step > self.last_allowed:
+            if step > self.last_allowed(block):
                 continue
             if all(commit.covers(index, step) for commit in commits) and self._staged(block, step):
                 found.append(block)
         return found
 
-    @property
-    def last_allowed(self) -> float:
-        """The last step that may be applied now."""
+    def last_allowed(self, block: HeldBlock) -> float:
+        """The last step that may be applied to the block now, so that a failure costs no more than the job allows.
+
+        1. The master says which snapshot is complete: no further behind that.
+        2. The master is away: no further behind what a snapshot has of this block, and a step less, because other
+           blocks, which keep to the same, may be a step behind this one.
+        3. Nothing can be saved: no limit. That has been told.
+        """
         every = self.spec.snapshot_every
-        return self.kept + every if every and self.guarded else math.inf
+        if not every or self.guard is Guard.NONE:
+            return math.inf
+        if self.guard is Guard.MASTER:
+            return self.kept + every
+        return max(self.kept, block.saved) + max(1, every - 1)
 
     def wants_snapshot(self, step: int) -> bool:
         """Twice as often as steps may be lost: while one is being written, as many steps may go on."""

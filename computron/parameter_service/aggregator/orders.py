@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from computron.parameter_service.aggregator.block import HeldBlock, block_bytes
-from computron.parameter_service.aggregator.job import Job, versions_of
+from computron.parameter_service.aggregator.job import Guard, Job, versions_of
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.steps import Steps
@@ -137,7 +137,7 @@ class Orders:
         job = self._jobs.get(order.job)
         if job is None:
             return []
-        job.kept, job.guarded = max(job.kept, order.step), True
+        job.kept, job.guard = max(job.kept, order.step), Guard.MASTER
         return [job]
 
     def expect(self, message: Expect) -> Job:
@@ -160,6 +160,7 @@ class Orders:
     def adopt(self, job: Job, message: Adopt, segment: Segment, memory: str) -> None:
         block = HeldBlock.of(job.spec, job.layout.blocks[message.block], segment, memory)
         block.applied, block.updates, block.complete = message.applied, message.updates, True
+        block.saved = job.kept
         job.blocks[message.block] = block
         job.expected.discard(message.block)
         job.given.pop(message.block, None)
@@ -211,7 +212,7 @@ class Orders:
             self._go(job, order, blocks)
             return
         for block in blocks:
-            block.complete = False
+            block.complete, block.saved = False, order.kept
         if order.source == WORKER:
             for block in blocks:
                 block.applied = order.applied

@@ -18,7 +18,7 @@ import torch
 import uvloop
 
 from computron.parameter_service.aggregator.block import HeldBlock
-from computron.parameter_service.aggregator.job import Job, versions_of
+from computron.parameter_service.aggregator.job import Guard, Job, versions_of
 from computron.parameter_service.aggregator.master_link import MasterLink
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.orders import Orders
@@ -130,6 +130,7 @@ class Aggregator:
             case Registered():
                 for name in message.drop:
                     self._orders.drop(Drop(name))
+                self._saver.tell_again()
             case Stop():
                 self._stopped.set()
             case _:
@@ -155,15 +156,15 @@ class Aggregator:
         log.error("job %s: %s: %s", job.spec.job, order, reason)
         self._report(Failed(job.spec.job, job.epoch, order, reason))
         if order == "save":
-            self._unguard(job)  # it goes on, and may lose more
+            self._guard(job, Guard.NONE)
 
     def _master_away(self) -> None:
-        """Nobody counts snapshots as complete meanwhile."""
         for job in self._jobs.values():
-            self._unguard(job)
+            if job.guard is Guard.MASTER:
+                self._guard(job, Guard.BLOCK)
 
-    def _unguard(self, job: Job) -> None:
-        job.guarded = False
+    def _guard(self, job: Job, guard: Guard) -> None:
+        job.guard = guard
         self._server.go_on(job, list(job.blocks))
 
     def _register(self) -> Register:

@@ -60,6 +60,10 @@ class Refusal(Exception):
         self.message = message
 
 
+class Repeated(Exception):
+    """What came has been used already: nothing is done with it."""
+
+
 class Server:
     """Receiver of all links. key: of the service, which other aggregators must know."""
 
@@ -70,7 +74,7 @@ class Server:
         self._workers: dict[Link, tuple[Job, Worker]] = {}
         self._peers: set[Link] = set()
         self._incoming: dict[Link, bytearray] = {}
-        self._dropped: dict[Link, Any] = {}  # messages that were refused before their payload had come
+        self._dropped: dict[Link, Any] = {}  # messages that were of no use before their payload had come
         self.steps: Steps
         self.moves: Moves
         self.saver: Saver
@@ -86,6 +90,9 @@ class Server:
                 return memoryview(buffer)
             if len(view) != size:
                 raise Refusal(refusals.BAD_MESSAGE, f"{size} bytes where {len(view)} belong")
+        except Repeated:
+            self._dropped[link] = message
+            return None
         except Refusal as refusal:
             self._dropped[link] = message
             self._refuse(link, message, refusal)
@@ -145,7 +152,7 @@ class Server:
                 if isinstance(worker.staging, SharedStaging):
                     raise Refusal(refusals.BAD_MESSAGE, "who shares memory pushes nothing")
                 if said is not None and (said.said.step > message.step or said.covers(block, message.step)):
-                    raise Refusal(refusals.BAD_MESSAGE, f"step {message.step} has been committed")
+                    raise Repeated
                 return worker.staging.destination(job.layout.blocks[block])
             case Write():
                 job, _ = self._worker(link, message.epoch)
@@ -250,17 +257,18 @@ class Server:
         indices = list(job.blocks)
         if message.blocks is not None:  # those that have just been given away are committed at who has them
             indices = [index for index in message.blocks if index in job.blocks or index in job.expected]
-            message = msgspec.structs.replace(message, blocks=tuple(indices))
         late = [
             i for i in indices if i in job.blocks and job.blocks[i].complete and job.blocks[i].applied >= message.step
         ]
         if not message.skip and not worker.link.shares_memory:
             stagings = {worker.rank: worker.staging}
             lacking = [i for i in indices if i not in late and missing(stagings, job.layout.blocks[i], message.step)]
-            if lacking:
+            if lacking:  # they went with an old connection, or with a block that has come back: they are pushed again
                 text = f"gradients of blocks {lacking} were not pushed before the commit"
                 link.send(Refused(message.job, refusals.NOT_OWNER, text, message.step, tuple(lacking)))
-                return
+                indices = [index for index in indices if index not in lacking]
+        if message.blocks is not None or len(indices) < len(job.blocks):
+            message = msgspec.structs.replace(message, blocks=tuple(indices))
         for index in late:
             self.steps.tell(job, worker, job.blocks[index])
         job.commit(worker.rank, message)

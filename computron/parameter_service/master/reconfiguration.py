@@ -34,6 +34,7 @@ from computron.parameter_service.master.records import (
     JobFailed,
     MemberGone,
     Placed,
+    RolledBack,
     SnapshotBad,
 )
 from computron.parameter_service.master.state import FRESH, KEEP, Change, Job, Phase, State, Worker
@@ -334,6 +335,7 @@ class Reconfiguration:
                 self._state.write(MemberGone(job.name, rank, False))
         if rolled_back:
             self._state.rollbacks += job.step > 0
+            self._state.write(RolledBack(job.name, change.epoch, change.applied))
             discard_unfinished(self._state, job)
             if change.lost:
                 log.warning("rolled_back job=%s to_step=%d lost=%d", job.name, change.applied, change.lost)

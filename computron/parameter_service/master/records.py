@@ -71,6 +71,14 @@ class SnapshotSaved(msgspec.Struct, tag="snapshot_saved", frozen=True):
     path: str
 
 
+class RolledBack(msgspec.Struct, tag="rolled_back", frozen=True):
+    """With this epoch the job went back to step `applied`: what earlier epochs have saved of later steps is void."""
+
+    job: str
+    epoch: int
+    applied: int
+
+
 class SnapshotBad(msgspec.Struct, tag="snapshot_bad", frozen=True):
     job: str
     path: str
@@ -141,8 +149,8 @@ class CountSet(msgspec.Struct, tag="count_set", frozen=True):
 
 Record = (
     JobCreated | EpochBegun | Placed | MoveBegun | MoveEnded | MemberGone | SnapshotSaved | SnapshotBad | VersionSaved
-    | Totals | JobFailed | JobUnhosted | JobDropped | QuotaSet | AggregatorStarted | AggregatorKnown | AggregatorGone
-    | CountSet
+    | RolledBack | Totals | JobFailed | JobUnhosted | JobDropped | QuotaSet | AggregatorStarted | AggregatorKnown
+    | AggregatorGone | CountSet
 )  # fmt: skip
 
 
@@ -162,6 +170,7 @@ class JobBook:
     gone: dict[int, bool] = field(default_factory=dict)
     snapshots: list[SnapshotSaved] = field(default_factory=list)
     versions: dict[str, VersionSaved] = field(default_factory=dict)
+    rollbacks: list[RolledBack] = field(default_factory=list)
     failed: str | None = None
     lost: int = 0
     moves: int = 0
@@ -174,6 +183,10 @@ class JobBook:
     def files(self) -> set[str]:
         """Paths of all that is complete."""
         return {saved.path for saved in self.snapshots} | {saved.path for saved in self.versions.values()}
+
+    def counts(self, step: int, epoch: int) -> bool:
+        """Whether what was saved in that epoch after that step is of the job's history, and was not rolled back."""
+        return all(step <= back.applied for back in self.rollbacks if epoch < back.epoch)
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -255,6 +268,8 @@ def _apply_to_job(book: JobBook, record: Record) -> None:
             book.placed = None
             book.moving.clear()
             book.gone.clear()
+        case RolledBack():
+            book.rollbacks.append(record)
         case Totals():
             book.lost, book.moves = record.lost, record.moves
         case JobFailed():
@@ -285,6 +300,7 @@ def _records_of(book: JobBook) -> Iterator[Record]:
         yield MoveBegun(book.job, (block,), to)
     for rank, certain in book.gone.items():
         yield MemberGone(book.job, rank, certain)
+    yield from book.rollbacks
     yield from book.snapshots
     yield from book.versions.values()
     if book.failed is not None:

@@ -45,7 +45,8 @@ from computron.parameter_service.master.scaling import ScalingSettings
 from computron.parameter_service.master.state import Limits
 from computron.parameter_service.packing import PACKERS
 from computron.parameter_service.versions.files import discard, finish
-from computron.parameter_service.versions.pruning import prune
+from computron.parameter_service.versions.names import job_folder
+from computron.parameter_service.versions.pruning import prune, recover
 from computron.parameter_service.wire import messages
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class MasterServer:
         )
         for name, started in list(self._journal.book.started.items()):
             self._processes.adopt(name, started.pid, started.began)
+        self._recover()
         self.ticking = asyncio.create_task(self._tick())
         log.info("master_started url=%s jobs=%d", self.url, len(self.master.state.jobs))
         return self
@@ -133,6 +135,20 @@ class MasterServer:
             self._journal.sync()
         finally:
             self._busy = False
+
+    def _recover(self) -> None:
+        """Take note of snapshots that became complete while no master was there."""
+        if self.settings.snapshots is None:
+            return
+        for name, job in list(self.master.state.jobs.items()):
+            try:
+                found = recover(job_folder(self.settings.snapshots, name), len(job.layout.blocks))
+            except ComputronError as error:
+                log.error("not_recovered job=%s error=%s", name, error)
+                continue
+            newest = max((saved.step for saved in job.book.snapshots), default=-1)
+            for step, path in [entry for entry in found if entry[0] > newest]:
+                self.tell(Finished(name, "", step, str(path), time.time()))
 
     def _carry_out(self, order: Order) -> None:
         if isinstance(order, Log):

@@ -8,7 +8,7 @@ For each trained tensor the file holds `<name>`, its fp32 parameters, and where 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -78,6 +78,10 @@ class SnapshotWriter:
         if self._places.has_steps:
             for piece in block.pieces:
                 self._file.write(self._places.of_step(piece.tensor), 0, updates.to_bytes(8, "little"))
+
+    def mark(self, blocks: Iterable[int]) -> None:
+        """These blocks have been written and synced: `recover` counts them. Raises StorageFailed."""
+        self._file.mark(blocks)
 
     def sync(self) -> None:
         """What was written outlasts a loss of power. Raises StorageFailed; the blocks must then be written again."""

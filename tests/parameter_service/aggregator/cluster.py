@@ -142,6 +142,7 @@ class RawWorker:
         self._segments: dict[int, Segment] = {}
         self._contents: dict[tuple[int, str], Tensor] = {}
         self._pushed = self._written = 0
+        self._again: Callable[[Sequence[int]], Any] | None = None
         self._changed = asyncio.Event()
 
     async def link(self, who: str) -> Link:
@@ -159,6 +160,11 @@ class RawWorker:
         link = await self.link(who)
         join = Join(self.spec.job, token, self.rank, self.incarnation, self.epoch, self.shared)
         link.send(join, fds=[self._staging.fd] if self.shared else ())
+
+    async def _follow(self, who: str, blocks: Sequence[int]) -> None:
+        await self.join_one(who)
+        if self._again is not None:
+            await self._again(blocks)
 
     async def initialise(self, parameters: Tensor) -> None:
         """parameters: the flat space."""
@@ -185,10 +191,21 @@ class RawWorker:
         await self.until(lambda: self._pushed == len(owners))
 
     async def commit(self, step: int, *groups: Hyperparameters, **more: Any) -> None:
-        """At all owners that it knows of."""
+        """At all owners that it knows of; again, with the gradient, for blocks that turn out to be elsewhere."""
+        self._again = lambda blocks: self._commit_again(blocks, step, *groups, **more)
         await self.push(step)
         for who in sorted(set(self.owner.values())):
             await self.commit_at(who, step, *groups, **more)
+
+    async def _commit_again(self, blocks: Sequence[int], step: int, *groups: Hyperparameters, **more: Any) -> None:
+        await asyncio.sleep(0.02)  # a `Moved` or a `Joined` is on its way
+        for index in blocks:
+            block, who = self.layout.blocks[index], self.owner[index]
+            if not self.shared:
+                part = self.gradient[block.start : block.start + block.elements]
+                push = Push(self.spec.job, self.epoch, step, index)
+                (await self.link(who)).send(push, payload=part.view(torch.uint8).numpy().data)
+            await self.commit_at(who, step, *groups, **{**more, "blocks": (index,)})
 
     async def commit_at(self, who: str, step: int, *groups: Hyperparameters, **more: Any) -> None:
         (await self.link(who)).send(Commit(self.spec.job, self.epoch, step, groups, **more))
@@ -243,13 +260,15 @@ class RawWorker:
                 if not theirs:
                     return  # it was told again of what others have given away since
                 self.owner.update(dict.fromkeys(theirs, message.to.aggregator))
-                self._joining = asyncio.ensure_future(self.join_one(message.to.aggregator))
+                self._joining = asyncio.ensure_future(self._follow(message.to.aggregator, theirs))
             case Pushed():
                 self._pushed += 1
             case Written():
                 self._written += 1
             case Norms():
                 self.norms.update(message.blocks)
+            case Refused(code="not_owner") if self._again is not None:
+                self._joining = asyncio.ensure_future(self._again(message.blocks))
             case Refused():
                 self.refused.append(message)
         self._changed.set()
