@@ -144,12 +144,14 @@ class RawWorker:
         self._pushed = self._written = 0
         self._again: Callable[[Sequence[int]], Any] | None = None
         self._changed = asyncio.Event()
+        self._connecting = asyncio.Lock()
 
     async def link(self, who: str) -> Link:
-        if who not in self._links:
-            machine = machine_id() if self.shared else "elsewhere"
-            self._links[who] = await connect(self._master.addresses[who], self, machine=machine)
-        return self._links[who]
+        async with self._connecting:
+            if who not in self._links:
+                machine = machine_id() if self.shared else "elsewhere"
+                self._links[who] = await connect(self._master.addresses[who], self, machine=machine)
+            return self._links[who]
 
     async def join(self, owners: dict[str, Sequence[int]], token: str = TOKEN) -> None:
         for who, blocks in owners.items():
