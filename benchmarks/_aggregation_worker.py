@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,16 +16,20 @@ from computron.parameter_service.agent.staging import Staging
 from computron.parameter_service.layout import Layout, TensorSpec
 
 SIDE = 1000  # of the square matrices that the parameters are
+WIDTH, LAYERS = 64, 12  # of a transformer with many small tensors
+LAYER = [(3 * WIDTH, WIDTH), (3 * WIDTH,), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (4 * WIDTH,), (WIDTH, 4 * WIDTH)]
+SHAPES = {"small": [(8, 8), (8,)], "many": [*LAYER, *[(WIDTH,)] * 6] * LAYERS}
 WARM_UP = 3
+THREADS = 2  # that copy gradients: the push thread, and the training thread helps it
 
 
-def overhead(master: str, elements: int, rounds: int) -> dict[str, list[float]]:
+def overhead(what: str, master: str, elements: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of `step()`: of this agent, and of torch's fused optimizer, in turn."""
-    shapes = [(SIDE, SIDE)] * (elements // SIDE**2)
+    shapes = SHAPES.get(what) or [(SIDE, SIDE)] * (elements // SIDE**2)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     gradients = [torch.randn(shape) for shape in shapes]
-    service = ParameterService(master=master, job="overhead", token="overhead", rank=0)
+    service = ParameterService(master=master, job=what, token="overhead", rank=0)
     taken: dict[str, list[float]] = {"service": [], "torch": []}
     with AdamW(ours, lr=1e-4, service=service) as agent:
         local = torch.optim.AdamW(theirs, lr=1e-4, fused=True)
@@ -46,30 +52,34 @@ def shared(elements: int, rounds: int) -> dict[str, list[float]]:
     tensors = [TensorSpec(str(number), (SIDE, SIDE), "float32", 0) for number in range(elements // SIDE**2)]
     gradients = [torch.randn(SIDE, SIDE) for _ in tensors]
     copies = [torch.zeros(SIDE, SIDE) for _ in tensors]
-    left = 0
+    idle = threading.Event()
+    other = ThreadPoolExecutor(THREADS - 1)
 
-    def staged(blocks: list[int], final: bool) -> None:
-        nonlocal left
-        left -= len(blocks)
+    def copy(first: int) -> None:
+        for number in range(first, len(gradients), THREADS):
+            copies[number].copy_(gradients[number])
+
+    def staged(blocks: list[int], final: bool) -> None: ...
 
     def failed(error: BaseException) -> None:
         raise error
 
     layout = Layout(tensors)
-    staging = Staging(layout, "float32", staged=staged, may_write=lambda block: True, idle=lambda: None, failed=failed)
+    staging = Staging(layout, "float32", staged=staged, may_write=lambda block: True, idle=idle.set, failed=failed)
     taken: dict[str, list[float]] = {"service": [], "memcpy": []}
     for _ in range(WARM_UP + rounds):
         staging.begin()
-        left = len(layout.blocks)
+        idle.clear()
         start = time.perf_counter()
         staging.finish(list(enumerate(gradients)))
-        while not staging.idle:
-            time.sleep(0)
+        idle.wait()
         taken["service"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        for copy, gradient in zip(copies, gradients, strict=True):
-            copy.copy_(gradient)
+        others = other.submit(copy, 1)
+        copy(0)
+        others.result()
         taken["memcpy"].append(time.perf_counter() - start)
+    other.shutdown()
     staging.close()
     return {name: seconds[WARM_UP:] for name, seconds in taken.items()}
 
@@ -77,7 +87,7 @@ def shared(elements: int, rounds: int) -> dict[str, list[float]]:
 def main() -> None:
     torch.set_num_threads(1)
     what, rounds, elements = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    found: Any = overhead(sys.argv[4], elements, rounds) if what == "overhead" else shared(elements, rounds)
+    found: Any = shared(elements, rounds) if what == "shared" else overhead(what, sys.argv[4], elements, rounds)
     print(json.dumps(found))
 
 

@@ -14,7 +14,15 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 PROMISED = {
-    "bench_aggregation": {"aggregation.step_overhead", "aggregation.shm_share", "aggregation.tcp_share"},
+    "bench_aggregation": {
+        *(f"aggregation.{row}" for row in ("step_overhead", "small_step_us", "many_step_us", "shm_share", "tcp_share")),
+        *(
+            f"aggregation.{model}.{figure}"
+            for model in ("cnn", "lstm", "transformer", "minilm", "emulated")
+            for figure in ("step_p50", "step_p99", "cpu", "over_own", "over_ddp", "over_alone")
+        ),
+        "aggregation.emulated.reserved_cores",
+    },
     "bench_faults": {
         *("faults.kills", "faults.lost_steps", "faults.wrong_parameters", "faults.loss"),
         *(f"faults.{target}.recovery" for target in ("aggregator", "master", "worker")),
