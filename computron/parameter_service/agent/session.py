@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
@@ -58,7 +59,7 @@ class Session:
         self._eager = spec.optimizer == "sum"
         self.progress = Progress(spec.job, service.token, service.incarnation, len(layout.blocks), eager=self._eager)
         self.changed = Change()
-        self.compute = self.waited = 0.0  # seconds, of the last iteration
+        self._took: deque[tuple[float, float]] = deque()  # compute and wait of the iterations not reported yet
         self.working, self.generation = 1, 0  # the step that gradients are for, as the training thread knows it
         self._error: BaseException | None = None
         self._process = os.getpid()
@@ -118,6 +119,10 @@ class Session:
         if not self._calling:  # it is woken once for all that comes until it runs
             self._calling = True
             self._loop.call_soon_threadsafe(self._do_calls)
+
+    def took(self, compute: float, wait: float) -> None:
+        """An iteration is over: seconds."""
+        self._took.append((compute, wait))
 
     def begin(self, step: int, generation: int) -> None:
         """Gradients that come from now on are for this step."""
@@ -236,13 +241,17 @@ class Session:
         await self._master.run()
 
     async def _report(self) -> None:
+        compute = wait = 0.0
         while True:
             await asyncio.sleep(REPORT)
             progress = self.progress
             self._exchange.ask_again()
+            taken = [self._took.popleft() for _ in range(len(self._took))]
+            if taken:
+                compute, wait = (math.fsum(seconds) / len(taken) for seconds in zip(*taken, strict=True))
             if progress.epoch:
                 await self._master.send(
-                    Report(self.spec.job, progress.rank, progress.epoch, progress.step, self.compute, self.waited)
+                    Report(self.spec.job, progress.rank, progress.epoch, progress.step, compute, wait)
                 )
 
     async def _leave(self, reason: str) -> None:

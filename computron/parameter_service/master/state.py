@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,6 +15,7 @@ from computron.parameter_service.wire.messages import Address, Denied, FromMaste
 
 FRESH = "worker"  # Host.source: the worker that initialises brings the parameters
 KEEP = "keep"  # Host.source: they are where they are
+REPORTS = 5  # of a worker, each of a second or of an iteration, from which its times are taken
 STATES = {"sgd": 0, "adam": 2, "adamw": 2, "sum": 0}  # tensors of optimizer state for each parameter
 
 
@@ -60,7 +63,9 @@ class Aggregator:
 
 @dataclass(slots=True)
 class Worker:
-    """unlinked: since when it has no link. lost: an aggregator has said that its connection ended."""
+    """unlinked: since when it has no link. lost: an aggregator has said that its connection ended. compute, wait:
+    seconds of an iteration, medians of the last reports. times: these reports, of where the job is now.
+    """
 
     rank: int
     incarnation: str
@@ -73,6 +78,11 @@ class Worker:
     step: int = 0
     compute: float = 0.0
     wait: float = 0.0
+    times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=REPORTS))
+
+    def took(self, compute: float, wait: float) -> None:
+        self.times.append((compute, wait))
+        self.compute, self.wait = map(statistics.median, zip(*self.times, strict=True))
 
 
 class Phase(Enum):
@@ -116,7 +126,9 @@ class Job:
     have the job, an aggregator had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute
     thread a step, by block. cpu_total: seconds of it so far. saving: by version ("" for a snapshot), step and
     path. hosts: aggregators that have or had blocks. fenced: those of `Placed.unfenced` that can do no harm any more.
-    still_until: until then nothing is moved. trouble: why the last snapshot or version did not come about.
+    still_until: until then nothing is moved. overhead: seconds of an iteration in which it waits for the service though
+    no aggregator works for it or for others, as measured when it shared none; None if it never was. reverted: how often
+    it was slower than predicted where it shared. trouble: why the last snapshot or version did not come about.
     """
 
     book: JobBook
@@ -137,6 +149,8 @@ class Job:
     hosts: set[str] = field(default_factory=set)
     fenced: set[str] = field(default_factory=set)
     still_until: float = 0.0
+    overhead: float | None = None
+    reverted: int = 0
     trouble: str = ""
     idle_since: float | None = None
 
@@ -187,7 +201,7 @@ class State:
         self.jobs: dict[str, Job] = {}
         self.links: dict[int, str | tuple[str, int]] = {}  # aggregator's name, or job and rank
         self.orders: list[Order] = []
-        self.alone: set[str] = set()  # jobs that are slower than predicted where they share
+        self.alone: dict[str, float] = {}  # jobs that were slower than predicted where they shared; share nothing until
         self.migrations = 0
         self.reconfigurations = 0
         self.rollbacks = 0

@@ -85,7 +85,9 @@ class Workers:
         worker = self._speaker(link, message.job, message.rank)
         if job is None or worker is None or message.epoch != job.book.epoch:
             return
-        worker.step, worker.compute, worker.wait, worker.lost = message.step, message.compute, message.wait, False
+        if message.step > worker.step and message.compute:
+            worker.took(message.compute, message.wait)
+        worker.step, worker.lost = message.step, False
         job.saw(message.step, now)
         if job.change is None:
             follower = worker.rank, worker.incarnation

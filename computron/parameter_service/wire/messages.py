@@ -339,8 +339,8 @@ class Placement(msgspec.Struct, tag="placement", frozen=True):
 
 
 class Progress(msgspec.Struct, tag="progress", frozen=True):
-    """Seconds of an iteration as this worker saw it lately: compute, from having the parameters to committing; wait,
-    from there to having the next ones.
+    """Mean seconds of the iterations since this worker last reported: wait, in which it did nothing but wait for the
+    service, and compute, the rest.
     """
 
     job: str

@@ -135,7 +135,7 @@ def test_a_job_that_loses_too_much_gets_another_aggregator_and_is_moved_there() 
     bench.train("a")
     bench.train("b")
     started: list[str] = []
-    for step in range(1, 8):
+    for step in range(1, 13):
         for job in "ab":
             bench.report(job, compute=0.010, wait=0.050, cpu=0.010, step=step)
         started += bench.wait(1.0)
