@@ -27,6 +27,14 @@ PROMISED = {
         *("faults.kills", "faults.lost_steps", "faults.wrong_parameters", "faults.loss"),
         *(f"faults.{target}.recovery" for target in ("aggregator", "master", "worker")),
     },
+    "bench_migration": {
+        *(
+            f"migration.{way}{row}"
+            for way in ("", "tcp.")
+            for row in ("exposed_ms", "worst_exposed_ms", "still_ms", "seconds")
+        ),
+        "migration.restart_ms",
+    },
     "bench_transfer": {"transfer.memcpy_share", "transfer.emulated_error"},
     "bench_swap": {"swap.over_bound", "swap.partial.over_bound", "swap.vs_write_back"},
     "bench_exchange": {f"exchange.{nodes}_nodes.{width}.ratio" for nodes in (2, 4) for width in (576, 4096)},
