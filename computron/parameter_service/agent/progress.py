@@ -259,7 +259,8 @@ class Progress:
             return []
         self._asked.clear()
         self._unwritten.difference_update(moving)
-        if message.to.aggregator in self.peers:
+        known = self.peers.get(message.to.aggregator)
+        if known is not None and known.address == message.to:
             return self.join(message.to.aggregator)  # it may have answered before we knew
         return self._know(message.to)
 
@@ -365,7 +366,8 @@ class Progress:
         return [Send(owner, Write(self.job, self.epoch, index, PARAMETERS, self.step, True)) for index in writes]
 
     def _know(self, address: Address) -> list[Action]:
-        if address.aggregator in self.peers:
+        known = self.peers.get(address.aggregator)
+        if known is not None and known.address == address:
             return []
         self.peers[address.aggregator] = Peer(address)
         return [Connect(address)]

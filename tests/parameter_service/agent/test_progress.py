@@ -18,6 +18,7 @@ from computron.parameter_service.wire.messages import (
     Hyperparameters,
     Join,
     Joined,
+    Moved,
     Norms,
     Placement,
     Push,
@@ -99,6 +100,15 @@ def started(*, members=(0,), owners=(0, 1), shared=True, applied=0, eager=False)
 
 def commit(step, *blocks):
     return Commit("job", 1, step, GROUPS, blocks)
+
+
+def test_an_aggregator_that_has_the_name_of_one_that_has_gone_is_another_one():
+    progress = started()
+    progress.lost("a1")
+    successor = Address("a1", "host", 2, "machine", "")
+    assert progress.moved("a0", Moved("job", 1, 0, (0,), successor)) == [Connect(successor)]
+    assert progress.peers["a1"].address == successor
+    assert progress.moved("a0", Moved("job", 1, 0, (0,), successor)) == []
 
 
 def test_a_sum_is_committed_block_by_block():
