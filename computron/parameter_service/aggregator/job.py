@@ -13,6 +13,7 @@ from computron.parameter_service.aggregator.staging import Staging, missing
 from computron.parameter_service.layout import Layout
 from computron.parameter_service.wire.link import Link
 from computron.parameter_service.wire.messages import Address, AskNorms, Commit, HeldCommit, JobSpec
+from computron.parameter_service.wire.segments import Segment
 
 SMOOTHING = 0.1  # of measured times: the weight of the newest
 LEAST_ALLOWANCE = 0.001  # seconds
@@ -59,7 +60,8 @@ class Counters:
 
 @dataclass(eq=False)
 class Job:
-    """held: nothing is applied but what the master asks for. expected: blocks that will be handed over to here.
+    """held: nothing is applied but what the master asks for. expected: blocks that will be handed over to here;
+    arriving: memory for them.
 
     leaving: blocks that were announced to be elsewhere, and are kept until they are; given: all that were in this
     epoch, after which step and to whom. kept: step of the last complete snapshot.
@@ -74,6 +76,7 @@ class Job:
     held: bool = False
     blocks: dict[int, HeldBlock] = field(default_factory=dict)
     expected: set[int] = field(default_factory=set)
+    arriving: dict[int, Segment] = field(default_factory=dict)
     leaving: dict[int, HeldBlock] = field(default_factory=dict)
     given: dict[int, tuple[int, Address]] = field(default_factory=dict)
     workers: dict[int, Worker] = field(default_factory=dict)
@@ -163,12 +166,18 @@ class Job:
             return None
         return known
 
+    def expect_nothing(self) -> None:
+        for segment in self.arriving.values():
+            segment.close()
+        self.arriving, self.expected = {}, set()
+
     def lately(self) -> tuple[HeldCommit, ...]:
         return tuple(commit.said for commit in self.commits.values())
 
     def allowance(self) -> float:
-        """Seconds that a step of this job may take without losing more than its limit."""
-        return max(LEAST_ALLOWANCE, self.spec.loss_limit * self.period)
+        """Seconds that a step of this job may take here: its own work, and what its limit lets others take."""
+        own = sum(self.block_seconds.get(index, 0.0) for index in self.blocks)
+        return max(LEAST_ALLOWANCE, own + self.spec.loss_limit * self.period)
 
     def note_seconds(self, block: int, seconds: float) -> None:
         before = self.block_seconds.get(block)
