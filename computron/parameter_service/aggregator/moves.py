@@ -1,7 +1,8 @@
 """Blocks change hands while the job trains (AutoPS, on tensor migration).
 
-The old owner announces the new address with its answer to a step, the state travels while the workers compute, and the
-new owner applies nothing before it is there.
+The new owner gets memory for them ready first: pages that are mapped, or allocated, only when a step uses them would
+hold up that step. Then the old owner announces the new address with its answer to a step, the state travels while the
+workers compute, and the new owner applies nothing before it is there.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Job
-from computron.parameter_service.wire.link import Link, Receiver, connect
+from computron.parameter_service.wire.link import FDS_AT_ONCE, Link, Receiver, connect
 from computron.parameter_service.wire.messages import Address, Adopt, Adopted, Expect, Expecting, Move, Moved, MovedOut
+from computron.parameter_service.wire.segments import Segment
 
 log = logging.getLogger(__name__)
 
 
 class Moves:
-    """What leaves from here. moved: told of blocks that somebody else has. failed: of moves that came to nothing."""
+    """What leaves from here, and memory for what comes. moved: told of blocks that somebody else has. failed: of moves
+    that came to nothing.
+    """
 
     def __init__(
         self,
@@ -36,26 +41,36 @@ class Moves:
         self._failed = failed
         self._links: dict[str, Link] = {}
         self._connecting: set[asyncio.Task[None]] = set()
+        self._toucher = ThreadPoolExecutor(1, "touch")
 
     def close(self) -> None:
         for task in self._connecting:
             task.cancel()
         for link in self._links.values():
             link.close()
+        self._toucher.shutdown(cancel_futures=True)
+
+    def touch(self, segments: Sequence[Segment], then: Callable[[], None]) -> None:
+        """Have all their pages mapped in another thread; `then` is called when they are."""
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            for segment in segments:
+                segment.touch()
+            loop.call_soon_threadsafe(then)
+
+        self._toucher.submit(run)
 
     def order(self, job: Job, move: Move) -> None:
         """Announce the blocks to who is to have them; they leave when it expects them."""
         blocks = [job.blocks[index] for index in move.blocks if index in job.blocks]
         for block in blocks:
             block.moving = move.to
-        expect = Expect(
-            self._key, job.spec, job.token, job.epoch, job.members, tuple(b.block.index for b in blocks), job.kept
-        )
-        task = asyncio.ensure_future(self._announce(job, move.to, expect))
+        task = asyncio.ensure_future(self._announce(job, move.to, blocks))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
-    async def _announce(self, job: Job, to: Address, expect: Expect) -> None:
+    async def _announce(self, job: Job, to: Address, blocks: Sequence[HeldBlock]) -> None:
         link = self._links.get(to.aggregator)
         if link is None or link.closed:
             try:
@@ -64,7 +79,13 @@ class Moves:
                 self.abandon(job, to.aggregator, f"{to.aggregator} cannot be reached: {error}")
                 return
             self._links[to.aggregator] = link
-        link.send(expect)
+        for start in range(0, len(blocks), FDS_AT_ONCE):
+            some = [
+                block for block in blocks[start : start + FDS_AT_ONCE] if job.blocks.get(block.block.index) is block
+            ]
+            indices = tuple(block.block.index for block in some)
+            expect = Expect(self._key, job.spec, job.token, job.epoch, job.members, indices, job.kept)
+            link.send(expect, fds=[block.segment.fd for block in some] if link.shares_memory else ())
 
     def abandon(self, job: Job, to: str, reason: str) -> None:
         """What has not left stays here."""
@@ -108,7 +129,7 @@ class Moves:
             job.given[index] = block.applied, to
             adopt = Adopt(name, job.epoch, index, block.applied, block.updates, block.memory)
             if link.shares_memory:
-                link.send(adopt, fds=[block.segment.fd])
+                link.send(adopt)
             else:
                 link.send(adopt, payload=block.segment.view())
                 job.counters.network += block.segment.nbytes

@@ -153,6 +153,7 @@ class Orders:
             job.epoch, job.members = message.epoch, message.members
             job.commits.clear()
             job.given.clear()
+            job.expect_nothing()
         job.expected.update(blocks)
         self._jobs[message.spec.job] = job
         return job
@@ -188,7 +189,8 @@ class Orders:
 
     def _entered(self, job: Job, order: Host) -> None:
         known = {**job.leaving, **job.blocks}
-        job.blocks, job.leaving, job.expected, job.given = {}, {}, set(), {}
+        job.blocks, job.leaving, job.given = {}, {}, {}
+        job.expect_nothing()
         job.commits.clear()
         job.asks.clear()
         try:
@@ -240,6 +242,7 @@ class Orders:
             raise NoRoom(f"{nbytes} bytes more than the {self.used} in use exceed the {self._memory} that it may use")
 
     def _forget(self, job: Job) -> None:
+        job.expect_nothing()
         for block in (*job.blocks.values(), *job.leaving.values()):
             block.close()
         for worker in job.workers.values():

@@ -160,7 +160,9 @@ class Server:
                 if held.scheduled:
                     raise Refusal(refusals.BAD_MESSAGE, f"step {held.scheduled} is being applied")
                 return as_bytes(self._part(held, message.part))
-            case Adopt() | Extra():
+            case Adopt():
+                return self._room(link, message)
+            case Extra():
                 return None
         raise Refusal(refusals.BAD_MESSAGE, f"a payload that {type(message).__name__} does not have")
 
@@ -196,11 +198,11 @@ class Server:
             case Extra():
                 self._extra(link, message)
             case Expect():
-                self._expect(link, message)
+                self._expect(link, message, fds)
             case Expecting():
                 self.moves.expected(self._job(message.job), link, message)
             case Adopt():
-                self._adopt(link, message, fds)
+                self._adopt(link, message)
             case Adopted():
                 self.moves.adopted(self._job(message.job), self.moves.aggregator_of(link) or "", message)
             case Refused():
@@ -283,34 +285,52 @@ class Server:
         taken = ExtraTaken(message.job, message.version, message.tensor)
         self.saver.extra(job, message, data, lambda: link.send(taken))
 
-    def _expect(self, link: Link, message: Expect) -> None:
+    def _expect(self, link: Link, message: Expect, fds: list[int]) -> None:
         if not hmac.compare_digest(message.key.encode(), self._key.encode()):
             raise Refusal(refusals.BAD_TOKEN, "this is not the service's key")
+        if link.shares_memory and len(fds) != len(message.blocks):
+            raise Refusal(refusals.BAD_MESSAGE, f"{len(fds)} file descriptors came for {len(message.blocks)} blocks")
         try:
-            self.orders.expect(message)
+            job = self.orders.expect(message)
+            self._make_room(job, message.blocks, fds)
         except NoRoom as error:
             raise Refusal(refusals.QUOTA, str(error)) from error
         except ValueError as error:
             raise Refusal(refusals.STALE_EPOCH, str(error)) from error
+        except OSError as error:
+            raise Refusal(refusals.FAILED, str(error)) from error
         self._peers.add(link)
-        link.send(Expecting(message.spec.job, message.epoch, message.blocks))
+        expecting = Expecting(message.spec.job, message.epoch, message.blocks)
+        self.moves.touch(
+            [job.arriving[index] for index in message.blocks if index in job.arriving], lambda: link.send(expecting)
+        )
 
-    def _adopt(self, link: Link, message: Adopt, fds: list[int]) -> None:
-        if link not in self._peers:
-            raise Refusal(refusals.BAD_TOKEN, "nothing was announced on this connection")
+    def _make_room(self, job: Job, blocks: Sequence[int], fds: list[int]) -> None:
+        """Memory for blocks that are to come: of these descriptors, or new. Raises OSError, ValueError."""
+        mapped = dict(zip(blocks, fds, strict=True)) if fds else {}
+        for index in blocks:
+            if index not in job.expected:
+                continue
+            if (before := job.arriving.pop(index, None)) is not None:
+                before.close()
+            nbytes = block_bytes(job.spec, job.layout.blocks[index])
+            if mapped:
+                job.arriving[index] = Segment(os.dup(mapped[index]), nbytes)
+            else:
+                job.arriving[index] = Segment.create(f"computron:{job.spec.job}:{index}", nbytes)
+
+    def _room(self, link: Link, message: Adopt) -> memoryview:
+        """The memory that the block comes into, or is in."""
         job = self._job(message.job)
         self._check_epoch(job, message.epoch)
-        if message.block not in job.expected:
+        if link not in self._peers or message.block not in job.expected or message.block not in job.arriving:
             raise Refusal(refusals.BAD_MESSAGE, f"block {message.block} is not expected")
-        nbytes = block_bytes(job.spec, job.layout.blocks[message.block])
-        try:
-            if fds:
-                segment, memory = Segment(fds.pop(), nbytes), message.memory
-            else:
-                segment, memory = Segment.create(f"computron:{message.job}:{message.block}", nbytes), uuid.uuid4().hex
-                segment.view()[:] = self._incoming.pop(link)
-        except (ValueError, OSError) as error:
-            raise Refusal(refusals.FAILED, str(error)) from error
+        return job.arriving[message.block].view()
+
+    def _adopt(self, link: Link, message: Adopt) -> None:
+        self._room(link, message)
+        job = self._job(message.job)
+        segment, memory = job.arriving.pop(message.block), message.memory if link.shares_memory else uuid.uuid4().hex
         self.orders.adopt(job, message, segment, memory)
         link.send(Adopted(message.job, message.epoch, message.block))
 

@@ -262,7 +262,8 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 
 
 class Expect(msgspec.Struct, tag="expect", frozen=True):
-    """Blocks will be handed over: workers that are told so may come before their states. key: of the service.
+    """Blocks will be handed over: workers that are told so may come before their states. Where memory is shared the
+    descriptors of their segments come with it, so that they can be mapped in time. key: of the service.
     members, token: of the job. kept: as in `Kept`.
     """
 
@@ -282,9 +283,7 @@ class Expecting(msgspec.Struct, tag="expecting", frozen=True):
 
 
 class Adopt(msgspec.Struct, tag="adopt", frozen=True):
-    """An expected block's state follows: its segment's file descriptor where memory is shared, else its bytes as
-    payload. From now on the receiver owns it.
-    """
+    """From now on the receiver owns an expected block. Where memory is not shared its state follows as payload."""
 
     job: str
     epoch: int

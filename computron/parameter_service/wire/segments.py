@@ -19,6 +19,8 @@ _libc.mmap.argtypes = [
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
 ]  # fmt: skip
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MADV_POPULATE_WRITE = 23
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _PROT_NONE = 0
@@ -55,6 +57,10 @@ class Segment:
     def tensor(self, dtype: torch.dtype, offset: int, elements: int) -> torch.Tensor:
         """A part of it; offset: in bytes."""
         return torch.frombuffer(self._map, dtype=dtype, count=elements, offset=offset)
+
+    def touch(self) -> None:
+        """Map all its pages now, rather than each when it is used first. Linux before 5.14 ignores this."""
+        _libc.madvise(ctypes.addressof(ctypes.c_char.from_buffer(self._map)), self.nbytes, _MADV_POPULATE_WRITE)
 
     def close(self) -> None:
         """Close the file; its memory is given back when nothing views it any more."""
