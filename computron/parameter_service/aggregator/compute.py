@@ -37,7 +37,7 @@ class ComputeThread:
     batch was told `batch` seconds ago.
     """
 
-    def __init__(self, deliver: Callable[[list[Work]], None], batch: float = 0.002) -> None:
+    def __init__(self, deliver: Callable[[list[Work]], None], batch: float = 0.005) -> None:
         self.busy = 0.0  # seconds of CPU time, of all work
         self._deliver = deliver
         self._batch = batch
