@@ -111,7 +111,7 @@ def move_all(running: Service) -> Move:
 
 def measure(elements: int, count: int) -> tuple[list[float], list[float], list[float]]:
     """Of the moves: exposed seconds, and seconds until they were logged. Of as many windows without any: the same
-    excess. The first move there and back is not counted: connections are made and memory is touched for the first time.
+    excess. The first move is not counted: it brings together what was placed on both aggregators.
     """
     with service(2, "--hysteresis", "1h", memory="8GiB") as running:
         command = [sys.executable, str(WORKER), "emulated", running.url, str(running.folder), str(elements)]
@@ -120,14 +120,14 @@ def measure(elements: int, count: int) -> tuple[list[float], list[float], list[f
             steps = Steps(running.folder, worker)
             steps.wait(STILL)
             moves = []
-            for _ in range(2 + count):
+            for _ in range(1 + count):
                 moves.append(move_all(running))
                 steps.wait(AFTER + STILL, moves[-1].logged)
             moments = steps.moments()
         finally:
             worker.kill()
             worker.wait()
-    moves = moves[2:]
+    moves = moves[1:]
     still = []
     for move, following in pairwise([*moves, Move(moments[-1], moments[-1])]):
         after = [moment for moment in moments if moment > move.logged][AFTER:]

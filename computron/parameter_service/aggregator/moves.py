@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +21,8 @@ from computron.parameter_service.wire.messages import Address, Adopt, Adopted, E
 from computron.parameter_service.wire.segments import Segment
 
 log = logging.getLogger(__name__)
+
+LEAST_PRIORITY = 19
 
 
 class Moves:
@@ -41,14 +45,14 @@ class Moves:
         self._failed = failed
         self._links: dict[str, Link] = {}
         self._connecting: set[asyncio.Task[None]] = set()
-        self._toucher = ThreadPoolExecutor(1, "touch")
+        self._pages = ThreadPoolExecutor(1, "pages", initializer=_give_way)
 
     def close(self) -> None:
         for task in self._connecting:
             task.cancel()
         for link in self._links.values():
             link.close()
-        self._toucher.shutdown(cancel_futures=True)
+        self._pages.shutdown(cancel_futures=True)
 
     def touch(self, segments: Sequence[Segment], then: Callable[[], None]) -> None:
         """Have all their pages mapped in another thread; `then` is called when they are."""
@@ -59,7 +63,7 @@ class Moves:
                 segment.touch()
             loop.call_soon_threadsafe(then)
 
-        self._toucher.submit(run)
+        self._pages.submit(run)
 
     def order(self, job: Job, move: Move) -> None:
         """Announce the blocks to who is to have them; they leave when it expects them."""
@@ -139,10 +143,15 @@ class Moves:
         block = job.leaving.pop(message.block, None)
         if block is None or message.epoch != job.epoch:
             return
-        block.close()
+        self._pages.submit(block.close)  # with the last reference: its pages are given back there, too
         for worker in job.workers.values():
             worker.staging.forget(message.block)
         self._moved(MovedOut(job.spec.job, job.epoch, (message.block,), to, block.applied))
 
     def aggregator_of(self, link: Link) -> str | None:
         return next((name for name, known in self._links.items() if known is link), None)
+
+
+def _give_way() -> None:
+    """This thread takes only what cores the others leave."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)

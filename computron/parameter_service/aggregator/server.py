@@ -226,6 +226,7 @@ class Server:
                 raise Refusal(refusals.BAD_MESSAGE, "a staging segment's file descriptor comes with it")
             try:
                 staging = SharedStaging(job.spec, job.layout, fds.pop())
+                self.moves.touch([staging.segment], lambda: None)
             except (ValueError, OSError) as error:
                 raise Refusal(refusals.BAD_MESSAGE, str(error)) from error
         elif before is not None and before.link is link and isinstance(before.staging, PushedStaging):
