@@ -59,6 +59,13 @@ PROMISED = {
                 *("cyclic_reserved_ratio", "cyclic_simulated_over_limit"),
             )
         ),
+        *(
+            f"packing.{count}jobs.{shape}.{row}"
+            for count in (2, 3, 4)
+            for shape in ("alexnet", "vgg19", "awd_lm", "bert")
+            for row in ("aggregators", "loss", "worst_loss")
+        ),
+        *(f"packing.mixed.{row}" for row in ("reserved_ratio", "worst_loss", "mean_loss", "cpu_ratio")),
     },
     "bench_parallel_swap": {
         *(f"parallel.{grid}.load_speedup" for grid in ("2x1", "4x1", "1x2", "1x4", "2x2")),
