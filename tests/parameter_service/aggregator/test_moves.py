@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import uuid
 
 import pytest
 import torch
 
+from computron.parameter_service.aggregator import process
 from computron.parameter_service.wire.messages import Failed, Host, Hyperparameters
 from tests.parameter_service.aggregator.cluster import MIB, RawWorker, Reference, cluster, job
 from tests.parameter_service.aggregator.test_steps import ADAM, assert_equal, one_step, spread, started
@@ -58,6 +60,23 @@ async def test_a_block_whose_step_somebody_committed_leaves_after_that_step() ->
         assert_equal(workers, reference)
         await one_step(workers, reference, 2, ADAM)
         assert_equal(workers, reference)
+
+
+async def test_between_machines_states_travel_as_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "machine_id", lambda: uuid.uuid4().hex)
+    spec = job()
+    reference = Reference(spec, **ADAM)
+    async with cluster("a", "b") as master:
+        workers = await started(master, spec, reference, (False,), spread(reference, "a"))
+        blocks = range(len(reference.layout.blocks))
+        for step, (source, to) in enumerate([("a", "b"), ("b", "a")] * 2, 1):
+            await one_step(workers, reference, step, ADAM)
+            await master.move(spec, source, to, blocks)
+            await master.moved(len(blocks))
+        await one_step(workers, reference, 5, ADAM)
+        assert_equal(workers, reference)
+        state = [reference.optimizer.state[p]["exp_avg_sq"] for p in reference.parameters]
+        assert torch.equal(await workers[0].read("exp_avg_sq"), reference.flat(state))
 
 
 async def test_what_has_no_room_elsewhere_stays() -> None:
