@@ -23,6 +23,7 @@ from computron.parameter_service.wire.segments import Segment
 log = logging.getLogger(__name__)
 
 LEAST_PRIORITY = 19
+AT_ONCE = 16 << 20  # bytes of a job that are on their way to another machine
 
 
 class Moves:
@@ -110,11 +111,19 @@ class Moves:
         self.go_on(job, list(job.blocks.values()))
 
     def go_on(self, job: Job, blocks: Sequence[HeldBlock]) -> None:
-        """Send away what may leave now."""
+        """Send away what may leave now. What travels as bytes goes little by little: when a worker wants the next step,
+        no more is on its way than it can wait for, and the rest follows after that step.
+        """
         leaving: dict[Address, list[HeldBlock]] = {}
+        on_its_way = sum(block.segment.nbytes for block in job.leaving.values())
         for block in blocks:
-            if block.moving is not None and block.expected_there and job.free_to_move(block):
-                leaving.setdefault(block.moving, []).append(block)
+            if block.moving is None or not block.expected_there or not job.free_to_move(block):
+                continue
+            if not self._links[block.moving.aggregator].shares_memory:
+                if on_its_way and on_its_way + block.segment.nbytes > AT_ONCE:
+                    continue
+                on_its_way += block.segment.nbytes
+            leaving.setdefault(block.moving, []).append(block)
         for to, those in leaving.items():
             self._send(job, to, those)
 
@@ -147,6 +156,9 @@ class Moves:
         for worker in job.workers.values():
             worker.staging.forget(message.block)
         self._moved(MovedOut(job.spec.job, job.epoch, (message.block,), to, block.applied))
+        link = self._links.get(to)
+        if link is not None and not link.shares_memory:
+            self.go_on(job, [block for block in job.blocks.values() if block.moving is not None])
 
     def aggregator_of(self, link: Link) -> str | None:
         return next((name for name, known in self._links.items() if known is link), None)
