@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +24,7 @@ from computron.parameter_service.wire.segments import Segment
 log = logging.getLogger(__name__)
 
 LEAST_PRIORITY = 19
+REST = 3.0  # times as long as it has worked
 AT_ONCE = 16 << 20  # bytes of a job that are on their way to another machine
 
 
@@ -58,13 +60,9 @@ class Moves:
     def touch(self, segments: Sequence[Segment], then: Callable[[], None]) -> None:
         """Have all their pages mapped in another thread; `then` is called when they are."""
         loop = asyncio.get_running_loop()
-
-        def run() -> None:
-            for segment in segments:
-                segment.touch()
-            loop.call_soon_threadsafe(then)
-
-        self._pages.submit(run)
+        for segment in segments:
+            self._pages.submit(_and_rest, segment.touch)
+        self._pages.submit(lambda: loop.call_soon_threadsafe(then))
 
     def order(self, job: Job, move: Move) -> None:
         """Announce the blocks to who is to have them; they leave when it expects them."""
@@ -152,7 +150,7 @@ class Moves:
         block = job.leaving.pop(message.block, None)
         if block is None or message.epoch != job.epoch:
             return
-        self._pages.submit(block.close)  # with the last reference: its pages are given back there, too
+        self._pages.submit(_and_rest, block.close)  # with the last reference: its pages are given back there, too
         for worker in job.workers.values():
             worker.staging.forget(message.block)
         self._moved(MovedOut(job.spec.job, job.epoch, (message.block,), to, block.applied))
@@ -167,3 +165,10 @@ class Moves:
 def _give_way() -> None:
     """This thread takes only what cores the others leave."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
+
+
+def _and_rest(work: Callable[[], None]) -> None:
+    """What is computed meanwhile needs the same memory: it gets most of the time."""
+    began = time.monotonic()
+    work()
+    time.sleep(REST * (time.monotonic() - began))
