@@ -72,6 +72,7 @@ class Progress:
         self._incarnation = incarnation
         self._eager = eager
         self._unwritten: set[int] = set()  # blocks whose first parameters this worker brings
+        self._offered: set[tuple[str, int]] = set()  # blocks that an aggregator has, before their owner gave them away
         self._wish: Wish | None = None
         self._wished: set[int] = set()
         self._norm_scale: float | None = None  # norms are being asked for
@@ -147,6 +148,7 @@ class Progress:
         completes = placement.applied == following and self._wish is not None and not self._eager
         self.epoch, self.rank, self.members = placement.epoch, placement.rank, placement.members
         self._unwritten = set(range(len(self.blocks))) if placement.initialise else set()
+        self._offered.clear()
         jumps = first or not (placement.applied == self.step or completes)
         for index, block in enumerate(self.blocks):
             block.owner = placement.addresses[placement.owners[index]].aggregator
@@ -205,6 +207,7 @@ class Progress:
         for hosted in message.blocks:
             block = self.blocks[hosted.block]
             if block.hosted and block.owner != sender:
+                self._offered.add((sender, hosted.block))
                 continue
             touched.append(hosted.block)
             block.owner, block.hosted = sender, True
@@ -259,10 +262,9 @@ class Progress:
             return []
         self._asked.clear()
         self._unwritten.difference_update(moving)
-        known = self.peers.get(message.to.aggregator)
-        if known is not None and known.address == message.to:
-            return self.join(message.to.aggregator)  # it may have answered before we knew
-        return self._know(message.to)
+        offered = self._offered.intersection((message.to.aggregator, index) for index in moving)
+        self._offered -= offered
+        return self._know(message.to) or (self.join(message.to.aggregator) if offered else [])
 
     def pushed(self, sender: str, message: Pushed) -> list[Action]:
         peer = self.peers.get(sender)
@@ -366,8 +368,7 @@ class Progress:
         return [Send(owner, Write(self.job, self.epoch, index, PARAMETERS, self.step, True)) for index in writes]
 
     def _know(self, address: Address) -> list[Action]:
-        known = self.peers.get(address.aggregator)
-        if known is not None and known.address == address:
+        if address in (peer.address for peer in self.peers.values()):
             return []
         self.peers[address.aggregator] = Peer(address)
         return [Connect(address)]

@@ -243,7 +243,8 @@ class Server:
         self._workers[link] = job, worker
         self._joined(job, worker, [block for block in job.blocks.values() if block.complete])
         for index, (step, to) in job.given.items():  # it may have been away when the others were told
-            link.send(Moved(job.spec.job, job.epoch, step, (index,), to))
+            if index not in job.expected:  # what comes back is not there any more
+                link.send(Moved(job.spec.job, job.epoch, step, (index,), to))
 
     def _joined(self, job: Job, worker: Worker, blocks: Sequence[HeldBlock]) -> None:
         fds = [block.segment.fd for block in blocks] if worker.link.shares_memory else []
