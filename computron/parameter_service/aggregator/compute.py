@@ -45,6 +45,7 @@ class ComputeThread:
         self._queue: list[tuple[float, int, Work]] = []
         self._order = itertools.count()
         self._waiting: dict[Hashable, int] = {}
+        self._behind: dict[Hashable, float] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="compute")
 
@@ -66,6 +67,11 @@ class ComputeThread:
                 heapq.heappush(self._queue, (work.deadline, next(self._order), work))
                 self._waiting[work.owner] = self._waiting.get(work.owner, 0) + 1
             self._condition.notify()
+
+    def behind(self, owner: Hashable) -> float:
+        """Seconds of CPU time that others' work took while this owner's waited, since this was asked last."""
+        with self._condition:
+            return self._behind.pop(owner, 0.0)
 
     def withdraw(self, owner: Hashable) -> list[Work]:
         """Takes back what waits of this owner's. One may still be running: `submit` something FIRST to wait for it."""
@@ -96,6 +102,9 @@ class ComputeThread:
                 last = not self._waiting[work.owner]
                 if last:
                     del self._waiting[work.owner]
+                for owner, works in self._waiting.items():
+                    if works and owner != work.owner:
+                        self._behind[owner] = self._behind.get(owner, 0.0) + work.seconds
                 idle = not self._queue
             if idle or last or work.finished - told >= self._batch:
                 self._deliver(finished)

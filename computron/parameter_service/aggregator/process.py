@@ -200,6 +200,7 @@ class Aggregator:
                     memory,
                     job.counters.network,
                     tuple((index, job.block_seconds[index]) for index in job.blocks if index in job.block_seconds),
+                    self._steps.compute.behind(job) if job.counters.steps else 0.0,  # else with the next step's
                 )
             )
             job.counters = type(job.counters)()

@@ -95,6 +95,7 @@ class Hosts:
             job.late += used.late
             if used.steps:
                 job.progressed = now
+                job.note_behind(name, used.behind / used.steps)
 
     def _expected(self, name: str, hosted: HostedJob, now: float) -> bool:
         """Whether the aggregator shall keep the job. A job that the master has forgotten is taken up again."""

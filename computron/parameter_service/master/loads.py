@@ -72,11 +72,17 @@ def unexplained_wait(job: Job) -> float:
 
 
 def observed_loss(state: State, job: Job) -> float | None:
-    """Share of its iteration that the job loses against one with an aggregator of its own; None if not measured."""
+    """Share of its iteration that the job loses against one with an aggregator of its own; None if not measured.
+
+    No more than it waits for others' work: where processes are short of cores, other aggregators would not help.
+    """
     iteration = iteration_of(job)
     if iteration is None or not is_measured(job):
         return None
-    return max(0.0, 1.0 - load_of(state, job).period / iteration)
+    period = load_of(state, job).period
+    waited = max(job.behind.get(owner, 0.0) for owner in job.book.owners)
+    lost = min(max(0.0, iteration - period), waited)
+    return lost / (period + lost)
 
 
 def fleet_of(state: State, servers: Iterable[str], *, without: Job | None = None) -> Fleet:

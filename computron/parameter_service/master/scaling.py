@@ -156,6 +156,7 @@ class Scaling:
             beside = frozenset(other for home in homes for other in fleet.servers[home])
             company[name] = fleet.owners[name], beside
             if self._company.get(name) != company[name]:
+                job.behind.clear()
                 for worker in job.workers.values():
                     worker.times.clear()
             elif len(beside) == 1 and is_measured(job):

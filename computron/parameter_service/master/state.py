@@ -15,6 +15,7 @@ from computron.parameter_service.wire.messages import Address, Denied, FromMaste
 
 FRESH = "worker"  # Host.source: the worker that initialises brings the parameters
 KEEP = "keep"  # Host.source: they are where they are
+SMOOTHING = 0.2  # of what aggregators report of waits: the weight of the newest
 REPORTS = 5  # of a worker, each of a second or of an iteration, from which its times are taken
 STATES = {"sgd": 0, "adam": 2, "adamw": 2, "sum": 0}  # tensors of optimizer state for each parameter
 
@@ -126,9 +127,10 @@ class Job:
     have the job, an aggregator had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute
     thread a step, by block. cpu_total: seconds of it so far. saving: by version ("" for a snapshot), step and
     path. hosts: aggregators that have or had blocks. fenced: those of `Placed.unfenced` that can do no harm any more.
-    still_until: until then nothing is moved. overhead: seconds of an iteration in which it waits for the service though
-    no aggregator works for it or for others, as measured when it shared none; None if it never was. reverted: how often
-    it was slower than predicted where it shared. trouble: why the last snapshot or version did not come about.
+    behind: seconds of others' work for which a step waits, by aggregator. still_until: until then nothing is moved.
+    overhead: seconds of an iteration in which it waits for the service though no aggregator works for it or for
+    others, as measured when it shared none; None if it never was. reverted: how often it was slower than predicted
+    where it shared. trouble: why the last snapshot or version did not come about.
     """
 
     book: JobBook
@@ -143,6 +145,7 @@ class Job:
     step: int = 0
     progressed: float = 0.0
     cpu: dict[int, float] = field(default_factory=dict)
+    behind: dict[str, float] = field(default_factory=dict)
     cpu_total: float = 0.0
     late: float = 0.0
     saving: dict[tuple[str, int, str], Unfinished] = field(default_factory=dict)
@@ -179,6 +182,10 @@ class Job:
 
     def exclude(self, aggregators: Iterable[str], until: float) -> None:
         self.excluded.update(dict.fromkeys(aggregators, until))
+
+    def note_behind(self, aggregator: str, seconds: float) -> None:
+        before = self.behind.get(aggregator, seconds)
+        self.behind[aggregator] = before + SMOOTHING * (seconds - before)
 
     def saw(self, step: int, now: float) -> None:
         if step > self.step:

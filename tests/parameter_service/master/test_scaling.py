@@ -80,12 +80,12 @@ class Bench:
         messages = [order.message for order in self.sent if order.link == self.links[who]]
         return [message for message in messages if isinstance(message, kind)]
 
-    def report(self, job: str, *, compute: float, wait: float, cpu: float, step: int) -> None:
+    def report(self, job: str, *, compute: float, wait: float, cpu: float, step: int, behind: float = 10.0) -> None:
         """What the worker and the aggregators measured."""
         state = self.master.state.jobs[job]
         for owner in set(state.book.owners):
             each = tuple((block, cpu) for block, name in enumerate(state.book.owners) if name == owner)
-            self.say(owner, Usage(owner, 1.0, 0.5, 0.5, 0, (JobUsage(job, cpu, 1, 0.0, 0, 0, each),)))
+            self.say(owner, Usage(owner, 1.0, 0.5, 0.5, 0, (JobUsage(job, cpu, 1, 0.0, 0, 0, each, behind),)))
         self.say(job, Progress(job, 0, state.book.epoch, step, compute, wait))
 
     def carry_out_moves(self) -> None:

@@ -14,25 +14,28 @@ def owners(bench: Bench, job: str) -> set[str]:
     return set(bench.master.state.jobs[job].book.owners)
 
 
-def together() -> Bench:
+def together(behind: float = 10.0) -> Bench:
     """Two jobs on one aggregator, measured there; "a" was measured alone before."""
     bench = Bench(minimum=1, maximum=4)
     bench.begin(*bench.wait())
     bench.train("a")
-    train(bench, {"a": HANDLING}, 8)
+    train(bench, {"a": HANDLING}, 8, behind)
     bench.train("b")
-    train(bench, {"a": HANDLING, "b": HANDLING}, 8)
+    train(bench, {"a": HANDLING, "b": HANDLING}, 8, behind)
     assert owners(bench, "a") == owners(bench, "b")
     return bench
 
 
-def train(bench: Bench, extra: dict[str, float], seconds: int) -> list[str]:
-    """extra: seconds that each job waits beyond its work. Names of aggregators that were to be started meanwhile."""
+def train(bench: Bench, extra: dict[str, float], seconds: int, behind: float = 10.0) -> list[str]:
+    """extra: seconds that each job waits beyond its work; behind: so many of them others' work explains.
+
+    Returns the names of aggregators that were to be started meanwhile.
+    """
     started = []
     for _ in range(seconds):
         for job, more in extra.items():
             step = bench.master.state.jobs[job].step + 1
-            bench.report(job, compute=COMPUTE, wait=2 * CPU + more, cpu=CPU, step=step)
+            bench.report(job, compute=COMPUTE, wait=2 * CPU + more, cpu=CPU, step=step, behind=behind)
         started += bench.wait(1.0)
         bench.carry_out_moves()
     return started
@@ -88,3 +91,11 @@ def test_asking_for_a_number_does_not_add_to_those_that_are_needed() -> None:
     assert bench.master.scaling.wanted == 2
     bench.tell(CountAsked(3))
     assert bench.master.scaling.wanted == 3
+
+
+def test_what_others_work_does_not_explain_is_not_lost_by_sharing() -> None:
+    bench = together(behind=0.001)
+    assert train(bench, {"a": 1.0, "b": HANDLING}, 10, behind=0.001) == []
+    loss = observed_loss(bench.master.state, bench.master.state.jobs["a"])
+    assert loss is not None
+    assert 0.0 < loss < 0.1
