@@ -76,6 +76,7 @@ class ComputeThread:
     def withdraw(self, owner: Hashable) -> list[Work]:
         """Takes back what waits of this owner's. One may still be running: `submit` something FIRST to wait for it."""
         with self._condition:
+            self._behind.pop(owner, None)
             mine = [entry[2] for entry in self._queue if entry[2].owner == owner]
             if mine:
                 self._queue = [entry for entry in self._queue if entry[2].owner != owner]
