@@ -14,7 +14,7 @@ from _service import Service, cpu_seconds, service
 MOST = 8
 MEMORY = "3GiB"
 INTERVAL, HYSTERESIS = 1.0, 1.0  # seconds between two looks; for which an aggregator must have been dispensable
-CALM = 12.0  # seconds without a change after which the master has settled: jobs are no longer alone for a while by then
+CALM = 14.0  # seconds without a change after which the master has settled: longer than it waits after a loss
 SETTLES = 120.0  # seconds within which it must have
 WINDOW, QUICK_WINDOW = 10.0, 4.0  # seconds of one measurement
 MIXED_WINDOW = 30.0

@@ -31,6 +31,7 @@ SHORT_LIFE = 5.0  # seconds: an aggregator that ends sooner is started again wit
 LONGEST_DELAY = 30.0
 LOOKS = 2  # after one another at which a job loses more than its limit before anything is done
 ALONE = 10.0  # times the hysteresis: for how long a job that was slower than predicted shares with nobody, at first
+CALM = 10.0  # times the hysteresis: for how long no aggregator is given up after a job lost too much
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Scaling:
         self._due = now + settings.interval
         self._needed = 0  # for the work there is, whatever the minimum
         self._dispensable_since: float | None = None
+        self._calm_from = now
         self._starting: dict[str, float] = {}
         self._start_after = now
         self._delay = 0.0
@@ -144,6 +146,7 @@ class Scaling:
             return
         if change.moves or change.opened:
             self._dispensable_since = None
+            self._calm_from = now + CALM * self.settings.hysteresis
             self._carry_out(fleet, change.moves, change.opened, change.alone, now)
         else:
             self._look_for_dispensable(fleet, now)
@@ -197,7 +200,7 @@ class Scaling:
 
     def _look_for_dispensable(self, fleet: Fleet, now: float) -> None:
         spare = len(fleet.servers) > self._minimum and (self.settings.starts or len(fleet.servers) <= self.wanted)
-        name = self._packer.shrink(fleet) if spare else None
+        name = self._packer.shrink(fleet) if spare and now >= self._calm_from else None
         if name is None:
             self._dispensable_since = None
         elif self._dispensable_since is None:
