@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from computron.parameter_service import AdamW, ParameterService
 from computron.parameter_service.agent.staging import Staging
@@ -24,13 +25,15 @@ THREADS = 2  # that copy gradients: the push thread, and the training thread hel
 
 
 def overhead(what: str, master: str, elements: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of `step()`: of this agent, and of torch's fused optimizer, in turn."""
+    """Seconds of `step()`: of this agent, and of torch's fused optimizer, in turn; and to copy the gradients once."""
     shapes = SHAPES.get(what) or [(SIDE, SIDE)] * (elements // SIDE**2)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     gradients = [torch.randn(shape) for shape in shapes]
     service = ParameterService(master=master, job=what, token="overhead", rank=0)
-    taken: dict[str, list[float]] = {"service": [], "torch": []}
+    taken: dict[str, list[float]] = {"service": [], "torch": [], "copy": []}
+    copies = [torch.zeros(shape) for shape in shapes]
+    other = ThreadPoolExecutor(THREADS - 1)
     with AdamW(ours, lr=1e-4, service=service) as agent:
         local = torch.optim.AdamW(theirs, lr=1e-4, fused=True)
         for _ in range(WARM_UP + rounds):
@@ -41,10 +44,26 @@ def overhead(what: str, master: str, elements: int, rounds: int) -> dict[str, li
                 optimizer.step()
                 taken[name].append(time.perf_counter() - start)
                 optimizer.zero_grad()
+            taken["copy"].append(seconds_to_copy([gradient.clone() for gradient in gradients], copies, other))
+        other.shutdown()
         same = all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     if not same:
         raise RuntimeError("the service's parameters are not those of torch")
     return {name: seconds[WARM_UP:] for name, seconds in taken.items()}
+
+
+def seconds_to_copy(sources: list[Tensor], targets: list[Tensor], other: ThreadPoolExecutor) -> float:
+    """By THREADS threads."""
+
+    def copy(first: int) -> None:
+        for number in range(first, len(sources), THREADS):
+            targets[number].copy_(sources[number])
+
+    start = time.perf_counter()
+    others = other.submit(copy, 1)
+    copy(0)
+    others.result()
+    return time.perf_counter() - start
 
 
 def shared(elements: int, rounds: int) -> dict[str, list[float]]:
@@ -54,10 +73,6 @@ def shared(elements: int, rounds: int) -> dict[str, list[float]]:
     copies = [torch.zeros(SIDE, SIDE) for _ in tensors]
     idle = threading.Event()
     other = ThreadPoolExecutor(THREADS - 1)
-
-    def copy(first: int) -> None:
-        for number in range(first, len(gradients), THREADS):
-            copies[number].copy_(gradients[number])
 
     def staged(blocks: list[int], final: bool) -> None: ...
 
@@ -74,11 +89,7 @@ def shared(elements: int, rounds: int) -> dict[str, list[float]]:
         staging.finish(list(enumerate(gradients)))
         idle.wait()
         taken["service"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        others = other.submit(copy, 1)
-        copy(0)
-        others.result()
-        taken["memcpy"].append(time.perf_counter() - start)
+        taken["memcpy"].append(seconds_to_copy(gradients, copies, other))
     other.shutdown()
     staging.close()
     return {name: seconds[WARM_UP:] for name, seconds in taken.items()}

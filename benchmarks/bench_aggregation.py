@@ -3,7 +3,8 @@ and trainings of real models against DistributedDataParallel.
 
 `aggregation.step_overhead`: one worker, 25 million parameters, AdamW, shared memory: seconds of `step()`, gradients
 being there, until the parameters are the new ones; baseline: torch.optim.AdamW(fused=True) in the same process. Both
-compute on one thread; the agent copies gradients with two. `small_step_us` and `many_step_us` are the same for 72
+compute on one thread; the agent copies gradients with two. `step_over_bound`: over such a copy and torch's step, which
+is the least, as nothing is applied before all is staged. `small_step_us` and `many_step_us` are the same for 72
 parameters in 2 tensors and for 144 small tensors. `aggregation.shm_share`: bytes a second of gradients that the agent
 stages in shared memory; baseline: memcpy by as many threads. `aggregation.tcp_share`: of gradients sent through links
 over loopback and staged there; baseline: the same bytes through a plain socket between two processes.
@@ -43,7 +44,10 @@ JOBS, QUICK_JOBS = 4, 2  # with emulated compute
 COMPUTE, QUICK_COMPUTE = 0.2, 0.05  # seconds of a step that are slept
 FIGURES = ("step_p50", "step_p99", "cpu", "over_own", "over_ddp", "over_alone")
 NAMES = (
-    *(f"aggregation.{what}" for what in ("step_overhead", "small_step_us", "many_step_us", "shm_share", "tcp_share")),
+    *(
+        f"aggregation.{what}"
+        for what in ("step_overhead", "step_over_bound", "small_step_us", "many_step_us", "shm_share", "tcp_share")
+    ),
     *(f"aggregation.{model}.{figure}" for model in (*MODELS, "emulated") for figure in FIGURES),
     "aggregation.emulated.reserved_cores",
 )
@@ -78,6 +82,8 @@ def steps_alone(report: Report, running: Service, rounds: int, elements: int) ->
     """Of one worker, with nothing but the optimizer in them."""
     found = medians("overhead", str(rounds), str(elements), running.url)
     report.row("aggregation.step_overhead", found["service"] * 1e3, "ms", found["torch"] * 1e3, _ratio(found))
+    bound = found["torch"] + found["copy"]
+    report.row("aggregation.step_over_bound", found["service"] * 1e3, "ms", bound * 1e3, found["service"] / bound)
     for what in ("small", "many"):
         found = medians(what, str(rounds * SMALL_ROUNDS), "0", running.url)
         report.row(f"aggregation.{what}_step_us", found["service"] * 1e6, "us", found["torch"] * 1e6, _ratio(found))

@@ -15,7 +15,8 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 PROMISED = {
     "bench_aggregation": {
-        *(f"aggregation.{row}" for row in ("step_overhead", "small_step_us", "many_step_us", "shm_share", "tcp_share")),
+        *(f"aggregation.{row}" for row in ("step_overhead", "step_over_bound", "small_step_us", "many_step_us")),
+        *(f"aggregation.{row}" for row in ("shm_share", "tcp_share")),
         *(
             f"aggregation.{model}.{figure}"
             for model in ("cnn", "lstm", "transformer", "minilm", "emulated")
