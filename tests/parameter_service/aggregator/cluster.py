@@ -145,26 +145,32 @@ class RawWorker:
         self._again: Callable[[Sequence[int]], Any] | None = None
         self._changed = asyncio.Event()
         self._connecting = asyncio.Lock()
+        self._token = TOKEN
 
     async def link(self, who: str) -> Link:
+        """One that has been joined through."""
         async with self._connecting:
             if who not in self._links:
                 machine = machine_id() if self.shared else "elsewhere"
                 self._links[who] = await connect(self._master.addresses[who], self, machine=machine)
+                self._join(self._links[who])
             return self._links[who]
 
-    async def join(self, owners: dict[str, Sequence[int]], token: str = TOKEN) -> None:
-        for who, blocks in owners.items():
-            self.owner.update(dict.fromkeys(blocks, who))
-            await self.join_one(who, token)
-
-    async def join_one(self, who: str, token: str = TOKEN) -> None:
-        link = await self.link(who)
-        join = Join(self.spec.job, token, self.rank, self.incarnation, self.epoch, self.shared)
+    def _join(self, link: Link) -> None:
+        join = Join(self.spec.job, self._token, self.rank, self.incarnation, self.epoch, self.shared)
         link.send(join, fds=[self._staging.fd] if self.shared else ())
 
+    async def join(self, owners: dict[str, Sequence[int]], token: str = TOKEN) -> None:
+        """Again at those that it knows already."""
+        self._token = token
+        for who, blocks in owners.items():
+            self.owner.update(dict.fromkeys(blocks, who))
+            if who in self._links:
+                self._join(self._links[who])
+            await self.link(who)
+
     async def _follow(self, who: str, blocks: Sequence[int]) -> None:
-        await self.join_one(who)
+        await self.link(who)
         if self._again is not None:
             await self._again(blocks)
 
