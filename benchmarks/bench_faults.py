@@ -3,10 +3,9 @@ included, and the job goes on.
 
 Rows: `faults.kills`; `faults.{aggregator,master,worker}.recovery`, the longest time from such a kill until the master
 has dealt with it and all workers have taken another step (a worker's successor has its imports done, the master is
-started again at once, as whoever watches it would); `faults.lost_steps`, the most that one kill cost, and as a ratio to
-`--every`, the steps that the job allows; `faults.wrong_parameters`, how many differ at the end from those of one process
-without faults (none may); `faults.loss`, the last, against that of the same process.
-"""
+started again at once, as whoever watches it would); `faults.lost_steps`, the most that one kill cost, and its share of
+`--every`, the steps that the job allows; `faults.wrong_parameters`, how many differ at the end from those of one
+process without faults (none may); `faults.loss`, the last, against that of the same process.
 
 from __future__ import annotations
 
