@@ -6,6 +6,7 @@ has dealt with it and all workers have taken another step (a worker's successor 
 started again at once, as whoever watches it would); `faults.lost_steps`, the most that one kill cost, and its share of
 `--every`, the steps that the job allows; `faults.wrong_parameters`, how many differ at the end from those of one
 process without faults (none may); `faults.loss`, the last, against that of the same process.
+"""
 
 from __future__ import annotations
 
