@@ -12,7 +12,7 @@ from computron.parameter_service.aggregator.job import Guard, Job, versions_of
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.steps import Steps
-from computron.parameter_service.layout import Layout
+from computron.parameter_service.specs import layout_of
 from computron.parameter_service.wire.messages import (
     Adopt,
     BlockState,
@@ -250,6 +250,5 @@ class Orders:
 
 
 def new_job(order: Host | Expect) -> Job:
-    """Raises ValueError if its blocks cannot be made."""
-    layout = Layout(order.spec.tensors, order.spec.block_elements)
-    return Job(order.spec, order.token, order.epoch, order.members, layout, kept=order.kept)
+    """Raises ValueError if there can be no such job."""
+    return Job(order.spec, order.token, order.epoch, order.members, layout_of(order.spec), kept=order.kept)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-from computron.parameter_service.layout import Layout
 from computron.parameter_service.master.reconfiguration import Reconfiguration
 from computron.parameter_service.master.records import (
     AggregatorGone,
@@ -15,6 +14,7 @@ from computron.parameter_service.master.records import (
     Placed,
 )
 from computron.parameter_service.master.state import Aggregator, Job, State, Worker
+from computron.parameter_service.specs import layout_of
 from computron.parameter_service.wire.messages import HostedJob, Register, Registered, Stop, Usage
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,11 @@ class Hosts:
         """Whether the aggregator shall keep the job. A job that the master has forgotten is taken up again."""
         job = self._state.jobs.get(hosted.spec.job)
         if job is None:
-            job = self._take_up(hosted, now)
+            try:
+                job = self._take_up(hosted, now)
+            except ValueError as error:
+                log.error("job_not_taken_up job=%s: %s", hosted.spec.job, error)
+                return False
         if not job.mismatch_of_log:
             return name in job.holders
         assert job.book.placed is not None
@@ -116,10 +120,11 @@ class Hosts:
         return True
 
     def _take_up(self, hosted: HostedJob, now: float) -> Job:
+        """Raises ValueError if there can be no such job."""
         spec = hosted.spec
+        layout = layout_of(spec)
         log.warning("job_taken_up job=%s: the log does not have it", spec.job)
         self._state.write(JobCreated(spec, hosted.token))
-        layout = Layout(spec.tensors, spec.block_elements)
         job = self._state.jobs[spec.job] = Job(self._state.book.jobs[spec.job], layout, now)
         job.mismatch_of_log = True
         members = tuple((rank, "") for rank in hosted.members)

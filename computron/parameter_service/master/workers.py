@@ -11,6 +11,7 @@ from computron.parameter_service.layout import Layout
 from computron.parameter_service.master.reconfiguration import Reconfiguration
 from computron.parameter_service.master.records import JobBook, JobCreated, MemberGone
 from computron.parameter_service.master.state import Job, State, Worker, memory_of
+from computron.parameter_service.specs import layout_of
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.messages import (
     Enlist,
@@ -119,7 +120,7 @@ class Workers:
         spec = message.spec
         job = self._state.jobs.get(spec.job)
         try:
-            layout = Layout(spec.tensors, spec.block_elements) if job is None else job.layout
+            layout = layout_of(spec) if job is None else job.layout
         except ValueError as error:
             return self._deny(link, spec.job, refusals.BAD_MESSAGE, str(error))
         if not 0 < len(spec.job) <= LONGEST_NAME or spec.workers < 1 or (message.rank or 0) < 0:

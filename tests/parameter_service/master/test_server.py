@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 
 from computron.parameter_service.master.events import Exited
@@ -289,3 +290,10 @@ async def _json(session: aiohttp.ClientSession, url: str) -> dict[str, object]:
         found = await answer.json()
         assert answer.status == 200, found
         return found
+
+
+async def test_a_job_that_cannot_be_is_denied(server: MasterServer) -> None:
+    async with FakeAgent(server.url) as agent:
+        await agent.enlist(msgspec.structs.replace(job_spec(), optimizer="magic"))
+        assert "optimizer is 'magic'" in (await agent.heard(Denied)).message
+    assert not server.master.state.jobs
