@@ -75,7 +75,8 @@ class Progress:
         self._offered: set[tuple[str, int]] = set()  # blocks that an aggregator has, before their owner gave them away
         self._wish: Wish | None = None
         self._wished: set[int] = set()
-        self._norm_scale: float | None = None  # norms are being asked for
+        self._norm_scale: float | None = None  # norms were asked for: again where others may still wait for them
+        self._times_asked = 0  # in this step
         self._asked: set[str] = set()
         self._norms: dict[int, float] = {}
 
@@ -101,7 +102,7 @@ class Progress:
 
     @property
     def wants_norm(self) -> bool:
-        return self._norm_scale is not None and self.squared_norm is None
+        return self._norm_scale is not None and self._wish is None and self.squared_norm is None
 
     # Wishes of the training thread.
 
@@ -122,7 +123,6 @@ class Progress:
         self._wish = wish
         touched = set(range(len(self.blocks)) if blocks is None else blocks)
         self._wished |= touched
-        self._norm_scale = None
         return self._advance(touched)
 
     def ask_norms(self, step: int, scale: float) -> list[Action]:
@@ -130,6 +130,7 @@ class Progress:
         if step != self.step + 1:
             return []
         self._norm_scale = scale
+        self._times_asked += 1
         self._asked.clear()
         self._norms.clear()
         return self._advance(())
@@ -279,9 +280,8 @@ class Progress:
         return self._advance(touched)
 
     def norms(self, sender: str, message: Norms) -> list[Action]:
-        if message.step == self.step + 1 and self._norm_scale is not None:
-            owned = ((block, value) for block, value in message.blocks if self.blocks[block].owner == sender)
-            self._norms.update(owned)
+        if (message.step, message.time) == (self.step + 1, self._times_asked) and self._norm_scale is not None:
+            self._norms.update((block, value) for block, value in message.blocks if self.blocks[block].owner == sender)
         return []
 
     def refused(self, sender: str, message: Refused) -> list[Action]:
@@ -344,7 +344,7 @@ class Progress:
 
     def _ask(self) -> list[Action]:
         assert self._norm_scale is not None
-        asked = AskNorms(self.job, self.epoch, self.step + 1, self._norm_scale)
+        asked = AskNorms(self.job, self.epoch, self.step + 1, self._norm_scale, self._times_asked)
         owners = {block.owner for block in self.blocks if block.hosted} - self._asked
         self._asked |= owners
         return [Send(name, asked) for name in sorted(owners)]
@@ -382,9 +382,9 @@ class Progress:
             self._begin_step(step)
 
     def _begin_step(self, done: int) -> None:
-        self._wish = None
-        self._wished = set()
+        self._wish, self._wished = None, set()
         self._norm_scale = None
+        self._times_asked = 0
         self._norms.clear()
         self.ledger.begin(done)
 

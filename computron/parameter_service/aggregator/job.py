@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -65,7 +65,8 @@ class Job:
 
     leaving: blocks that were announced to be elsewhere, and are kept until they are; given: all that were in this
     epoch, after which step and to whom. kept: step of the last complete snapshot.
-    guard: what limits the steps after it.
+    guard: what limits the steps after it. asks: the last of each member; unanswered: those that came after the last
+    answer.
     """
 
     spec: JobSpec
@@ -82,6 +83,7 @@ class Job:
     workers: dict[int, Worker] = field(default_factory=dict)
     commits: dict[int, Committed] = field(default_factory=dict)
     asks: dict[int, AskNorms] = field(default_factory=dict)
+    unanswered: set[int] = field(default_factory=set)
     counters: Counters = field(default_factory=Counters)
     block_seconds: dict[int, float] = field(default_factory=dict)
     kept: int = 0
@@ -142,11 +144,16 @@ class Job:
         return bool(every) and step % max(1, every // 2) == 0
 
     def free_to_move(self, block: HeldBlock) -> bool:
-        """Nobody has pushed or committed anything of its next step, and no file wants its state."""
+        """Nobody has pushed, committed or asked anything of its next step, and no file wants its state.
+
+        Who has the norms of a step asks for none again: so what was asked is answered by who has the block now.
+        """
         if not block.complete or block.scheduled or block.wanted or self.held:
             return False
         step = block.applied + 1
         if any(worker.staging.staged(block.block) == step for worker in self.workers.values()):
+            return False
+        if any(ask.step == step for ask in self.asks.values()):
             return False
         return not any(commit.covers(block.block.index, step) for commit in self.commits.values())
 
@@ -156,15 +163,26 @@ class Job:
             return True
         return not missing({rank: self.workers[rank].staging for rank in self.members}, block.block, step)
 
-    def asked_norms(self, step: int) -> Sequence[AskNorms] | None:
-        """All members' questions, once all have asked and every block here is complete and at the step before."""
-        asks = [self.asks.get(rank) for rank in self.members]
-        known = [ask for ask in asks if ask is not None and ask.step == step]
-        if len(known) < len(self.members) or self.expected:
-            return None
-        if any(not block.complete or block.applied != step - 1 for block in self.blocks.values()):
-            return None
-        return known
+    def ask(self, rank: int, ask: AskNorms) -> None:
+        self.asks[rank] = ask
+        self.unanswered.add(rank)
+
+    def asked_norms(self) -> list[AskNorms]:
+        """All members' questions, once all have asked the same and every block here has what it takes to answer."""
+        asks = [self.asks[rank] for rank in self.members if rank in self.asks]
+        if not self.unanswered or len(asks) < len(self.members) or len({(ask.step, ask.time) for ask in asks}) > 1:
+            return []
+        stagings = {rank: self.workers[rank].staging for rank in self.members}
+        for block in self.blocks.values():
+            if not block.complete or block.applied != asks[0].step - 1:
+                return []
+            if missing(stagings, block.block, asks[0].step):
+                return []
+        return asks
+
+    def forget_asks(self) -> None:
+        self.asks.clear()
+        self.unanswered.clear()
 
     def expect_nothing(self) -> None:
         for segment in self.arriving.values():

@@ -152,6 +152,7 @@ class Orders:
         if message.epoch > job.epoch:
             job.epoch, job.members = message.epoch, message.members
             job.commits.clear()
+            job.forget_asks()
             job.given.clear()
             job.expect_nothing()
         job.expected.update(blocks)
@@ -192,7 +193,7 @@ class Orders:
         job.blocks, job.leaving, job.given = {}, {}, {}
         job.expect_nothing()
         job.commits.clear()
-        job.asks.clear()
+        job.forget_asks()
         try:
             for index in order.blocks:
                 block = known.pop(index, None) or HeldBlock.create(job.spec, job.layout.blocks[index])

@@ -135,11 +135,10 @@ class Server:
         """Do what can be done with these blocks now."""
         self.steps.schedule(job, job.ready(blocks))
         self.moves.go_on(job, [job.blocks[index] for index in blocks if index in job.blocks])
-        for step in {ask.step for ask in job.asks.values()}:
-            asks = job.asked_norms(step)
-            if asks is not None:
-                job.asks.clear()
-                self.steps.norms(job, asks)
+        asks = job.asked_norms()
+        if asks:
+            job.unanswered.clear()
+            self.steps.norms(job, asks)
 
     # What messages ask for.
 
@@ -181,7 +180,7 @@ class Server:
                 self._join(link, message, fds)
             case AskNorms():
                 job, worker = self._worker(link, message.epoch)
-                job.asks[worker.rank] = message
+                job.ask(worker.rank, message)
                 self.go_on(job, ())
             case Read():
                 job, _ = self._worker(link, None)

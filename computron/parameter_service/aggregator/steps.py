@@ -75,7 +75,7 @@ class Steps:
                 self._refuse(job, step, f"the norms of its gradients could not be computed: {work.error!r}")
             elif len(found) == len(blocks) and not work.withdrawn:
                 for worker in job.workers.values():
-                    worker.link.send(Norms(job.spec.job, step, tuple(sorted(found))))
+                    worker.link.send(Norms(job.spec.job, step, tuple(sorted(found)), asks[0].time))
                 found.clear()
 
         deadline = time.monotonic() + job.allowance()

@@ -110,12 +110,17 @@ class Moved(msgspec.Struct, tag="moved", frozen=True):
 
 
 class AskNorms(msgspec.Struct, tag="ask_norms", frozen=True):
-    """This worker's gradients are staged: the squared norm of each block's sum is asked for, when all workers ask."""
+    """This worker's gradients are staged: the squared norm of each block's sum is asked for, when all workers ask.
+
+    time: of this step; the norms may be asked for again when the gradients are others. Asked once more for the same
+    time it is answered once more.
+    """
 
     job: str
     epoch: int
     step: int
     scale: float = 1.0
+    time: int = 1
 
 
 class Norms(msgspec.Struct, tag="norms", frozen=True):
@@ -124,6 +129,7 @@ class Norms(msgspec.Struct, tag="norms", frozen=True):
     job: str
     step: int
     blocks: tuple[tuple[int, float], ...]
+    time: int = 1
 
 
 class Extra(msgspec.Struct, tag="extra", frozen=True):
