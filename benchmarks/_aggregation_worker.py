@@ -30,7 +30,7 @@ def overhead(what: str, master: str, elements: int, rounds: int) -> dict[str, li
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     gradients = [torch.randn(shape) for shape in shapes]
-    service = ParameterService(master=master, job=what, token="overhead", rank=0)
+    service = ParameterService(master=master, job=what, token="overhead", rank=0, snapshot_every=0)
     taken: dict[str, list[float]] = {"service": [], "torch": [], "copy": []}
     copies = [torch.zeros(shape) for shape in shapes]
     other = ThreadPoolExecutor(THREADS - 1)

@@ -76,7 +76,7 @@ def main() -> None:
     named = [(str(place), parameter) for place, parameter in enumerate(parameters)]
     service = ParameterService(
         master=task.master, job=task.job, token=task.job, rank=0, loss_limit=task.loss_limit,
-        block_elements=task.block_elements,
+        block_elements=task.block_elements, snapshot_every=0,
     )  # fmt: skip
     if task.optimizer == "adamw":
         optimizer: AdamW | SGD = AdamW(named, lr=RATE, service=service)

@@ -71,7 +71,7 @@ def train(job: Emulated, optimizer: torch.optim.Optimizer, folder: Path) -> None
 
 def emulated(url: str, folder: Path, elements: int) -> None:
     job = Emulated(elements)
-    service = ParameterService(url, JOB, "secret", 0)
+    service = ParameterService(url, JOB, "secret", 0, snapshot_every=0)
     with AdamW(job.weights, lr=1e-4, service=service) as optimizer:
         train(job, optimizer, folder)
 
@@ -96,7 +96,9 @@ def learn(url: str, folder: Path, job: str, rank: int) -> None:
     learned.
     """
     network = model()
-    service = ParameterService(url, job, "secret", rank, WORKERS, block_elements=2048, shared_memory=job != "tcp")
+    service = ParameterService(
+        url, job, "secret", rank, WORKERS, snapshot_every=0, block_elements=2048, shared_memory=job != "tcp"
+    )
     with (
         mapped(folder / f"{job}.target", TARGET.size) as target,
         mapped(folder / f"{job}.{rank}", TARGET.size) as steps,

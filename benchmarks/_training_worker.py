@@ -97,7 +97,9 @@ class Worker:
         """stay: in the job afterwards, until `leave`."""
         training = TRAININGS[model]
         network = training.build()
-        joined = ParameterService(master=master, job=model, token=model, rank=self.rank, workers=self.workers)
+        joined = ParameterService(
+            master=master, job=model, token=model, rank=self.rank, workers=self.workers, snapshot_every=0
+        )
         kind: Any = getattr(parameter_service, training.optimizer)
         optimizer = self._open.enter_context(kind(network.named_parameters(), service=joined, **training.settings))
         found = self._train(network.loss, optimizer, steps, self._checks(model, network, torch.equal))
@@ -125,7 +127,7 @@ class Worker:
             with ExitStack() as stack:
                 if mode == "service":
                     name = f"emulated-{job}"
-                    joined = ParameterService(masters[job], name, name, self.rank, self.workers)
+                    joined = ParameterService(masters[job], name, name, self.rank, self.workers, snapshot_every=0)
                     optimizer: Any = stack.enter_context(parameter_service.AdamW(parameters, lr=1e-3, service=joined))
                 else:
                     optimizer = training.local(parameters)

@@ -62,6 +62,11 @@ def _counts(job: Job, file: Saved | Finished) -> bool:
     return bool(file.version) or begun is None or job.book.counts(*begun)
 
 
+def newest(job: Job) -> SnapshotSaved:
+    """The complete snapshot of the last step; of two of the same step, that of the later epoch."""
+    return max(job.book.snapshots, key=lambda saved: begun_of(Path(saved.path)) or (saved.step, 0))
+
+
 def discard_unfinished(state: State, job: Job) -> None:
     """What is being written will not be complete: the job goes on from another step, or is no more."""
     state.orders.extend(Discard(path) for version, _, path in job.saving if version)

@@ -59,6 +59,26 @@ def enough(job: Job) -> bool:
     return len(job.linked) >= max(1, job.book.spec.min_workers)
 
 
+def may_begin_anew(job: Job) -> bool:
+    """Whether nothing is lost when a worker brings the parameters once more: nothing lasts, or nobody can have taken a
+    step, which needs a complete snapshot of the beginning unless none can be written.
+    """
+    spec = job.book.spec
+    if spec.optimizer == "sum" or job.book.placed is None:
+        return True
+    return spec.snapshot_every > 0 and job.step == 0 and not job.trouble
+
+
+def why_nothing_is_left(job: Job) -> str:
+    """Why a job of which blocks are lost cannot go on. The rest of them may be of different steps."""
+    every = job.book.spec.snapshot_every
+    if every == 0:
+        return "and no snapshots are taken of this job: set snapshot_every, and give the service a snapshots folder"
+    if job.trouble:
+        return f"and no snapshot could be written: {job.trouble}"
+    return f"and no snapshot was complete yet: one is taken every {every} steps; take them more often to lose less"
+
+
 def look_for_idleness(state: State, job: Job, now: float) -> None:
     """A job that nobody has worked on for long gives its memory back, if it can be taken up from a snapshot."""
     if job.workers:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from computron.parameter_service.master.files import discard_unfinished
+from computron.parameter_service.master.files import discard_unfinished, newest
 from computron.parameter_service.master.findings import best, commits_of, is_followed, silent
 from computron.parameter_service.master.placement import Placer
 from computron.parameter_service.master.reasons import (
@@ -27,7 +27,9 @@ from computron.parameter_service.master.reasons import (
     look_for_doubts,
     look_for_idleness,
     look_for_members,
+    may_begin_anew,
     reason_to_begin,
+    why_nothing_is_left,
 )
 from computron.parameter_service.master.records import (
     EpochBegun,
@@ -238,23 +240,16 @@ class Reconfiguration:
             self._state.tell(name, Complete(job.name, change.epoch, applied, blocks, commits))
 
     def _restore(self, job: Job, change: Change, now: float) -> None:
-        """Go on from the last complete snapshot, or from what the workers have where that is right."""
-        spec = job.book.spec
+        """Go on from the last complete snapshot, or from the beginning where nothing is lost by that."""
         change.owners = []
         if job.book.snapshots:
-            snapshot = max(job.book.snapshots, key=lambda saved: saved.step)
+            snapshot = newest(job)
             change.source, change.applied = snapshot.path, snapshot.step
             change.lost = max(0, job.step - snapshot.step)
-        elif job.step == 0 or spec.snapshot_every == 0:
+        elif may_begin_anew(job):
             change.source, change.applied = FRESH, job.step
-            if job.step and spec.optimizer != "sum":
-                change.reason += "; it goes on from a worker's parameters with a fresh optimizer state"
         else:
-            self.fail(
-                job,
-                f"{change.reason}, and no snapshot was complete yet: one is taken every {spec.snapshot_every} steps; "
-                "take them more often to lose less",
-            )
+            self.fail(job, f"{change.reason}, {why_nothing_is_left(job)}")
             return
         self._place(job, change, now)
 

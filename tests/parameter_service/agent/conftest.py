@@ -115,7 +115,7 @@ class Cluster:
         return future.result(20)
 
     def service(self, job: str = "job", **settings: Any) -> ParameterService:
-        return ParameterService(self.url, job, "secret", **{"block_elements": 1024, "rank": 0, **settings})
+        return ParameterService(self.url, job, "secret", **{"block_elements": 1024, "rank": 0, "snapshot_every": 0, **settings})
 
     def move(self, blocks: list[int], to: str, job: str = "job") -> None:
         """Order it; it happens at a step's end."""

@@ -16,6 +16,7 @@ from computron.parameter_service.master.server import MasterServer, MasterSettin
 from computron.parameter_service.master.state import Limits
 from computron.parameter_service.wire.messages import (
     Denied,
+    Failed,
     Drop,
     HeldCommit,
     Host,
@@ -144,6 +145,30 @@ async def test_a_job_without_a_snapshot_fails_and_says_what_to_do(server: Master
         assert "one is taken every 100 steps" in (await agent.heard(Denied)).message
 
 
+async def test_a_job_of_which_nothing_is_saved_ends_with_its_aggregator(server: MasterServer) -> None:
+    """What is left are blocks of different steps, and what the workers have is no better."""
+    async with FakeAgent(server.url) as agent, FakeAggregator(server.url, "two"):
+        async with FakeAggregator(server.url, "one", memory=1 << 31):
+            await agent.enlist(job_spec())
+            await agent.placed()
+        server.tell(Exited("one"))
+        assert "set snapshot_every" in (await agent.heard(Denied)).message
+
+
+async def test_a_job_whose_snapshots_fail_does_not_begin_anew(server: MasterServer) -> None:
+    """It may have taken steps that the master has not heard of yet."""
+    async with FakeAgent(server.url) as agent, FakeAggregator(server.url, "two"):
+        async with FakeAggregator(server.url, "one", memory=1 << 31) as one:
+            await agent.enlist(job_spec(snapshot_every=10))
+            await agent.placed()
+            await one.say(Failed("lm", 1, "save", "the disk is full"))
+            async with aiohttp.ClientSession() as web:
+                while not (await _json(web, f"{server.url}/v1/jobs/lm"))["reason"]:
+                    pass
+        server.tell(Exited("one"))
+        assert "no snapshot could be written: one: the disk is full" in (await agent.heard(Denied)).message
+
+
 async def test_a_snapshot_that_cannot_be_finished_is_told(server: MasterServer, tmp_path: Path) -> None:
     async with FakeAggregator(server.url, "one") as one, FakeAgent(server.url) as agent, aiohttp.ClientSession() as web:
         await agent.enlist(job_spec(snapshot_every=10))
@@ -158,7 +183,7 @@ async def test_a_snapshot_that_cannot_be_finished_is_told(server: MasterServer, 
 async def test_a_link_that_breaks_is_not_a_death(server: MasterServer) -> None:
     async with FakeAgent(server.url) as agent:
         async with FakeAggregator(server.url, "one"):
-            await agent.enlist(job_spec())
+            await agent.enlist(job_spec(snapshot_every=10))
             await agent.placed()
         assert server.master.state.jobs["lm"].book.epoch == 1
         await agent.say(Unreachable("lm", 0, 1, "one", "refused"))
@@ -180,8 +205,9 @@ async def test_the_next_master_goes_on_where_the_last_one_ended(settings: Master
         await agent.enlist(job_spec())
         again = await agent.placed(epoch=1)
         assert again.addresses[0].aggregator == "one"
-        async with FakeAggregator(second.url, "one") as one:  # with nothing: asked how things stand
-            one.applied["lm"] = dict(blocks)
+        returning = FakeAggregator(second.url, "one")  # it registers with nothing: asked how things stand
+        returning.applied["lm"] = dict(blocks)
+        async with returning:
             placement = await agent.placed(epoch=2)
             assert (placement.applied, placement.reason) == (0, "the master was away")
 
