@@ -20,6 +20,7 @@ from computron.parameter_service.aggregator.orders import NoRoom, Orders
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.staging import PushedStaging, SharedStaging, Staging, as_bytes, missing
 from computron.parameter_service.aggregator.steps import Steps
+from computron.parameter_service.versions.header import DTYPES
 from computron.parameter_service.versions.names import check_version
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.link import FDS_AT_ONCE, Link
@@ -75,6 +76,7 @@ class Server:
         self._peers: set[Link] = set()
         self._incoming: dict[Link, bytearray] = {}
         self._dropped: dict[Link, Any] = {}  # messages that were of no use before their payload had come
+        self._directed: dict[Link, Any] = {}  # messages whose payloads have a place
         self.steps: Steps
         self.moves: Moves
         self.saver: Saver
@@ -84,10 +86,7 @@ class Server:
 
     def destination(self, link: Link, message: Any, size: int) -> memoryview | None:
         try:
-            view = self._destination(link, message)
-            if view is None:  # it is kept in memory of its own until it is used
-                buffer = self._incoming[link] = bytearray(size)
-                return memoryview(buffer)
+            view = self._destination(link, message, size)
             if len(view) != size:
                 raise Refusal(refusals.BAD_MESSAGE, f"{size} bytes where {len(view)} belong")
         except Repeated:
@@ -97,6 +96,7 @@ class Server:
             self._dropped[link] = message
             self._refuse(link, message, refusal)
             return None
+        self._directed[link] = message
         return view
 
     def received(self, link: Link, message: Any, fds: list[int]) -> None:
@@ -108,11 +108,13 @@ class Server:
         except Refusal as refusal:
             self._refuse(link, message, refusal)
         finally:
+            self._directed.pop(link, None)
             for fd in fds:
                 os.close(fd)
 
     def lost(self, link: Link, reason: str) -> None:
         self._incoming.pop(link, None)
+        self._directed.pop(link, None)
         self._dropped.pop(link, None)
         self._peers.discard(link)
         job, worker = self._workers.pop(link, (None, None))
@@ -142,7 +144,7 @@ class Server:
 
     # What messages ask for.
 
-    def _destination(self, link: Link, message: Any) -> memoryview | None:
+    def _destination(self, link: Link, message: Any, size: int) -> memoryview:
         match message:
             case Push():
                 job, worker = self._worker(link, message.epoch)
@@ -162,10 +164,24 @@ class Server:
             case Adopt():
                 return self._room(link, message)
             case Extra():
-                return None
+                job, _ = self._worker(link, message.epoch)
+                return self._kept(link, size, _extra_bytes(job, message))
         raise Refusal(refusals.BAD_MESSAGE, f"a payload that {type(message).__name__} does not have")
 
+    def _kept(self, link: Link, size: int, nbytes: int) -> memoryview:
+        """Memory in which a payload of `nbytes` is kept until it is used."""
+        if size != nbytes:
+            raise Refusal(refusals.BAD_MESSAGE, f"{size} bytes where {nbytes} belong")
+        try:
+            buffer = self._incoming[link] = bytearray(size)
+        except MemoryError as error:
+            raise Refusal(refusals.QUOTA, f"there is no memory for {size} bytes") from error
+        return memoryview(buffer)
+
     def _received(self, link: Link, message: Any, fds: list[int]) -> None:
+        directed = self._directed.pop(link, None) is message
+        if not directed and (isinstance(message, Push | Write) or _brings_state(link, message)):
+            raise Refusal(refusals.BAD_MESSAGE, f"{type(message).__name__} has no payload")
         match message:
             case Commit():
                 self._commit(link, message)
@@ -215,6 +231,7 @@ class Server:
         job = self._job(message.job)
         if not hmac.compare_digest(message.token.encode(), job.token.encode()):
             raise Refusal(refusals.BAD_TOKEN, f"this is not the token of job {message.job}")
+        link.trust()
         self._check_epoch(job, message.epoch)
         if message.rank not in job.members:
             raise Refusal(refusals.BAD_MESSAGE, f"rank {message.rank} is no member of {list(job.members)}")
@@ -278,17 +295,18 @@ class Server:
         self.go_on(job, indices)
 
     def _extra(self, link: Link, message: Extra) -> None:
-        data = self._incoming.pop(link)
+        data = self._incoming.pop(link, bytearray())
         job, _ = self._worker(link, message.epoch)
         _check_version(message.version)
-        if not 0 <= message.tensor < len(job.spec.extras):
-            raise Refusal(refusals.BAD_MESSAGE, f"the job has no tensor {message.tensor} that is not trained")
+        if len(data) != (nbytes := _extra_bytes(job, message)):
+            raise Refusal(refusals.BAD_MESSAGE, f"{len(data)} bytes where {nbytes} belong")
         taken = ExtraTaken(message.job, message.version, message.tensor)
         self.saver.extra(job, message, data, lambda: link.send(taken))
 
     def _expect(self, link: Link, message: Expect, fds: list[int]) -> None:
         if not hmac.compare_digest(message.key.encode(), self._key.encode()):
             raise Refusal(refusals.BAD_TOKEN, "this is not the service's key")
+        link.trust()
         if link.shares_memory and len(fds) != len(message.blocks):
             raise Refusal(refusals.BAD_MESSAGE, f"{len(fds)} file descriptors came for {len(message.blocks)} blocks")
         try:
@@ -376,6 +394,18 @@ class Server:
         step = getattr(message, "step", 0)
         blocks = (message.block,) if hasattr(message, "block") else ()
         link.send(Refused(getattr(message, "job", ""), refusal.code, refusal.message, step, blocks))
+
+
+def _brings_state(link: Link, message: Any) -> bool:
+    """Where memory is shared, a block comes with `Expect`."""
+    return isinstance(message, Adopt) and not link.shares_memory
+
+
+def _extra_bytes(job: Job, message: Extra) -> int:
+    if not 0 <= message.tensor < len(job.spec.extras):
+        raise Refusal(refusals.BAD_MESSAGE, f"the job has no tensor {message.tensor} that is not trained")
+    tensor = job.spec.extras[message.tensor]
+    return tensor.elements * DTYPES[tensor.dtype].size
 
 
 def _check_version(version: str) -> None:
