@@ -257,33 +257,43 @@ def test_a_job_comes_through_deaths_of_each_kind(service: Callable[..., Any], fa
         job = running.get("/v1/jobs/faults")
         return next(one for one in running.aggregators() if one["id"] in job["aggregators"])
 
-    def kill_aggregator() -> None:
-        os.kill(owner()["pid"], signal.SIGKILL)
+    def kill_one(dying: Any) -> Callable[[], bool]:
+        os.kill(dying["pid"], signal.SIGKILL)
+        return lambda: dying["pid"] not in {one["pid"] for one in running.aggregators()} and faults.is_whole(running)
 
-    def kill_aggregator_that_moves_all() -> None:
+    def kill_aggregator() -> Callable[[], bool]:
+        return kill_one(owner())
+
+    def kill_aggregator_that_moves_all() -> Callable[[], bool]:
         dying = owner()
         to = next(one["id"] for one in running.aggregators() if one["id"] != dying["id"])
         running.post("/v1/jobs/faults/move", {"blocks": "all", "to": to})
-        os.kill(dying["pid"], signal.SIGKILL)
+        return kill_one(dying)
 
-    def kill_master() -> None:
+    def kill_master() -> Callable[[], bool]:
         running.master.kill()
         running.master.wait()
         running.start()
+        return lambda: bool(faults.is_whole(running))
 
-    kills = (kill_aggregator, kill_master, lambda: training.replace(1), kill_aggregator_that_moves_all)
+    def kill_worker() -> Callable[[], bool]:
+        epoch = running.get("/v1/jobs/faults")["epoch"]
+        training.replace(1)
+        return lambda: running.get("/v1/jobs/faults")["epoch"] > epoch and faults.is_whole(running)
+
+    kills = (kill_aggregator, kill_master, kill_worker, kill_aggregator_that_moves_all)
     with service(2, "--hysteresis", "1h", memory="64MiB") as running:
         training = faults.Training(running, every, faults.WORKERS)
         try:
-            faults.recovered(training, running, time.monotonic())
-            lost = 0
+            faults.recovered(training, running, time.monotonic(), lambda: True)
+            lost = [0] * faults.WORKERS
             for kill in kills:
                 time.sleep(chance.uniform(0.1, 0.3))
                 running.until(lambda: len(running.aggregators()) == 2 and training.spare_is_ready())
-                kill()
-                faults.recovered(training, running, time.monotonic())
-                before, lost = lost, max(lost for _, lost, _ in training.progress())
-                assert lost - before <= every
+                dealt_with = kill()
+                faults.recovered(training, running, time.monotonic(), dealt_with)
+                before, lost = lost, [lost for _, lost, _ in training.progress()]
+                assert all(now - then <= every for now, then in zip(lost, before, strict=True))
             last = training.end()
         finally:
             training.stop()
