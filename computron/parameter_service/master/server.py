@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from computron.parameter_service.master.events import (
     Started,
     Tick,
 )
-from computron.parameter_service.master.journal import Journal
+from computron.parameter_service.master.journal import Journal, LogUnusable
 from computron.parameter_service.master.master import Master
 from computron.parameter_service.master.processes import Processes, aggregator_command
 from computron.parameter_service.master.scaling import ScalingSettings
@@ -124,7 +125,10 @@ class MasterServer:
         self._journal.close()
 
     def tell(self, event: Event) -> None:
-        """Let the master decide, and carry out what it orders. Raises ComputronError for what is asked wrongly."""
+        """Let the master decide, and carry out what it orders. Raises ComputronError for what is asked wrongly.
+
+        Raises LogUnusable, once and ever after, if the log cannot be written: then nothing is carried out any more.
+        """
         self._orders.extend(self.master.handle(event, time.monotonic()))
         if self._busy:
             return  # an order brought this about: what it leads to comes after the rest
@@ -239,11 +243,14 @@ class MasterServer:
         except msgspec.MsgspecError as error:
             log.warning("bad_message peer=%s error=%s", request.remote, error)
             await socket.close(code=1008, message=str(error).encode()[:100])
+        except LogUnusable as error:  # the ticks end the master
+            await socket.close(message=error.message.encode()[:100])
         finally:
             sender.cancel()
             del self._links[number], self._outboxes[number]
             if not self._leaving:
-                self.tell(Closed(number))
+                with suppress(LogUnusable):
+                    self.tell(Closed(number))
         return socket
 
 

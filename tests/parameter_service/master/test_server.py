@@ -29,6 +29,7 @@ from computron.parameter_service.wire.messages import (
     WorkerLost,
 )
 from tests.parameter_service.master.fakes import FakeAgent, FakeAggregator, job_spec
+from tests.parameter_service.master.test_journal import fill_up
 
 QUICK = Limits(hold=0.3, join=0.01, loss=0.01, absence=0.5, unreachable=0.2)
 
@@ -323,3 +324,19 @@ async def test_a_job_that_cannot_be_is_denied(server: MasterServer) -> None:
         await agent.enlist(msgspec.structs.replace(job_spec(), optimizer="magic"))
         assert "optimizer is 'magic'" in (await agent.heard(Denied)).message
     assert not server.master.state.jobs
+
+
+async def test_a_log_that_cannot_be_written_ends_the_master(
+    settings: MasterSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        MasterServer(settings) as server,
+        FakeAggregator(server.url, "one") as one,
+        FakeAgent(server.url) as agent,
+    ):
+        fill_up(monkeypatch)
+        await agent.enlist(job_spec())
+        with pytest.raises(LogUnusable, match="No space left on device"):
+            await server.ticking
+        assert one.applied == {}
+        assert agent.received == []
