@@ -65,6 +65,8 @@ class Progress:
         self.generation = 0
         self.lost_steps = 0
         self.members: tuple[int, ...] = ()
+        self.loads = self.loaded = 0  # how often a state was loaded, and how often that is done
+        self.brings = False  # this worker is to bring the state
         self.peers: dict[str, Peer] = {}
         self.ledger = Ledger(blocks)
         self.blocks = self.ledger.blocks
@@ -103,6 +105,11 @@ class Progress:
     @property
     def wants_norm(self) -> bool:
         return self._norm_scale is not None and self._wish is None and self.squared_norm is None
+
+    def has_joined(self, aggregator: str) -> bool:
+        """Whether it knows us in this epoch."""
+        peer = self.peers.get(aggregator)
+        return peer is not None and peer.joined
 
     # Wishes of the training thread.
 
@@ -148,14 +155,16 @@ class Progress:
         first, following = self.epoch == 0, self.step + 1
         completes = placement.applied == following and self._wish is not None and not self._eager
         self.epoch, self.rank, self.members = placement.epoch, placement.rank, placement.members
-        self._unwritten = set(range(len(self.blocks))) if placement.initialise else set()
+        self.loads, self.loaded = placement.loads, placement.loads - placement.loading
+        self.brings = placement.loading and placement.initialise
+        self._unwritten = set(range(len(self.blocks))) if placement.initialise and not placement.loading else set()
         self._offered.clear()
         jumps = first or not (placement.applied == self.step or completes)
         for index, block in enumerate(self.blocks):
             block.owner = placement.addresses[placement.owners[index]].aggregator
             block.hosted = block.written = False
             block.forget_sent()
-            if jumps or block.filling or block.applied > placement.applied:
+            if jumps or placement.loading or block.filling or block.applied > placement.applied:
                 block.applied = -1
             block.filling = False
             if jumps:
@@ -179,6 +188,12 @@ class Progress:
                 del self.peers[name]  # a payload may be on its way in: it must not meet what the new epoch brings
                 actions.append(Disconnect(name))
         return [*actions, *(action for address in wanted.values() for action in self._know(address))]
+
+    def has_loaded(self, number: int) -> list[Action]:
+        """What was loaded is the job's state."""
+        if number == self.loads:
+            self.loaded = number
+        return []
 
     def connected(self, aggregator: str, shared: bool) -> list[Action]:
         peer = self.peers.get(aggregator)

@@ -33,6 +33,8 @@ from computron.parameter_service.wire.messages import (
     Extra,
     JobSpec,
     Leave,
+    Load,
+    Loaded,
     Placement,
     Read,
     ToMaster,
@@ -64,6 +66,7 @@ class Session:
         self._error: BaseException | None = None
         self._process = os.getpid()
         self._wish: tuple[int, Wish] | None = None  # with the generation it belongs to
+        self._load = 0  # the number of the load that is wanted
         self.staging = Staging(
             layout,
             spec.gradients,
@@ -152,6 +155,14 @@ class Session:
     def ask(self, message: Read | Write, memory: memoryview, then: Answer) -> None:
         """Read a block's part into `memory`, or write it from there; `then` is called in the loop's thread."""
         self.call(lambda: self._exchange.ask(message, memory, then))
+
+    def want_load(self, number: int) -> None:
+        """Tell the master, and again until it is done: this load is wanted; 0 for none any more."""
+        self._load = number
+        self.say_load()
+
+    def say_load(self) -> None:
+        self._loop.call_soon_threadsafe(self._say_load)
 
     def give(self, extras: Sequence[tuple[Extra, memoryview]]) -> None:
         """These belong to the version that the parameters become after this step."""
@@ -246,6 +257,7 @@ class Session:
             await asyncio.sleep(REPORT)
             progress = self.progress
             self._exchange.ask_again()
+            self._say_load()
             taken = [self._took.popleft() for _ in range(len(self._took))]
             if taken:
                 compute, wait = (math.fsum(seconds) / len(taken) for seconds in zip(*taken, strict=True))
@@ -288,6 +300,12 @@ class Session:
             return []
         return self.progress.commit(wish[1], blocks)
 
+    def _say_load(self) -> None:
+        progress, number = self.progress, self._load
+        if number:
+            ready = progress.loads >= number and progress.ready
+            self._tell_master(Load(self.spec.job, progress.rank, progress.epoch, number, progress.step, ready))
+
     def _unreachable(self, aggregator: str, reason: str) -> None:
         progress = self.progress
         self._tell_master(Unreachable(self.spec.job, progress.rank, progress.epoch, aggregator, reason))
@@ -295,9 +313,12 @@ class Session:
     def _tell_master(self, message: ToMaster) -> None:
         self._start(self._master.send(message))
 
-    def _from_master(self, message: Placement | Denied) -> None:
+    def _from_master(self, message: Placement | Loaded | Denied) -> None:
         if isinstance(message, Denied):
             self._fail(JobRefused(f"job {message.job}: {message.message} ({message.code})"))
+            return
+        if isinstance(message, Loaded):
+            self._exchange.handle(lambda: self.progress.has_loaded(message.number))
             return
         log.info("job %s: epoch %d, step %d: %s", message.job, message.epoch, message.applied, message.reason)
         self._exchange.placed(message)

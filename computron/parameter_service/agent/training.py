@@ -149,6 +149,10 @@ class Trainer:
         """The flat space takes what the parameters are."""
         self._flat.load()
 
+    def take_loaded(self) -> None:
+        """The parameters are those that were loaded: make them the model's."""
+        self._flat.refresh()
+
     def close(self, reason: str) -> None:
         if self._closer.detach() is not None:
             _leave(self.session, self._gradients, reason)

@@ -173,9 +173,8 @@ class Orders:
         block.complete = True
         self._arrived(job, [block])
         self._ready(job, job.epoch, [block])
-        blocks = list(job.blocks.values())
-        if job.spec.snapshot_every and all(b.complete and b.applied == block.applied for b in blocks):
-            self._saver.save(job, blocks, block.applied)
+        if job.spec.snapshot_every:
+            self._saver.save(job, [block], block.applied)
 
     def _enter(self, job: Job, order: Host) -> None:
         """Be what the order says, as soon as nothing of the job is computed any more."""

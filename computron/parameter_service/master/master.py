@@ -33,6 +33,7 @@ from computron.parameter_service.wire.messages import (
     Failed,
     Held,
     Leave,
+    Load,
     MovedOut,
     Progress,
     Ready,
@@ -139,6 +140,8 @@ class Master:
                 self._hosts.register(link, message, now)
             case Leave():
                 self._workers.left(link, message)
+            case Load():
+                self._workers.load(link, message)
             case Progress():
                 self._workers.progress(link, message, now)
             case Unreachable():

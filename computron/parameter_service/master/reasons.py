@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from computron.parameter_service.master.loading import may_load
 from computron.parameter_service.master.records import JobUnhosted, MemberGone
 from computron.parameter_service.master.state import Job, State
 from computron.parameter_service.wire.messages import Drop
@@ -45,6 +46,8 @@ def reason_to_begin(state: State, job: Job, now: float) -> str | None:
         owners_here = all(state.is_linked(owner) for owner in set(job.book.owners))
         if joining and owners_here and now - max(w.came for w in joining) >= state.limits.join:
             reason = f"rank {', '.join(str(worker.rank) for worker in joining)} joins"
+    if reason is None and may_load(job):
+        reason = "the workers load a state"
     if reason is None or not enough(job):
         return None
     if job.mismatch_of_log and now - job.since < state.limits.hold:

@@ -27,7 +27,8 @@ class EpochBegun(msgspec.Struct, tag="epoch_begun", frozen=True):
 class Placed(msgspec.Struct, tag="placed", frozen=True):
     """The reconfiguration that began with `epoch` is complete. members: rank and incarnation. owners: of each block.
     lost: steps that this one rolled back. initialise: rank that brings the parameters. unfenced: aggregators that could
-    not be told of this epoch, each with the members of the epoch that it may still be in.
+    not be told of this epoch, each with the members of the epoch that it may still be in. loads: how often the workers
+    have loaded a state.
     """
 
     job: str
@@ -39,6 +40,7 @@ class Placed(msgspec.Struct, tag="placed", frozen=True):
     initialise: int | None = None
     reason: str = ""
     unfenced: tuple[tuple[str, tuple[tuple[int, str], ...]], ...] = ()
+    loads: int = 0
 
 
 class MoveBegun(msgspec.Struct, tag="move_begun", frozen=True):
@@ -77,6 +79,13 @@ class RolledBack(msgspec.Struct, tag="rolled_back", frozen=True):
     job: str
     epoch: int
     applied: int
+
+
+class StateLoaded(msgspec.Struct, tag="state_loaded", frozen=True):
+    """The job has what its workers loaded, the load of this number."""
+
+    job: str
+    number: int
 
 
 class SnapshotBad(msgspec.Struct, tag="snapshot_bad", frozen=True):
@@ -149,8 +158,8 @@ class CountSet(msgspec.Struct, tag="count_set", frozen=True):
 
 Record = (
     JobCreated | EpochBegun | Placed | MoveBegun | MoveEnded | MemberGone | SnapshotSaved | SnapshotBad | VersionSaved
-    | RolledBack | Totals | JobFailed | JobUnhosted | JobDropped | QuotaSet | AggregatorStarted | AggregatorKnown
-    | AggregatorGone | CountSet
+    | RolledBack | StateLoaded | Totals | JobFailed | JobUnhosted | JobDropped | QuotaSet | AggregatorStarted
+    | AggregatorKnown | AggregatorGone | CountSet
 )  # fmt: skip
 
 
@@ -159,7 +168,8 @@ class JobBook:
     """One job as the log has it. placed: what the last complete reconfiguration came to, with moves since carried on.
 
     epoch: the newest that was ever used; above placed.epoch while a reconfiguration is going on. gone: members of
-    `placed` that are not there any more, and whether that is certain. lost: steps rolled back ever.
+    `placed` that are not there any more, and whether that is certain. lost: steps rolled back ever. loaded: how often a
+    state was loaded, without one that is being loaded.
     """
 
     spec: JobSpec
@@ -174,10 +184,16 @@ class JobBook:
     failed: str | None = None
     lost: int = 0
     moves: int = 0
+    loaded: int = 0
 
     @property
     def job(self) -> str:
         return self.spec.job
+
+    @property
+    def loads(self) -> int:
+        """How often a state was loaded, with one that is being loaded."""
+        return max(self.loaded, self.placed.loads if self.placed is not None else 0)
 
     @property
     def files(self) -> set[str]:
@@ -268,6 +284,8 @@ def _apply_to_job(book: JobBook, record: Record) -> None:
             book.placed = None
             book.moving.clear()
             book.gone.clear()
+        case StateLoaded():
+            book.loaded = record.number
         case RolledBack():
             book.rollbacks.append(record)
         case Totals():
@@ -300,6 +318,8 @@ def _records_of(book: JobBook) -> Iterator[Record]:
         yield MoveBegun(book.job, (block,), to)
     for rank, certain in book.gone.items():
         yield MemberGone(book.job, rank, certain)
+    if book.loaded:
+        yield StateLoaded(book.job, book.loaded)
     yield from book.rollbacks
     yield from book.snapshots
     yield from book.versions.values()

@@ -11,7 +11,7 @@ from enum import Enum
 from computron.parameter_service.layout import Layout
 from computron.parameter_service.master.events import Close, Log, Order, Send
 from computron.parameter_service.master.records import Book, JobBook, Record
-from computron.parameter_service.wire.messages import Address, Denied, FromMaster, Held, HeldCommit, Usage
+from computron.parameter_service.wire.messages import Address, Denied, FromMaster, Held, HeldCommit, Load, Usage
 
 FRESH = "worker"  # Host.source: the worker that initialises brings the parameters
 KEEP = "keep"  # Host.source: they are where they are
@@ -65,7 +65,8 @@ class Aggregator:
 @dataclass(slots=True)
 class Worker:
     """unlinked: since when it has no link. lost: an aggregator has said that its connection ended. compute, wait:
-    seconds of an iteration, medians of the last reports. times: these reports, of where the job is now.
+    seconds of an iteration, medians of the last reports. times: these reports, of where the job is now. load: what it
+    last said of a state that it loads.
     """
 
     rank: int
@@ -80,6 +81,7 @@ class Worker:
     compute: float = 0.0
     wait: float = 0.0
     times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=REPORTS))
+    load: Load | None = None
 
     def took(self, compute: float, wait: float) -> None:
         self.times.append((compute, wait))
@@ -95,7 +97,9 @@ class Phase(Enum):
 
 @dataclass(slots=True)
 class Change:
-    """A reconfiguration of a job: see `reconfiguration`. waiting: blocks that are not ready yet."""
+    """A reconfiguration of a job: see `reconfiguration`. waiting: blocks that are not ready yet. loads: number of the
+    load that it is there for, if it is.
+    """
 
     epoch: int
     reason: str
@@ -110,6 +114,7 @@ class Change:
     source: str = KEEP
     waiting: set[int] = field(default_factory=set)
     commits: tuple[HeldCommit, ...] = ()
+    loads: int = 0
 
 
 @dataclass(slots=True)

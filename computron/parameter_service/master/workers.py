@@ -17,6 +17,8 @@ from computron.parameter_service.wire.messages import (
     Enlist,
     JobSpec,
     Leave,
+    Load,
+    Loaded,
     Progress,
     Unreachable,
     WorkerLost,
@@ -93,6 +95,15 @@ class Workers:
         if job.change is None:
             follower = worker.rank, worker.incarnation
             job.fenced.update(name for name, members in job.unfenced.items() if follower in members)
+
+    def load(self, link: int, message: Load) -> None:
+        job = self._state.jobs.get(message.job)
+        worker = self._speaker(link, message.job, message.rank)
+        if job is None or worker is None:
+            return
+        worker.load = message
+        if message.number <= job.book.loaded:  # it was not told
+            self._state.send(link, Loaded(job.name, job.book.loaded))
 
     def unreachable(self, link: int, message: Unreachable, now: float) -> None:
         job = self._state.jobs.get(message.job)

@@ -16,8 +16,8 @@ from computron.parameter_service.master.server import MasterServer, MasterSettin
 from computron.parameter_service.master.state import Limits
 from computron.parameter_service.wire.messages import (
     Denied,
-    Failed,
     Drop,
+    Failed,
     HeldCommit,
     Host,
     Leave,

@@ -70,6 +70,8 @@ from computron.parameter_service.wire.messages.workers import (
     Denied,
     Enlist,
     Leave,
+    Load,
+    Loaded,
     Placement,
     Progress,
     Unreachable,
@@ -110,6 +112,8 @@ __all__ = [
     "Joined",
     "Kept",
     "Leave",
+    "Load",
+    "Loaded",
     "Move",
     "Moved",
     "MovedOut",
@@ -139,9 +143,10 @@ __all__ = [
 VERSION = 1  # of the protocol
 
 ToMaster = (
-    Enlist | Progress | Unreachable | Leave | Register | Ready | MovedOut | Held | WorkerLost | Saved | Usage | Failed
+    Enlist | Progress | Unreachable | Leave | Load | Register | Ready | MovedOut | Held | WorkerLost | Saved | Usage
+    | Failed
 )  # fmt: skip
-FromMaster = Placement | Denied | Registered | Host | Move | Hold | Complete | Kept | Drop | Stop
+FromMaster = Placement | Loaded | Denied | Registered | Host | Move | Hold | Complete | Kept | Drop | Stop
 
 
 def encoder() -> msgspec.msgpack.Encoder:

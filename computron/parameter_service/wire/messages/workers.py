@@ -21,7 +21,9 @@ class Placement(msgspec.Struct, tag="placement", frozen=True):
     """What holds from now on. owners: place in `addresses` of each block's owner.
 
     applied: the step from which the job goes on; one before that which a worker is in loses nothing, and a smaller one
-    means that it was rolled back. lost: steps that were. initialise: this worker brings the first parameters.
+    means that it was rolled back. lost: steps that were. initialise: this worker brings the first parameters. loads:
+    how often the workers have loaded a state; loading: this epoch is there for the last of these, and who initialises
+    brings parameters and states.
     """
 
     job: str
@@ -33,7 +35,30 @@ class Placement(msgspec.Struct, tag="placement", frozen=True):
     applied: int = 0
     lost: int = 0
     initialise: bool = False
+    loads: int = 0
+    loading: bool = False
     reason: str = ""
+
+
+class Load(msgspec.Struct, tag="load", frozen=True):
+    """This worker, which has seen `step`, wants the job to go on from a state that it has: the job's load of this
+    number. When all members say so, an epoch begins in which one brings it. Said again until it is `Loaded`. ready: all
+    blocks of that epoch are complete.
+    """
+
+    job: str
+    rank: int
+    epoch: int
+    number: int
+    step: int
+    ready: bool
+
+
+class Loaded(msgspec.Struct, tag="loaded", frozen=True):
+    """The job has the state that was loaded, and a failure does not lose it."""
+
+    job: str
+    number: int
 
 
 class Progress(msgspec.Struct, tag="progress", frozen=True):
