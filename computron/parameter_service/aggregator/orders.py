@@ -143,7 +143,8 @@ class Orders:
     def expect(self, message: Expect) -> Job:
         """Blocks will be handed over to here. Raises NoRoom, ValueError, or StaleEpoch."""
         job = self._jobs.get(message.spec.job)
-        if job is not None and message.epoch < job.epoch:
+        here = job is not None and (job.blocks or job.leaving)
+        if job is not None and (message.epoch < job.epoch or (here and message.epoch > job.epoch)):
             raise ValueError(f"the job is in epoch {job.epoch}, not {message.epoch}")
         if job is None:
             job = new_job(message)

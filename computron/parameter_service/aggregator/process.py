@@ -55,14 +55,15 @@ REPORT_EVERY = 1.0  # seconds
 class AggregatorSettings:
     """master: its URL. host, port: where workers of other machines connect; 0 for any port. memory: bytes of blocks.
 
-    snapshots: folder of snapshots and versions, the same for all aggregators and the master. api_key: of the service,
-    where it has one.
+    snapshots: folder of snapshots and versions, the same for all aggregators and the master. key: by which the master
+    and aggregators know each other. api_key: of the service, where it has one.
     """
 
     master: str
     host: str
     port: int
     memory: int
+    key: str
     snapshots: Path | None = None
     identity: str | None = None
     api_key: str | None = None
@@ -81,7 +82,7 @@ class Aggregator:
     async def run(self) -> None:
         """Until the master or a signal says that it is to stop. Raises OSError if it cannot listen."""
         settings = self._settings
-        key = settings.api_key or ""
+        key = settings.key
         server = Server(key, self._jobs, self._report)
         server.steps = steps = Steps(self._changed)
         server.moves = moves = Moves(machine_id(), key, server, self._report, self._move_failed)
@@ -178,7 +179,7 @@ class Aggregator:
             )
             for job in self._jobs.values()
         )
-        return Register(self._address, self._settings.api_key or "", os.getpid(), self._settings.memory, jobs)
+        return Register(self._address, self._settings.key, os.getpid(), self._settings.memory, jobs)
 
     async def _report_usage(self) -> None:
         while True:

@@ -307,6 +307,9 @@ class Server:
         if not hmac.compare_digest(message.key.encode(), self._key.encode()):
             raise Refusal(refusals.BAD_TOKEN, "this is not the service's key")
         link.trust()
+        known = self._jobs.get(message.spec.job)
+        if known is not None and not hmac.compare_digest(message.token.encode(), known.token.encode()):
+            raise Refusal(refusals.BAD_TOKEN, f"this is not the token of job {message.spec.job}")
         if link.shares_memory and len(fds) != len(message.blocks):
             raise Refusal(refusals.BAD_MESSAGE, f"{len(fds)} file descriptors came for {len(message.blocks)} blocks")
         try:

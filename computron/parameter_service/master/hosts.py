@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from computron.parameter_service.master.events import Close
 from computron.parameter_service.master.reconfiguration import Reconfiguration
 from computron.parameter_service.master.records import (
     AggregatorGone,
@@ -33,6 +34,10 @@ class Hosts:
         name = message.address.aggregator
         known = self._state.aggregators.get(name)
         if known is not None and known.pid not in (0, message.pid):  # 0: only its name is known
+            if known.link is not None:
+                log.warning("name_taken aggregator=%s pid=%d", name, message.pid)
+                self._state.orders.append(Close(link))
+                return
             self.gone(name, now)
             known = None
         if known is None:

@@ -40,6 +40,7 @@ from computron.parameter_service.master.events import (
     Tick,
 )
 from computron.parameter_service.master.journal import Journal, LogUnusable
+from computron.parameter_service.master.key import service_key
 from computron.parameter_service.master.master import Master
 from computron.parameter_service.master.processes import Processes, aggregator_command
 from computron.parameter_service.master.scaling import ScalingSettings
@@ -55,12 +56,15 @@ log = logging.getLogger(__name__)
 TICK = 0.05  # seconds between two looks at what is due
 HEARTBEAT = 5.0  # seconds after which a silent link is asked, and half of which it has to answer
 LARGEST_MESSAGE = 64 << 20  # bytes
+WRONG_KEY = b"this is not the service's key: see --key"
 OPEN_TO_ALL = frozenset({"/health", "/metrics"})
 
 
 @dataclass(frozen=True, slots=True)
 class MasterSettings:
-    """port 0: any. snapshots, aggregator_memory (bytes): of the aggregators that the master starts."""
+    """port 0: any. snapshots, aggregator_memory (bytes): of the aggregators that the master starts. key: that aggregators
+    must show; None: that which is kept beside the log.
+    """
 
     log: Path
     host: str = "127.0.0.1"
@@ -71,6 +75,7 @@ class MasterSettings:
     limits: Limits = field(default_factory=Limits)
     snapshots: Path | None = None
     aggregator_memory: int = 1 << 30
+    key: str | None = None
 
 
 class MasterServer:
@@ -94,6 +99,7 @@ class MasterServer:
         """Raises LogUnusable, OSError if the address cannot be listened on."""
         self._journal = Journal(self.settings.log)
         try:
+            self._service_key = self.settings.key or service_key(self.settings.log)
             packer = PACKERS[self.settings.packer]()
             self.master = Master(
                 self._journal.book, packer, self.settings.scaling, time.monotonic(), limits=self.settings.limits
@@ -105,7 +111,8 @@ class MasterServer:
         self._processes = Processes(
             aggregator_command(self.url, self.settings.host, self.settings.aggregator_memory, self.settings.snapshots),
             lambda name: self.tell(Exited(name)),
-            {} if self.settings.api_key is None else {"COMPUTRON_API_KEY": self.settings.api_key},
+            {"COMPUTRON_SERVICE_KEY": self._service_key}
+            | ({} if self.settings.api_key is None else {"COMPUTRON_API_KEY": self.settings.api_key}),
         )
         for name, started in list(self._journal.book.started.items()):
             self._processes.adopt(name, started.pid, started.began)
@@ -239,7 +246,12 @@ class MasterServer:
         try:
             async for frame in socket:
                 if frame.type is WSMsgType.BINARY:
-                    self.tell(Received(number, self._decode(frame.data)))
+                    message = self._decode(frame.data)
+                    if isinstance(message, messages.Register) and not self._knows_key(message):
+                        log.warning("wrong_key aggregator=%s peer=%s", message.address.aggregator, request.remote)
+                        await socket.close(code=1008, message=WRONG_KEY)
+                        break
+                    self.tell(Received(number, message))
         except msgspec.MsgspecError as error:
             log.warning("bad_message peer=%s error=%s", request.remote, error)
             await socket.close(code=1008, message=str(error).encode()[:100])
@@ -252,6 +264,9 @@ class MasterServer:
                 with suppress(LogUnusable):
                     self.tell(Closed(number))
         return socket
+
+    def _knows_key(self, message: messages.Register) -> bool:
+        return hmac.compare_digest(message.key.encode(), self._service_key.encode())
 
 
 def _finished(order: Finish) -> Finished:

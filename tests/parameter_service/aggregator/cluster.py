@@ -53,6 +53,7 @@ from computron.parameter_service.wire.messages import (
 from computron.parameter_service.wire.segments import Segment
 
 TOKEN = "secret"
+KEY = "the service's key"
 MIB = 1 << 20
 NEVER = 1 << 40  # kept: of a job that may go on, whatever has been saved
 
@@ -299,7 +300,7 @@ async def cluster(*names: str, folder: Path | None = None, memory: int = 64 * MI
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     running = []
     for name in names:
-        settings = AggregatorSettings(url, "127.0.0.1", 0, memory, folder, name)
+        settings = AggregatorSettings(url, "127.0.0.1", 0, memory, KEY, folder, name)
         running.append(asyncio.create_task(Aggregator(settings).run()))
     try:
         await master.heard(lambda who, m: isinstance(m, Register), len(names))

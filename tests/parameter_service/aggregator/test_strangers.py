@@ -9,12 +9,14 @@ import msgspec
 import pytest
 
 from computron.parameter_service.layout import TensorSpec
+from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.frames import HEAD, frame
 from computron.parameter_service.wire.link import connect
 from computron.parameter_service.wire.machine import machine_id
 from computron.parameter_service.wire.messages import (
     Commit,
     Data,
+    Expect,
     Extra,
     Failed,
     Host,
@@ -25,7 +27,7 @@ from computron.parameter_service.wire.messages import (
     Write,
     decoder,
 )
-from tests.parameter_service.aggregator.cluster import TOKEN, FakeMaster, RawWorker, cluster, job
+from tests.parameter_service.aggregator.cluster import KEY, TOKEN, FakeMaster, RawWorker, cluster, job
 
 SPEC = job(((300,),), optimizer="sgd", extras=(TensorSpec("seen", (3,), "int64", 0),))
 
@@ -107,3 +109,18 @@ async def test_a_job_that_cannot_be_is_not_hosted(changes: dict[str, object]) ->
         await master.send("a", Host(msgspec.structs.replace(SPEC, **changes), TOKEN, 1, (0,), (0,), 0, "worker"))
         [(_, failed)] = await master.heard(lambda who, m: isinstance(m, Failed))
         assert failed.order == "host"
+
+
+async def test_only_who_has_the_keys_can_announce_blocks() -> None:
+    spec = job(((300,), (300,)), optimizer="sgd", block_elements=1024)
+    async with cluster("a") as master:
+        await master.host(spec, {"a": [0]}, epoch=3)
+        worker = RawWorker(master, spec, shared=False)
+        link = await connect(master.addresses["a"], worker, machine="elsewhere")
+        for key, token, epoch in (("", TOKEN, 3), (KEY, "a guess", 3), (KEY, TOKEN, 1_000_000), (KEY, TOKEN, 2)):
+            link.send(Expect(key, spec, token, epoch, (0,), (1,)))
+        await worker.until(lambda: len(worker.refused) == 4)
+        codes = [refused.code for refused in worker.refused]
+        assert codes == [refusals.BAD_TOKEN, refusals.BAD_TOKEN, refusals.STALE_EPOCH, refusals.STALE_EPOCH]
+        assert (await master.hold(spec, 4, "a"))["a"].epoch == 4  # it would not take an order of an older one
+        link.close()

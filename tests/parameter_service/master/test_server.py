@@ -12,6 +12,7 @@ import pytest
 
 from computron.parameter_service.master.events import Exited
 from computron.parameter_service.master.journal import LogUnusable
+from computron.parameter_service.master.key import key_path
 from computron.parameter_service.master.server import MasterServer, MasterSettings
 from computron.parameter_service.master.state import Limits
 from computron.parameter_service.wire.messages import (
@@ -23,12 +24,13 @@ from computron.parameter_service.wire.messages import (
     Leave,
     Move,
     Placement,
+    Register,
     Registered,
     Saved,
     Unreachable,
     WorkerLost,
 )
-from tests.parameter_service.master.fakes import FakeAgent, FakeAggregator, job_spec
+from tests.parameter_service.master.fakes import KEY, FakeAgent, FakeAggregator, address_of, job_spec
 from tests.parameter_service.master.test_journal import fill_up
 
 QUICK = Limits(hold=0.3, join=0.01, loss=0.01, absence=0.5, unreachable=0.2)
@@ -36,7 +38,7 @@ QUICK = Limits(hold=0.3, join=0.01, loss=0.01, absence=0.5, unreachable=0.2)
 
 @pytest.fixture
 def settings(tmp_path: Path) -> MasterSettings:
-    return MasterSettings(log=tmp_path / "log", port=0, limits=QUICK)
+    return MasterSettings(log=tmp_path / "log", port=0, limits=QUICK, key=KEY)
 
 
 @pytest.fixture
@@ -340,3 +342,32 @@ async def test_a_log_that_cannot_be_written_ends_the_master(
             await server.ticking
         assert one.applied == {}
         assert agent.received == []
+
+
+async def test_who_does_not_know_the_key_is_no_aggregator(server: MasterServer) -> None:
+    async with FakeAgent(server.url) as stranger:
+        await stranger.say(Register(address_of("one"), "a guess", 1, 1 << 30, ()))
+        await stranger.ended()
+    assert not server.master.state.aggregators
+
+
+async def test_the_name_of_an_aggregator_that_is_there_is_its_own(server: MasterServer) -> None:
+    async with FakeAggregator(server.url, "one", pid=1), FakeAgent(server.url) as another:
+        await another.say(Register(address_of("one"), KEY, 2, 1 << 30, ()))
+        await another.ended()
+        assert server.master.state.aggregators["one"].pid == 1
+    async with FakeAggregator(server.url, "one", pid=2):
+        assert server.master.state.aggregators["one"].pid == 2
+
+
+async def test_the_key_is_made_once_and_only_its_user_may_read_it(settings: MasterSettings) -> None:
+    kept = replace(settings, key=None)
+    keys = []
+    for _ in range(2):
+        async with MasterServer(kept) as server:
+            path = key_path(settings.log)
+            keys.append(path.read_text())
+            async with FakeAggregator(server.url, "one", service_key=keys[-1]):
+                assert path.stat().st_mode & 0o777 == 0o600
+    assert keys[0] == keys[1]
+    assert len(keys[0]) == 64
