@@ -100,7 +100,7 @@ class Saver:
     def save(self, job: Job, blocks: Sequence[HeldBlock], step: int, version: str = "") -> None:
         """These blocks as they are now, which is after `step`."""
         if self._directory is None:
-            self._failed(job, "save", "this aggregator was started without a folder for snapshots and versions")
+            self._failed(job, _order(version), "the aggregator was started without a folder for snapshots and versions")
             return
         name = job.spec.job
         path = version_path(self._directory, name, version) if version else None
@@ -179,7 +179,7 @@ class Saver:
                 for block in save.blocks:
                     block.saved = max(block.saved, save.step)
         elif error is not None and not isinstance(error, Cancelled):
-            self._failed(save.job, "save", f"{save.path}: {error}")
+            self._failed(save.job, _order(save.version), f"{save.path}: {error}")
         self._free(save.job, save.blocks)
 
     def _write_extra(self, job: Job, message: Extra, data: bytearray, path: Path, then: Callable[[], None]) -> None:
@@ -204,7 +204,7 @@ class Saver:
         if error is None:
             self._saved(Saved(message.job, message.version, message.step, str(path), extras=(message.tensor,)))
         else:
-            self._failed(job, "save", f"{path}: {error}")
+            self._failed(job, _order(message.version), f"{path}: {error}")
         then()
 
     def _read(self, job: Job, blocks: Sequence[HeldBlock], path: Path, then: Callable[[], None]) -> None:
@@ -225,3 +225,8 @@ class Saver:
             self._failed(job, "host", f"the snapshot cannot be taken up: {error}")
         else:
             then()
+
+
+def _order(version: str) -> str:
+    """What cannot be carried out. Without snapshots a failure costs more; without a version it does not."""
+    return "publish" if version else "save"
