@@ -68,5 +68,13 @@ class HeldBlock:
         }
         return cls(block, memory, segment, parts, Kernel(spec, block, parts))
 
+    def copied(self, spec: JobSpec) -> HeldBlock:
+        """The same in memory of its own. Raises OSError."""
+        copy = HeldBlock.create(spec, self.block)
+        for name, part in self.parts.items():
+            copy.parts[name].copy_(part)
+        copy.applied, copy.updates, copy.saved, copy.complete = self.applied, self.updates, self.saved, self.complete
+        return copy
+
     def close(self) -> None:
         self.segment.close()

@@ -103,13 +103,17 @@ class ComputeThread:
                 last = not self._waiting[work.owner]
                 if last:
                     del self._waiting[work.owner]
-                for owner, works in self._waiting.items():
-                    if works and owner != work.owner:
-                        self._behind[owner] = self._behind.get(owner, 0.0) + work.seconds
+                self._note_behind(work)
                 idle = not self._queue
             if idle or last or work.finished - told >= self._batch:
                 self._deliver(finished)
                 finished, told = [], work.finished
+            del work  # the thread keeps nobody's job while it waits
+
+    def _note_behind(self, work: Work) -> None:
+        for owner, works in self._waiting.items():
+            if works and owner != work.owner:
+                self._behind[owner] = self._behind.get(owner, 0.0) + work.seconds
 
     def _do(self, work: Work) -> None:
         start = time.thread_time()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from computron.parameter_service.aggregator.block import HeldBlock, block_bytes
-from computron.parameter_service.aggregator.job import Guard, Job, versions_of
+from computron.parameter_service.aggregator.job import Guard, Job, Worker, versions_of
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.steps import Steps
@@ -40,7 +40,7 @@ class NoRoom(Exception):
 
 class Orders:
     """jobs: all that are here, by name. report: sends to the master. arrived: told of a job's blocks that are complete
-    now and may be joined.
+    now and may be joined. leave: ends the connection of a worker that is none of a job's any more.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Orders:
         saver: Saver,
         report: Callable[[Any], None],
         arrived: Callable[[Job, Sequence[HeldBlock]], None],
+        leave: Callable[[Worker], None],
     ) -> None:
         self._jobs = jobs
         self._memory = memory
@@ -60,6 +61,7 @@ class Orders:
         self._saver = saver
         self._report = report
         self._arrived = arrived
+        self._leave = leave
 
     @property
     def used(self) -> int:
@@ -80,7 +82,7 @@ class Orders:
             if job.epoch == order.epoch:
                 blocks = {**job.leaving, **job.blocks}.values()
                 states = tuple(BlockState(b.block.index, b.applied) for b in blocks if b.complete)
-                self._report(Held(order.job, order.epoch, states, job.lately()))
+                self._report(Held(order.job, order.epoch, states, job.lately(), tuple(job.leaving)))
 
         self._steps.quiet(job, quiet)
 
@@ -88,8 +90,12 @@ class Orders:
         job = self._jobs.get(order.job)
         if job is None or order.epoch != job.epoch:
             return
-        known = {**job.leaving, **job.blocks}
-        blocks = [known[index] for index in order.blocks if index in known]
+        try:
+            self._take_back(job, order.blocks)
+        except OSError as error:
+            self._report(Failed(order.job, order.epoch, "complete", str(error)))
+            return
+        blocks = [job.blocks[index] for index in order.blocks if index in job.blocks]
         wrong = [b.block.index for b in blocks if not b.complete or b.applied != order.step - 1]
         unstaged = [commit.rank for commit in order.commits if commit.rank not in job.workers]
         if len(blocks) < len(order.blocks) or wrong or unstaged:
@@ -98,7 +104,9 @@ class Orders:
             return
 
         def done() -> None:
-            lacking = [b.block.index for b in blocks if not b.complete]
+            if job.epoch != order.epoch:
+                return  # it was withdrawn, or is of no use any more
+            lacking = [b.block.index for b in blocks if not b.complete or b.applied != order.step]
             if lacking:
                 self._report(Failed(order.job, order.epoch, "complete", f"blocks {lacking} could not be computed"))
             else:
@@ -189,6 +197,11 @@ class Orders:
         self._steps.quiet(job, lambda: self._entered(job, order) if job.epoch == order.epoch else None)
 
     def _entered(self, job: Job, order: Host) -> None:
+        try:
+            self._take_back(job, order.blocks)
+        except OSError as error:
+            self._report(Failed(order.spec.job, order.epoch, "host", str(error)))
+            return
         known = {**job.leaving, **job.blocks}
         job.blocks, job.leaving, job.given = {}, {}, {}
         job.expect_nothing()
@@ -205,7 +218,7 @@ class Orders:
         for block in known.values():
             block.close()
         for rank in [rank for rank in job.workers if rank not in job.members]:
-            job.workers.pop(rank).link.close()
+            self._leave(job.workers.pop(rank))
         blocks = list(job.blocks.values())
         if order.source == KEEP:
             wrong = [b.block.index for b in blocks if not b.complete or b.applied != order.applied]
@@ -223,6 +236,15 @@ class Orders:
             self._ready(job, order.epoch, ())
         else:
             self._saver.restore(job, blocks, Path(order.source), lambda: self._go(job, order, blocks))
+
+    def _take_back(self, job: Job, blocks: Sequence[int]) -> None:
+        """Have again what was on its way to somebody. That one may still write to the memory that went with it: these
+        get memory of their own. Raises OSError.
+        """
+        for index in blocks:
+            if index in job.leaving:
+                job.blocks[index] = job.leaving[index].copied(job.spec)
+                job.leaving.pop(index).close()
 
     def _go(self, job: Job, order: Host, blocks: list[HeldBlock]) -> None:
         if job.epoch != order.epoch:
@@ -247,7 +269,7 @@ class Orders:
         for block in (*job.blocks.values(), *job.leaving.values()):
             block.close()
         for worker in job.workers.values():
-            worker.link.close()
+            self._leave(worker)
 
 
 def new_job(order: Host | Expect) -> Job:

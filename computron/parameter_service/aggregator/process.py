@@ -84,10 +84,12 @@ class Aggregator:
         settings = self._settings
         key = settings.key
         server = Server(key, self._jobs, self._report)
-        server.steps = steps = Steps(self._changed)
+        server.steps = steps = Steps(self._changed, self._step_failed)
         server.moves = moves = Moves(machine_id(), key, server, self._report, self._move_failed)
         server.saver = saver = Saver(settings.snapshots, self._report, self._order_failed, self._free)
-        server.orders = orders = Orders(self._jobs, settings.memory, steps, moves, saver, self._report, server.arrived)
+        server.orders = orders = Orders(
+            self._jobs, settings.memory, steps, moves, saver, self._report, server.arrived, server.leave
+        )
         self._server, self._orders, self._steps, self._saver = server, orders, steps, saver
         path = f"\0computron-{uuid.uuid4().hex}"
         listener = await listen(settings.host, settings.port, path, server)
@@ -152,6 +154,9 @@ class Aggregator:
 
     def _move_failed(self, job: Job, reason: str) -> None:
         self._order_failed(job, "move", reason)
+
+    def _step_failed(self, job: Job, reason: str) -> None:
+        self._order_failed(job, "step", reason)
 
     def _order_failed(self, job: Job, order: str, reason: str) -> None:
         log.error("job %s: %s: %s", job.spec.job, order, reason)

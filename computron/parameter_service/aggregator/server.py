@@ -113,17 +113,22 @@ class Server:
                 os.close(fd)
 
     def lost(self, link: Link, reason: str) -> None:
+        job, worker = self._forget(link)
+        if job is not None and worker is not None and job.workers.get(worker.rank) is worker:
+            self._report(WorkerLost(job.spec.job, worker.rank, worker.incarnation))
+        self.moves.lost(link, self._jobs.values(), reason)
+
+    def leave(self, worker: Worker) -> None:
+        """It is none of a job's any more: its connection ends, and nothing keeps what the job had."""
+        self._forget(worker.link)
+        worker.link.close()
+
+    def _forget(self, link: Link) -> tuple[Job, Worker] | tuple[None, None]:
         self._incoming.pop(link, None)
         self._directed.pop(link, None)
         self._dropped.pop(link, None)
         self._peers.discard(link)
-        job, worker = self._workers.pop(link, (None, None))
-        if job is not None and worker is not None and job.workers.get(worker.rank) is worker:
-            self._report(WorkerLost(job.spec.job, worker.rank, worker.incarnation))
-        to = self.moves.aggregator_of(link)
-        if to is not None:
-            for job in self._jobs.values():
-                self.moves.abandon(job, to, f"the connection to {to} was lost: {reason}")
+        return self._workers.pop(link, (None, None))
 
     # What others of this aggregator tell.
 
@@ -156,11 +161,8 @@ class Server:
                     raise Repeated
                 return worker.staging.destination(job.layout.blocks[block])
             case Write():
-                job, _ = self._worker(link, message.epoch)
-                held = self._held(job, message.block)
-                if held.scheduled:
-                    raise Refusal(refusals.BAD_MESSAGE, f"step {held.scheduled} is being applied")
-                return as_bytes(self._part(held, message.part))
+                _, _, part = self._to_write(link, message)
+                return self._kept(link, size, part.nbytes)
             case Adopt():
                 return self._room(link, message)
             case Extra():
@@ -204,8 +206,12 @@ class Server:
                 answer = Contents(message.job, message.block, message.part, block.applied, block.updates)
                 link.send(answer, payload=as_bytes(self._part(block, message.part)))
             case Write():
-                job, _ = self._worker(link, message.epoch)
-                block = self._held(job, message.block)
+                data = self._incoming.pop(link)
+                job, block, part = self._to_write(link, message)  # an epoch may have begun while it came
+                with block.lock:
+                    for wanted in block.wanted:
+                        wanted.take(block)
+                    as_bytes(part)[:] = data
                 if message.complete:
                     block.applied, block.updates = message.applied, message.updates
                     self.orders.written(job, block)
@@ -219,11 +225,10 @@ class Server:
             case Adopt():
                 self._adopt(link, message)
             case Adopted():
-                self.moves.adopted(self._job(message.job), self.moves.aggregator_of(link) or "", message)
+                self.moves.adopted(self._job(message.job), link, message)
             case Refused():
                 log.warning("another aggregator refused: %s", message.message)
-                for job in self._jobs.values():
-                    self.moves.abandon(job, self.moves.aggregator_of(link) or "", message.message)
+                self.moves.refused(self._job(message.job), link, message.message)
             case _:
                 raise Refusal(refusals.BAD_MESSAGE, f"{type(message).__name__} is not for aggregators")
 
@@ -253,8 +258,7 @@ class Server:
         if before is not None and before.staging is not staging and not message.shared:
             job.commits.pop(message.rank, None)  # its gradients went with the old connection
         if before is not None and before.link is not link:
-            self._workers.pop(before.link, None)
-            before.link.close()
+            self.leave(before)
         job.workers[message.rank] = worker
         self._workers[link] = job, worker
         self._joined(job, worker, [block for block in job.blocks.values() if block.complete])
@@ -387,6 +391,13 @@ class Server:
             raise Refusal(refusals.NOT_OWNER, f"block {index} is not here")
         return block
 
+    def _to_write(self, link: Link, message: Write) -> tuple[Job, HeldBlock, Tensor]:
+        job, _ = self._worker(link, message.epoch)
+        block = self._held(job, message.block)
+        if block.scheduled:
+            raise Refusal(refusals.BAD_MESSAGE, f"step {block.scheduled} is being applied")
+        return job, block, self._part(block, message.part)
+
     def _part(self, block: HeldBlock, part: str) -> Tensor:
         found = block.parts.get(part)
         if found is None:
@@ -396,7 +407,8 @@ class Server:
     def _refuse(self, link: Link, message: Any, refusal: Refusal) -> None:
         step = getattr(message, "step", 0)
         blocks = (message.block,) if hasattr(message, "block") else ()
-        link.send(Refused(getattr(message, "job", ""), refusal.code, refusal.message, step, blocks))
+        job = message.spec.job if isinstance(message, Expect) else getattr(message, "job", "")
+        link.send(Refused(job, refusal.code, refusal.message, step, blocks))
 
 
 def _brings_state(link: Link, message: Any) -> bool:

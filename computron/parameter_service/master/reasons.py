@@ -108,6 +108,8 @@ def _pressing(state: State, job: Job) -> str | None:
             return f"{owner or 'an aggregator'} died"
         if owner in job.excluded:
             return f"{owner} cannot be reached"
+    if job.broken:
+        return job.broken
     if book.gone:
         return f"rank {', '.join(map(str, sorted(book.gone)))} left"
     return None

@@ -177,7 +177,7 @@ class Reconfiguration:
         state.write(EpochBegun(job.name, epoch))
         state.reconfigurations += 1
         job.doubted.clear()
-        job.mismatch = False
+        job.mismatch, job.broken = False, ""
         change = job.change = Change(epoch, reason, now + state.limits.hold)
         log.info("reconfiguration job=%s epoch=%d reason=%s", job.name, epoch, reason)
         if job.book.placed is None:

@@ -135,7 +135,8 @@ class Job:
     behind: seconds of others' work for which a step waits, by aggregator. still_until: until then nothing is moved.
     overhead: seconds of an iteration in which it waits for the service though no aggregator works for it or for
     others, as measured when it shared none; None if it never was. reverted: how often it was slower than predicted
-    where it shared. trouble: why the last snapshot or version did not come about.
+    where it shared. trouble: why the last snapshot or version did not come about. broken: why it cannot go on in this
+    epoch, as an aggregator said.
     """
 
     book: JobBook
@@ -160,6 +161,7 @@ class Job:
     overhead: float | None = None
     reverted: int = 0
     trouble: str = ""
+    broken: str = ""
     idle_since: float | None = None
 
     @property

@@ -57,11 +57,11 @@ class FakeAggregator:
             self._report(self.name, message)
 
         server = Server("key", self.jobs, report)
-        server.steps = self.steps = Steps(self._changed)
+        server.steps = self.steps = Steps(self._changed, lambda job, why: None)
         server.moves = self.moves = Moves(machine_id(), "key", server, report, lambda job, why: None)
         server.saver = self.saver = Saver(None, report, lambda job, order, why: None, self._free)
         server.orders = self.orders = Orders(
-            self.jobs, MEMORY, server.steps, server.moves, server.saver, report, server.arrived
+            self.jobs, MEMORY, server.steps, server.moves, server.saver, report, server.arrived, server.leave
         )
         self.server = server
         path = f"\0computron-test-{uuid.uuid4().hex}"

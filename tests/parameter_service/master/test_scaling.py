@@ -24,12 +24,16 @@ from computron.parameter_service.master.records import Book
 from computron.parameter_service.master.scaling import ScalingSettings
 from computron.parameter_service.packing import PACKERS
 from computron.parameter_service.wire.messages import (
+    BlockState,
     Failed,
+    Held,
+    Host,
     JobUsage,
     Move,
     MovedOut,
     Placement,
     Progress,
+    Ready,
     Register,
     Stop,
     Usage,
@@ -205,14 +209,22 @@ def test_a_move_that_failed_is_tried_again_only_after_a_while() -> None:
     (owner,) = set(bench.master.state.jobs["a"].book.owners)
     bench.tell(DrainAsked(owner))
     bench.wait(0.1)
+    (move,) = bench.heard(owner, Move)
+    states = tuple(BlockState(block, 0) for block in move.blocks)
     bench.say(owner, Failed("a", 1, "move", "no room"))
+    bench.say(move.to.aggregator, Held("a", 2, states[:1], ()))  # one had arrived
+    bench.say(owner, Held("a", 2, states, (), (move.blocks[0],)))
+    assert [host.blocks for host in bench.heard(move.to.aggregator, Host)] == [move.blocks[:1]]
+    bench.say(move.to.aggregator, Ready("a", 2, states[:1]))
+    bench.say(owner, Ready("a", 2, states[1:]))
+    bench.say(owner, Failed("a", 1, "move", "it comes late"))
     for _ in range(4):
         bench.wait(1.0)
     assert len(bench.heard(owner, Move)) == 1
     for _ in range(4):
         bench.wait(1.0)
-    assert len(bench.heard(owner, Move)) == 2
-    assert set(bench.master.state.jobs["a"].book.owners) == {owner}
+    assert [(move.epoch, move.blocks) for move in bench.heard(owner, Move)][1:] == [(2, (states[1].block,))]
+    assert set(bench.master.state.jobs["a"].book.owners) == {owner, move.to.aggregator}
 
 
 def test_the_last_aggregator_is_not_drained() -> None:

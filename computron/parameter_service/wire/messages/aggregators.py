@@ -105,12 +105,15 @@ class HeldCommit(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Held(msgspec.Struct, tag="held", frozen=True):
-    """blocks: that are complete here, those whose move was announced but not accepted included."""
+    """blocks: that are complete here, those included whose move was announced but not accepted: `leaving`. Whoever was
+    to have one of these may have it.
+    """
 
     job: str
     epoch: int
     blocks: tuple[BlockState, ...]
     commits: tuple[HeldCommit, ...]
+    leaving: tuple[int, ...] = ()
 
 
 class Complete(msgspec.Struct, tag="complete", frozen=True):
