@@ -106,6 +106,8 @@ class Hosts:
         """Whether the aggregator shall keep the job. A job that the master has forgotten is taken up again."""
         job = self._state.jobs.get(hosted.spec.job)
         if job is None:
+            if hosted.spec.job in self._state.book.dropped:
+                return False
             try:
                 job = self._take_up(hosted, now)
             except ValueError as error:

@@ -10,6 +10,7 @@ import msgspec
 from computron.parameter_service.wire.messages import Address, JobSpec
 
 SNAPSHOTS_KEPT = 2
+DROPPED_KEPT = 1000  # names of deleted jobs
 
 
 class JobCreated(msgspec.Struct, tag="job_created", frozen=True):
@@ -222,14 +223,19 @@ class Book:
         self.known: dict[str, AggregatorKnown] = {}
         self.minimum: int | None = None
         self.quotas: dict[str, int] = {}
+        self.dropped: dict[str, None] = {}  # an aggregator that was away may still have these jobs; the oldest first
 
     def apply(self, record: Record) -> None:
         """Raises KeyError if it is about a job that no earlier record made."""
         match record:
             case JobCreated():
                 self.jobs[record.spec.job] = JobBook(record.spec, record.token)
+                self.dropped.pop(record.spec.job, None)
             case JobDropped():
                 self.jobs.pop(record.job, None)
+                self.dropped[record.job] = None
+                for oldest in list(self.dropped)[:-DROPPED_KEPT]:
+                    del self.dropped[oldest]
             case AggregatorStarted():
                 self.started[record.aggregator] = record
             case AggregatorKnown():
@@ -254,6 +260,8 @@ class Book:
             yield CountSet(self.minimum)
         for name, memory in self.quotas.items():
             yield QuotaSet(name, memory)
+        for name in self.dropped:
+            yield JobDropped(name)
         for job in self.jobs.values():
             yield from _records_of(job)
 

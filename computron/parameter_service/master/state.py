@@ -83,6 +83,10 @@ class Worker:
     times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=REPORTS))
     load: Load | None = None
 
+    def lives(self) -> None:
+        """It has been heard."""
+        self.lost = self.lost_for_certain = False
+
     def took(self, compute: float, wait: float) -> None:
         self.times.append((compute, wait))
         self.compute, self.wait = map(statistics.median, zip(*self.times, strict=True))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hmac
 import logging
+from pathlib import Path
 
 import msgspec
 
+from computron.errors import BadRequest
 from computron.parameter_service.layout import Layout
 from computron.parameter_service.master.reconfiguration import Reconfiguration
 from computron.parameter_service.master.records import JobBook, JobCreated, MemberGone
 from computron.parameter_service.master.state import Job, State, Worker, memory_of
 from computron.parameter_service.specs import layout_of
+from computron.parameter_service.versions.names import job_folder
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.messages import (
     Enlist,
@@ -25,8 +28,6 @@ from computron.parameter_service.wire.messages import (
 )
 
 log = logging.getLogger(__name__)
-
-LONGEST_NAME = 200
 
 
 class Workers:
@@ -53,7 +54,8 @@ class Workers:
             if worker.link is not None and worker.link != link:
                 self._state.links.pop(worker.link, None)
             worker.incarnation, worker.machine = message.incarnation, message.machine
-            worker.link, worker.lost = link, False
+            worker.link = link
+            worker.lives()
         self._state.links[link] = (job.name, rank)
         self._reconfiguration.placement(job, worker)
 
@@ -90,7 +92,8 @@ class Workers:
             return
         if message.step > worker.step and message.compute:
             worker.took(message.compute, message.wait)
-        worker.step, worker.lost = message.step, False
+        worker.step = message.step
+        worker.lives()
         job.saw(message.step, now)
         if job.change is None:
             follower = worker.rank, worker.incarnation
@@ -134,8 +137,12 @@ class Workers:
             layout = layout_of(spec) if job is None else job.layout
         except ValueError as error:
             return self._deny(link, spec.job, refusals.BAD_MESSAGE, str(error))
-        if not 0 < len(spec.job) <= LONGEST_NAME or spec.workers < 1 or (message.rank or 0) < 0:
-            return self._deny(link, spec.job, refusals.BAD_MESSAGE, "a job needs a name, and its ranks count from 0")
+        try:
+            job_folder(Path(), spec.job)  # of its snapshots and versions
+        except BadRequest as error:
+            return self._deny(link, spec.job, refusals.BAD_MESSAGE, error.message)
+        if spec.workers < 1 or (message.rank or 0) < 0:
+            return self._deny(link, spec.job, refusals.BAD_MESSAGE, "a job has workers, and its ranks count from 0")
         if job is None:
             return self._create(link, message, layout, now)
         if not hmac.compare_digest(job.book.token.encode(), message.token.encode()):

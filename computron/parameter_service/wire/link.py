@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 FDS_AT_ONCE = 250  # the kernel takes 253 with one message
 INTRODUCED = 10.0  # seconds within which a stranger must say who it is
+CONNECTED = 2.0  # seconds that a connection may take to come about
 UNANSWERED = 30  # seconds after which the kernel gives up a peer that acknowledges nothing
 RETRY = 1.0  # seconds after which connections are taken again where there was no file descriptor for one
 
@@ -239,6 +240,14 @@ class LocalLink(_Reading):
 
 async def connect(address: Address, receiver: Receiver, *, machine: str) -> Link:
     """Through memory that is shared if the aggregator is on this machine, else over TCP. Raises OSError."""
+    try:
+        async with asyncio.timeout(CONNECTED):
+            return await _connect(address, receiver, machine)
+    except TimeoutError as error:
+        raise OSError(f"{address.aggregator} does not answer within {CONNECTED:g} s") from error
+
+
+async def _connect(address: Address, receiver: Receiver, machine: str) -> Link:
     loop = asyncio.get_running_loop()
     if address.machine == machine:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -229,6 +229,25 @@ async def test_a_job_that_the_master_has_forgotten_is_taken_up_again(server: Mas
         assert names == ["one", "one", "two", "two"]
 
 
+async def test_a_deleted_job_is_not_taken_up_again(settings: MasterSettings) -> None:
+    """An aggregator that was away when it was deleted comes back with it, maybe to the next master."""
+    spec = job_spec(blocks=2)
+    async with MasterServer(settings) as first:
+        async with FakeAggregator(first.url, "one"), FakeAgent(first.url) as agent, aiohttp.ClientSession() as web:
+            await agent.enlist(spec)
+            await agent.placed()
+            async with web.delete(f"{first.url}/v1/jobs/lm") as answer:
+                assert answer.status < 300
+        async with FakeAggregator(first.url, "one", hosts=(spec, 1, {0: 5, 1: 5})) as one:
+            assert (await one.heard(Registered)).drop == ("lm",)
+    async with MasterServer(settings) as second:
+        async with FakeAggregator(second.url, "one", hosts=(spec, 1, {0: 5, 1: 5})) as one:
+            assert (await one.heard(Registered)).drop == ("lm",)
+        async with FakeAggregator(second.url, "one"), FakeAgent(second.url) as agent:
+            await agent.enlist(spec)  # a new one of the same name
+            await agent.placed()
+
+
 async def test_blocks_are_moved_as_asked(server: MasterServer) -> None:
     async with (
         FakeAggregator(server.url, "one", memory=1 << 31) as one,
@@ -256,6 +275,7 @@ async def test_blocks_are_moved_as_asked(server: MasterServer) -> None:
         ({"spec": job_spec(blocks=5)}, "different_job"),
         ({"spec": job_spec(snapshot_every=3)}, "different_job"),
         ({"spec": job_spec("new", workers=0)}, "bad_message"),
+        ({"spec": job_spec("ü" * 40)}, "bad_message"),  # 240 bytes where its files are
         ({"spec": job_spec("large", blocks=400)}, "quota"),
     ],
 )

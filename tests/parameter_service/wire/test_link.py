@@ -194,3 +194,14 @@ async def test_file_descriptors_that_no_message_has_end_the_link(pair: Pair) -> 
             socket.send_fds(hostile, [bytes([byte])], [null.fileno()] * 200)
         await pair.there.until(lambda: bool(pair.there.lost_reasons))
     assert "400 file descriptors came" in pair.there.lost_reasons[0]
+
+
+async def test_a_peer_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silent(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(wire, "CONNECTED", 0.01)
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", silent, raising=False)
+    with pytest.raises(OSError, match="aggregator does not answer within"):
+        async with asyncio.timeout(5):
+            await connect(Address("aggregator", "host", 1, "elsewhere", ""), End(), machine="here")
