@@ -208,13 +208,14 @@ class Server:
             case Write():
                 data = self._incoming.pop(link)
                 job, block, part = self._to_write(link, message)  # an epoch may have begun while it came
-                with block.lock:
-                    for wanted in block.wanted:
-                        wanted.take(block)
-                    as_bytes(part)[:] = data
-                if message.complete:
-                    block.applied, block.updates = message.applied, message.updates
-                    self.orders.written(job, block)
+                if not block.complete:  # the answer may have been lost: what is there is the same
+                    with block.lock:
+                        for wanted in block.wanted:
+                            wanted.take(block)
+                        as_bytes(part)[:] = data
+                    if message.complete:
+                        block.applied, block.updates = message.applied, message.updates
+                        self.orders.written(job, block)
                 link.send(Written(message.job, message.block, message.part))
             case Extra():
                 self._extra(link, message)
