@@ -12,16 +12,14 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from computron.errors import BadRequest
 from computron.parameter_service.aggregator.block import HeldBlock, block_bytes
+from computron.parameter_service.aggregator.checks import Refusal, Repeated, check_version, extra_bytes, needs_payload
 from computron.parameter_service.aggregator.job import Job, Worker
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.orders import NoRoom, Orders
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.staging import PushedStaging, SharedStaging, Staging, as_bytes, missing
 from computron.parameter_service.aggregator.steps import Steps
-from computron.parameter_service.versions.header import DTYPES
-from computron.parameter_service.versions.names import check_version
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.link import FDS_AT_ONCE, Link
 from computron.parameter_service.wire.messages import (
@@ -50,19 +48,6 @@ from computron.parameter_service.wire.messages import (
 from computron.parameter_service.wire.segments import Segment
 
 log = logging.getLogger(__name__)
-
-
-class Refusal(Exception):
-    """What a peer asks for cannot be done. code: one of wire.refusals."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
-class Repeated(Exception):
-    """What came has been used already: nothing is done with it."""
 
 
 class Server:
@@ -167,7 +152,7 @@ class Server:
                 return self._room(link, message)
             case Extra():
                 job, _ = self._worker(link, message.epoch)
-                return self._kept(link, size, _extra_bytes(job, message))
+                return self._kept(link, size, extra_bytes(job, message))
         raise Refusal(refusals.BAD_MESSAGE, f"a payload that {type(message).__name__} does not have")
 
     def _kept(self, link: Link, size: int, nbytes: int) -> memoryview:
@@ -182,7 +167,7 @@ class Server:
 
     def _received(self, link: Link, message: Any, fds: list[int]) -> None:
         directed = self._directed.pop(link, None) is message
-        if not directed and (isinstance(message, Push | Write) or _brings_state(link, message)):
+        if not directed and needs_payload(link, message):
             raise Refusal(refusals.BAD_MESSAGE, f"{type(message).__name__} has no payload")
         match message:
             case Commit():
@@ -278,7 +263,7 @@ class Server:
     def _commit(self, link: Link, message: Commit) -> None:
         job, worker = self._worker(link, message.epoch)
         if message.version is not None:
-            _check_version(message.version)
+            check_version(message.version)
         indices = list(job.blocks)
         if message.blocks is not None:  # those that have just been given away are committed at who has them
             indices = [index for index in message.blocks if index in job.blocks or index in job.expected]
@@ -302,8 +287,8 @@ class Server:
     def _extra(self, link: Link, message: Extra) -> None:
         data = self._incoming.pop(link, bytearray())
         job, _ = self._worker(link, message.epoch)
-        _check_version(message.version)
-        if len(data) != (nbytes := _extra_bytes(job, message)):
+        check_version(message.version)
+        if len(data) != (nbytes := extra_bytes(job, message)):
             raise Refusal(refusals.BAD_MESSAGE, f"{len(data)} bytes where {nbytes} belong")
         taken = ExtraTaken(message.job, message.version, message.tensor)
         self.saver.extra(job, message, data, lambda: link.send(taken))
@@ -410,22 +395,3 @@ class Server:
         blocks = (message.block,) if hasattr(message, "block") else ()
         job = message.spec.job if isinstance(message, Expect) else getattr(message, "job", "")
         link.send(Refused(job, refusal.code, refusal.message, step, blocks))
-
-
-def _brings_state(link: Link, message: Any) -> bool:
-    """Where memory is shared, a block comes with `Expect`."""
-    return isinstance(message, Adopt) and not link.shares_memory
-
-
-def _extra_bytes(job: Job, message: Extra) -> int:
-    if not 0 <= message.tensor < len(job.spec.extras):
-        raise Refusal(refusals.BAD_MESSAGE, f"the job has no tensor {message.tensor} that is not trained")
-    tensor = job.spec.extras[message.tensor]
-    return tensor.elements * DTYPES[tensor.dtype].size
-
-
-def _check_version(version: str) -> None:
-    try:
-        check_version(version)
-    except BadRequest as error:
-        raise Refusal(refusals.BAD_MESSAGE, error.message) from error

@@ -62,8 +62,9 @@ OPEN_TO_ALL = frozenset({"/health", "/metrics"})
 
 @dataclass(frozen=True, slots=True)
 class MasterSettings:
-    """port 0: any. snapshots, aggregator_memory (bytes): of the aggregators that the master starts. key: that aggregators
-    must show; None: that which is kept beside the log.
+    """port 0: any. snapshots, aggregator_memory (bytes): of the aggregators that the master starts.
+
+    key: that aggregators must show; None: the one that is kept beside the log.
     """
 
     log: Path
