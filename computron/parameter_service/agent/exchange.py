@@ -119,6 +119,11 @@ class Exchange:
         for message, memory, _ in list(self._asked.values()):
             self._send_asked(message, memory)
 
+    def _joined(self, aggregator: str) -> bool:
+        """Whether it knows us in this epoch."""
+        peer = self._progress.peers.get(aggregator)
+        return peer is not None and peer.joined
+
     def _write_again(self, aggregator: str) -> None:
         """It has just come to know us in this epoch."""
         for message, memory, _ in list(self._asked.values()):
@@ -184,9 +189,9 @@ class Exchange:
         progress = self._progress
         match message:
             case Joined():
-                before = progress.has_joined(sender)
+                before = self._joined(sender)
                 actions = progress.joined(sender, message)
-                if not before and progress.has_joined(sender):
+                if not before and self._joined(sender):
                     self._write_again(sender)
                 return actions
             case Applied():
@@ -197,7 +202,7 @@ class Exchange:
                 return progress.read(sender, message.block, message.step)
             case Contents(part=part) if part == PARAMETERS:
                 return progress.read(sender, message.block, message.applied)
-            case Written() if not progress.has_joined(sender):
+            case Written() if not self._joined(sender):
                 return []  # in an older epoch
             case Contents() | Written() | ExtraTaken():
                 return self._answered(message)
@@ -241,7 +246,7 @@ class Exchange:
         """To the owner, if that knows us; `ask_again` comes later."""
         state = self._progress.blocks[0 if isinstance(message, Extra) else message.block]
         link = self._connections.link(state.owner)
-        known = self._progress.has_joined(state.owner) if isinstance(message, Write) else state.hosted
+        known = self._joined(state.owner) if isinstance(message, Write) else state.hosted
         if link is None or not known:
             return
         if isinstance(message, Read):

@@ -30,6 +30,7 @@ from computron.parameter_service.agent.actions import (
     Wish,
 )
 from computron.parameter_service.agent.ledger import Ledger
+from computron.parameter_service.agent.loads import Loads
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.messages import (
     Address,
@@ -60,19 +61,14 @@ class Progress:
 
     def __init__(self, job: str, token: str, incarnation: str, blocks: int, *, eager: bool = False) -> None:
         self.job = job
-        self.rank = -1
-        self.epoch = 0
-        self.generation = 0
-        self.lost_steps = 0
+        self.rank, self.epoch = -1, 0
+        self.generation = self.lost_steps = 0
         self.members: tuple[int, ...] = ()
-        self.loads = self.loaded = 0  # how often a state was loaded, and how often that is done
-        self.brings = False  # this worker is to bring the state
+        self.loads = Loads()
         self.peers: dict[str, Peer] = {}
         self.ledger = Ledger(blocks)
         self.blocks = self.ledger.blocks
-        self._token = token
-        self._incarnation = incarnation
-        self._eager = eager
+        self._token, self._incarnation, self._eager = token, incarnation, eager
         self._unwritten: set[int] = set()  # blocks whose first parameters this worker brings
         self._offered: set[tuple[str, int]] = set()  # blocks that an aggregator has, before their owner gave them away
         self._wish: Wish | None = None
@@ -105,11 +101,6 @@ class Progress:
     @property
     def wants_norm(self) -> bool:
         return self._norm_scale is not None and self._wish is None and self.squared_norm is None
-
-    def has_joined(self, aggregator: str) -> bool:
-        """Whether it knows us in this epoch."""
-        peer = self.peers.get(aggregator)
-        return peer is not None and peer.joined
 
     # Wishes of the training thread.
 
@@ -155,8 +146,7 @@ class Progress:
         first, following = self.epoch == 0, self.step + 1
         completes = placement.applied == following and self._wish is not None and not self._eager
         self.epoch, self.rank, self.members = placement.epoch, placement.rank, placement.members
-        self.loads, self.loaded = placement.loads, placement.loads - placement.loading
-        self.brings = placement.loading and placement.initialise
+        self.loads.placed(placement)
         self._unwritten = set(range(len(self.blocks))) if placement.initialise and not placement.loading else set()
         self._offered.clear()
         jumps = first or not (placement.applied == self.step or completes)
@@ -188,12 +178,6 @@ class Progress:
                 del self.peers[name]  # a payload may be on its way in: it must not meet what the new epoch brings
                 actions.append(Disconnect(name))
         return [*actions, *(action for address in wanted.values() for action in self._know(address))]
-
-    def has_loaded(self, number: int) -> list[Action]:
-        """What was loaded is the job's state."""
-        if number == self.loads:
-            self.loaded = number
-        return []
 
     def connected(self, aggregator: str, shared: bool) -> list[Action]:
         peer = self.peers.get(aggregator)

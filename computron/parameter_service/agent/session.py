@@ -112,7 +112,9 @@ class Session:
         with self.changed:
             while not self.changed.wait(lambda: self._error is not None or done(), WAKE):
                 if time.monotonic() - began >= remind:
-                    log.warning("job %s has waited %.0f s for %s", self.spec.job, remind, waits_for(self.progress))
+                    log.warning(
+                        "job %s has waited %.0f s for %s", self.spec.job, remind, waits_for(self.progress, self._load)
+                    )
                     remind += REMINDER
         self.check()
 
@@ -303,7 +305,7 @@ class Session:
     def _say_load(self) -> None:
         progress, number = self.progress, self._load
         if number:
-            ready = progress.loads >= number and progress.ready
+            ready = progress.loads.begun >= number and progress.ready
             self._tell_master(Load(self.spec.job, progress.rank, progress.epoch, number, progress.step, ready))
 
     def _unreachable(self, aggregator: str, reason: str) -> None:
@@ -318,7 +320,9 @@ class Session:
             self._fail(JobRefused(f"job {message.job}: {message.message} ({message.code})"))
             return
         if isinstance(message, Loaded):
-            self._exchange.handle(lambda: self.progress.has_loaded(message.number))
+            with self.changed:
+                self.progress.loads.loaded(message.number)
+                self.changed.tell()
             return
         log.info("job %s: epoch %d, step %d: %s", message.job, message.epoch, message.applied, message.reason)
         self._exchange.placed(message)

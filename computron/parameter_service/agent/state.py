@@ -62,15 +62,15 @@ def write_state(trainer: Trainer, states: Sequence[Mapping[str, Any]]) -> None:
     session, layout = trainer.session, trainer.layout
     progress = session.progress
     parameters = [bytearray(session.parameters.bytes_of(block)) for block in layout.blocks]  # a rollback changes those
-    number, epoch, step, brought = progress.loads + 1, 0, 0, 0
+    number, epoch, step, brought = progress.loads.begun + 1, 0, 0, 0
 
     def due() -> bool:
         nonlocal epoch, step
         epoch, step = progress.epoch, progress.step
-        if progress.loaded >= number and progress.ready:
+        if progress.loads.done >= number and progress.ready:
             epoch = 0
             return True
-        return progress.brings and progress.loads == number and epoch != brought
+        return progress.loads.brings and progress.loads.begun == number and epoch != brought
 
     session.want_load(number)
     try:

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import computron.parameter_service as service
+from computron.parameter_service.agent.progress import Progress
+from computron.parameter_service.agent.waiting import waits_for
+from computron.parameter_service.wire.messages import Placement
 from tests.parameter_service.agent.test_one_worker import network
 
 STEPS = 7.0  # that the state which is loaded has seen
@@ -79,3 +82,11 @@ def test_a_load_is_brought_again_in_a_newer_epoch(cluster):
     assert all(float(state["step"]) == STEPS for state in worker.state.values())
     worker.leave.set()
     worker.join(20)
+
+
+def test_a_wait_says_whom_a_load_waits_for():
+    progress = Progress("job", "", "a", 0)
+    progress.placed(Placement("job", 1, 0, (0, 1), (), ()))
+    assert waits_for(progress, 1) == "the other workers to load a state, too"
+    progress.placed(Placement("job", 2, 0, (0, 1), (), (), loads=1, loading=True))
+    assert waits_for(progress, 1) == "the state that is loaded to be in a snapshot"
