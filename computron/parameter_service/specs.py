@@ -1,11 +1,13 @@
-"""Whether a job can be what it says it is: who asks for one may be mistaken, or mean harm."""
+"""What a job's blocks consist of, and whether a job can be what it says it is: who asks for one may be mistaken, or
+mean harm.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
 
-from computron.parameter_service.layout import Layout, TensorSpec
+from computron.parameter_service.layout import Block, Layout, TensorSpec
 from computron.parameter_service.versions.header import DTYPES
 from computron.parameter_service.wire.messages import JobSpec
 
@@ -13,6 +15,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "sum")
 TRAINED = ("float32", "bfloat16", "float16")  # dtypes of tensors that are trained, and of gradients
 MOST_DIMENSIONS = 64
 MOST_ELEMENTS = 10**12
+PARAMETERS = "parameters"  # a block's first part; the others are the optimizer's states
 
 
 def layout_of(spec: JobSpec) -> Layout:
@@ -32,6 +35,18 @@ def layout_of(spec: JobSpec) -> Layout:
     if min(spec.workers, spec.min_workers) < 1:
         raise ValueError("a job has at least one worker")
     return Layout(spec.tensors, spec.block_elements)
+
+
+def state_names(spec: JobSpec) -> tuple[str, ...]:
+    """What the optimizer keeps for each element, as torch.optim calls it."""
+    if spec.optimizer in ("adam", "adamw"):
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if spec.amsgrad else ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if spec.optimizer == "sgd" and spec.momentum else ()
+
+
+def block_bytes(spec: JobSpec, block: Block) -> int:
+    """What it takes in memory: parameters, then each state, one behind the other."""
+    return block.nbytes * (1 + len(state_names(spec)))
 
 
 def _one_of(what: str, value: str, known: Collection[str]) -> None:

@@ -23,9 +23,10 @@ from computron.parameter_service.agent.actions import (
 from computron.parameter_service.agent.change import Change
 from computron.parameter_service.agent.connections import Connections
 from computron.parameter_service.agent.parameters import FlatParameters, close_all
-from computron.parameter_service.agent.progress import PARAMETERS, Progress
+from computron.parameter_service.agent.progress import Progress
 from computron.parameter_service.agent.staging import Staging
 from computron.parameter_service.layout import Layout
+from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.wire.link import Link
 from computron.parameter_service.wire.messages import (
     Applied,

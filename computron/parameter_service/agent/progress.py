@@ -31,6 +31,7 @@ from computron.parameter_service.agent.actions import (
 )
 from computron.parameter_service.agent.ledger import Ledger
 from computron.parameter_service.agent.loads import Loads
+from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.messages import (
     Address,
@@ -50,7 +51,6 @@ from computron.parameter_service.wire.messages import (
 )
 
 RETRIED = {refusals.STALE_EPOCH, refusals.NOT_OWNER, refusals.UNKNOWN_JOB}
-PARAMETERS = "parameters"
 
 
 class Progress:

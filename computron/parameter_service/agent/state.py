@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from computron.parameter_service.agent.progress import PARAMETERS
 from computron.parameter_service.agent.training import Trainer
 from computron.parameter_service.layout import Block
-from computron.parameter_service.versions.snapshot import state_names
+from computron.parameter_service.specs import PARAMETERS, state_names
 from computron.parameter_service.wire.messages import Contents, ExtraTaken, Read, Write, Written
 
 

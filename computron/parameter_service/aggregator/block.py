@@ -12,14 +12,9 @@ from torch import Tensor
 
 from computron.parameter_service.aggregator.kernels import Kernel
 from computron.parameter_service.layout import Block
-from computron.parameter_service.versions.snapshot import PARAMETERS, state_names
+from computron.parameter_service.specs import PARAMETERS, block_bytes, state_names
 from computron.parameter_service.wire.messages import Address, JobSpec
 from computron.parameter_service.wire.segments import Segment
-
-
-def block_bytes(spec: JobSpec, block: Block) -> int:
-    """What it takes in memory: parameters, then each state, one behind the other."""
-    return block.nbytes * (1 + len(state_names(spec)))
 
 
 class Wanted(Protocol):

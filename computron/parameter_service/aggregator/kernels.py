@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from computron.parameter_service.layout import Block
-from computron.parameter_service.versions.snapshot import PARAMETERS
+from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.wire.messages import Hyperparameters, JobSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from computron.parameter_service.aggregator.block import HeldBlock, block_bytes
+from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Guard, Job, Worker, versions_of
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.steps import Steps
-from computron.parameter_service.specs import layout_of
+from computron.parameter_service.specs import block_bytes, layout_of
 from computron.parameter_service.wire.messages import (
     Adopt,
     BlockState,

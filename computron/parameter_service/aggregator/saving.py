@@ -14,8 +14,9 @@ from torch import Tensor
 
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Job
+from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.versions.names import snapshot_path, version_path
-from computron.parameter_service.versions.snapshot import PARAMETERS, SnapshotReader, SnapshotWriter
+from computron.parameter_service.versions.snapshot import SnapshotReader, SnapshotWriter
 from computron.parameter_service.versions.version import VersionWriter
 from computron.parameter_service.wire.messages import Extra, Saved
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from computron.parameter_service.aggregator.block import HeldBlock, block_bytes
+from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.checks import Refusal, Repeated, check_version, extra_bytes, needs_payload
 from computron.parameter_service.aggregator.job import Job, Worker
 from computron.parameter_service.aggregator.moves import Moves
@@ -20,6 +20,7 @@ from computron.parameter_service.aggregator.orders import NoRoom, Orders
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.staging import PushedStaging, SharedStaging, Staging, as_bytes, missing
 from computron.parameter_service.aggregator.steps import Steps
+from computron.parameter_service.specs import block_bytes
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.link import FDS_AT_ONCE, Link
 from computron.parameter_service.wire.messages import (

@@ -16,7 +16,7 @@ from computron.parameter_service.aggregator.compute import FIRST, ComputeThread,
 from computron.parameter_service.aggregator.job import Job, Worker
 from computron.parameter_service.aggregator.kernels import Summer
 from computron.parameter_service.aggregator.staging import as_bytes
-from computron.parameter_service.versions.snapshot import PARAMETERS
+from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.wire.messages import Applied, AskNorms, HeldCommit, Norms, Parameters, Refused
 from computron.parameter_service.wire.refusals import FAILED
 

@@ -27,8 +27,7 @@ from computron.parameter_service.wire.messages import Stop
 
 log = logging.getLogger(__name__)
 
-SHORT_LIFE = 5.0  # seconds: an aggregator that ends sooner is started again with growing delays
-LONGEST_DELAY = 30.0
+LONGEST_DELAY = 30.0  # seconds until an aggregator that dies at once is started again
 LOOKS = 2  # after one another at which a job loses more than its limit before anything is done
 ALONE = 10.0  # times the hysteresis: for how long a job that was slower than predicted shares with nobody, at first
 CALM = 10.0  # times the hysteresis: for how long no aggregator is given up after a job lost too much

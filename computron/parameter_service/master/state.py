@@ -11,13 +11,13 @@ from enum import Enum
 from computron.parameter_service.layout import Layout
 from computron.parameter_service.master.events import Close, Log, Order, Send
 from computron.parameter_service.master.records import Book, JobBook, Record
-from computron.parameter_service.wire.messages import Address, Denied, FromMaster, Held, HeldCommit, Load, Usage
+from computron.parameter_service.specs import block_bytes
+from computron.parameter_service.wire.messages import Address, Denied, FromMaster, Held, Load, Usage
 
 FRESH = "worker"  # Host.source: the worker that initialises brings the parameters
 KEEP = "keep"  # Host.source: they are where they are
 SMOOTHING = 0.2  # of what aggregators report of waits: the weight of the newest
 REPORTS = 5  # of a worker, each of a second or of an iteration, from which its times are taken
-STATES = {"sgd": 0, "adam": 2, "adamw": 2, "sum": 0}  # tensors of optimizer state for each parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,6 @@ class Change:
     lost: int = 0
     source: str = KEEP
     waiting: set[int] = field(default_factory=set)
-    commits: tuple[HeldCommit, ...] = ()
     loads: int = 0
 
 
@@ -206,9 +205,7 @@ class Job:
 
 def memory_of(job: Job, block: int) -> int:
     """Bytes of a block with its optimizer state."""
-    spec = job.book.spec
-    states = STATES.get(spec.optimizer, 0) + spec.amsgrad + (spec.optimizer == "sgd" and spec.momentum)
-    return job.layout.blocks[block].nbytes * (1 + states)
+    return block_bytes(job.book.spec, job.layout.blocks[block])
 
 
 class State:

@@ -15,6 +15,7 @@ import torch
 
 from computron.errors import CheckpointError
 from computron.parameter_service.layout import Block
+from computron.parameter_service.specs import PARAMETERS, state_names
 from computron.parameter_service.versions.casting import as_bytes
 from computron.parameter_service.versions.files import SharedFile
 from computron.parameter_service.versions.header import Entry, Header, Tensor, make_header, read_header
@@ -22,15 +23,7 @@ from computron.parameter_service.wire.messages import JobSpec
 
 KIND = "computron.snapshot"
 FORMAT = "1"
-PARAMETERS = "parameters"
 STEP = "step"
-
-
-def state_names(spec: JobSpec) -> tuple[str, ...]:
-    """What the optimizer keeps for each element, as torch.optim calls it."""
-    if spec.optimizer in ("adam", "adamw"):
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if spec.amsgrad else ("exp_avg", "exp_avg_sq")
-    return ("momentum_buffer",) if spec.optimizer == "sgd" and spec.momentum else ()
 
 
 class _Places:

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-ELEMENT = 4  # bytes of an fp32 element
-
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
