@@ -14,6 +14,8 @@ from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.steps import Steps
 from computron.parameter_service.specs import block_bytes, layout_of
 from computron.parameter_service.wire.messages import (
+    FRESH,
+    KEEP,
     Adopt,
     BlockState,
     Complete,
@@ -30,8 +32,6 @@ from computron.parameter_service.wire.messages import (
 from computron.parameter_service.wire.segments import Segment
 
 log = logging.getLogger(__name__)
-
-KEEP, WORKER = "keep", "worker"  # sources of a block's state; any other is a snapshot's path
 
 
 class NoRoom(Exception):
@@ -229,7 +229,7 @@ class Orders:
             return
         for block in blocks:
             block.complete, block.saved = False, order.kept
-        if order.source == WORKER:
+        if order.source == FRESH:
             for block in blocks:
                 block.applied = order.applied
             job.held = False

@@ -40,9 +40,11 @@ from computron.parameter_service.master.records import (
     RolledBack,
     SnapshotBad,
 )
-from computron.parameter_service.master.state import FRESH, KEEP, Change, Job, Phase, State, Worker
+from computron.parameter_service.master.state import Change, Job, Phase, State, Worker
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.messages import (
+    FRESH,
+    KEEP,
     Complete,
     Drop,
     Failed,

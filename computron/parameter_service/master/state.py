@@ -12,10 +12,8 @@ from computron.parameter_service.layout import Layout
 from computron.parameter_service.master.events import Close, Log, Order, Send
 from computron.parameter_service.master.records import Book, JobBook, Record
 from computron.parameter_service.specs import block_bytes
-from computron.parameter_service.wire.messages import Address, Denied, FromMaster, Held, Load, Usage
+from computron.parameter_service.wire.messages import KEEP, Address, Denied, FromMaster, Held, Load, Usage
 
-FRESH = "worker"  # Host.source: the worker that initialises brings the parameters
-KEEP = "keep"  # Host.source: they are where they are
 SMOOTHING = 0.2  # of what aggregators report of waits: the weight of the newest
 REPORTS = 5  # of a worker, each of a second or of an iteration, from which its times are taken
 

@@ -14,6 +14,8 @@ from typing import Any
 import msgspec
 
 from computron.parameter_service.wire.messages.aggregators import (
+    FRESH,
+    KEEP,
     BlockState,
     Complete,
     Drop,
@@ -78,6 +80,8 @@ from computron.parameter_service.wire.messages.workers import (
 )
 
 __all__ = [
+    "FRESH",
+    "KEEP",
     "VERSION",
     "Address",
     "Adopt",

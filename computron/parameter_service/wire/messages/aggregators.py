@@ -38,6 +38,9 @@ class Registered(msgspec.Struct, tag="registered", frozen=True):
     drop: tuple[str, ...] = ()
 
 
+KEEP, FRESH = "keep", "worker"  # sources of a block's state; any other is a snapshot's path
+
+
 class Host(msgspec.Struct, tag="host", frozen=True):
     """From this epoch on own exactly these blocks of the job, all at step `applied`, with these members.
 
