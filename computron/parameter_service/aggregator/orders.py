@@ -149,7 +149,7 @@ class Orders:
         return [job]
 
     def expect(self, message: Expect) -> Job:
-        """Blocks will be handed over to here. Raises NoRoom, ValueError, or StaleEpoch."""
+        """Blocks will be handed over to here. Raises NoRoom or ValueError."""
         job = self._jobs.get(message.spec.job)
         here = job is not None and (job.blocks or job.leaving)
         if job is not None and (message.epoch < job.epoch or (here and message.epoch > job.epoch)):

@@ -79,7 +79,7 @@ class Commit(msgspec.Struct, tag="commit", frozen=True):
 
 class Applied(msgspec.Struct, tag="applied", frozen=True):
     """These blocks have seen the step. skipped: and were left as they were. Through TCP one `Parameters` a block comes
-    instead, if the worker does not say that it needs none.
+    instead.
     """
 
     job: str
