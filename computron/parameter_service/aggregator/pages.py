@@ -50,7 +50,9 @@ class Pages:
         self._put(close)
 
     def enlarge(self, segments: Sequence[Segment]) -> None:
-        """Make their pages huge while somebody has them: the optimizer goes through memory faster then, and mapping it elsewhere takes a fraction of the time."""
+        """Make their pages huge while somebody has them: the optimizer goes through memory faster then, and mapping it
+        elsewhere takes a fraction of the time.
+        """
         for segment in segments:
             self._put(partial(self._enlarge, weakref.ref(segment), 0), SOME_TIME)
 
