@@ -18,10 +18,11 @@ from torch import Tensor
 from computron.errors import JobRefused, ParameterServiceError
 from computron.parameter_service.agent.actions import Action, Wish
 from computron.parameter_service.agent.change import Change
-from computron.parameter_service.agent.exchange import Answer, Exchange
+from computron.parameter_service.agent.exchange import Exchange
 from computron.parameter_service.agent.master_link import MasterLink
 from computron.parameter_service.agent.parameters import FlatParameters
 from computron.parameter_service.agent.progress import Progress
+from computron.parameter_service.agent.questions import Answer
 from computron.parameter_service.agent.settings import ParameterService
 from computron.parameter_service.agent.staging import Staging
 from computron.parameter_service.agent.waiting import waits_for
@@ -258,7 +259,6 @@ class Session:
         while True:
             await asyncio.sleep(REPORT)
             progress = self.progress
-            self._exchange.ask_again()
             self._say_load()
             taken = [self._took.popleft() for _ in range(len(self._took))]
             if taken:

@@ -134,8 +134,8 @@ class Norms(msgspec.Struct, tag="norms", frozen=True):
 
 class Extra(msgspec.Struct, tag="extra", frozen=True):
     """A tensor that is not trained (a buffer, a frozen parameter) follows as payload, in its own dtype, for the file of
-    the version that the parameters become after `step`. tensor: its place in `JobSpec.extras`. Sent again until there
-    is an answer.
+    the version that the parameters become after `step`. tensor: its place in `JobSpec.extras`. Sent again where
+    the answer is lost with the link or the epoch.
     """
 
     job: str
