@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Job
@@ -61,7 +62,12 @@ class Moves:
             block.moving, block.expected_there = move.to, False
         task = asyncio.ensure_future(self._announce(job, move.to, blocks))
         self._connecting.add(task)
-        task.add_done_callback(self._connecting.discard)
+        task.add_done_callback(partial(self._announced, job, move.to))
+
+    def _announced(self, job: Job, to: Address, task: asyncio.Task[None]) -> None:
+        self._connecting.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._abandon(job, to, f"{to.aggregator} could not be told: {error!r}")
 
     async def _announce(self, job: Job, to: Address, blocks: Sequence[HeldBlock]) -> None:
         epoch = job.epoch

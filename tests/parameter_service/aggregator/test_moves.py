@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from computron.parameter_service.aggregator import moves, process
-from computron.parameter_service.wire.messages import Failed, Host, Hyperparameters
+from computron.parameter_service.wire.link import LocalLink
+from computron.parameter_service.wire.messages import Expect, Failed, Host, Hyperparameters
 from tests.parameter_service.aggregator.cluster import MIB, RawWorker, Reference, cluster, job
 from tests.parameter_service.aggregator.test_steps import ADAM, assert_equal, one_step, spread, started
 
@@ -122,6 +123,28 @@ async def test_who_is_gone_gets_nothing() -> None:
         await master.move(spec, "a", "b", [0])
         ((_, failed),) = await master.heard(lambda who, m: isinstance(m, Failed))
         assert "cannot be reached" in failed.message
+        await one_step(workers, reference, 1, ADAM)
+        assert_equal(workers, reference)
+
+
+@pytest.mark.parametrize("wrong", [OSError(24, "Too many open files"), RuntimeError("a mistake")], ids=repr)
+async def test_a_move_that_cannot_be_announced_fails(monkeypatch: pytest.MonkeyPatch, wrong: Exception) -> None:
+    send = LocalLink.send
+
+    def failing(self, message, **more):
+        if isinstance(message, Expect):
+            raise wrong
+        send(self, message, **more)
+
+    monkeypatch.setattr(LocalLink, "send", failing)
+    spec = job()
+    reference = Reference(spec, **ADAM)
+    async with cluster("a", "b") as master:
+        workers = await started(master, spec, reference, (True,), spread(reference, "a"))
+        await master.move(spec, "a", "b", [0])
+        ((_, failed),) = await master.heard(lambda who, m: isinstance(m, Failed))
+        assert failed.order == "move"
+        assert "b could not be told" in failed.message
         await one_step(workers, reference, 1, ADAM)
         assert_equal(workers, reference)
 
