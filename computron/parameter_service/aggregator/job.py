@@ -64,7 +64,7 @@ class Job:
     arriving: memory for them.
 
     leaving: blocks that were announced to be elsewhere, and are kept until they are; given: all that were in this
-    epoch, after which step and to whom. kept: step of the last complete snapshot.
+    epoch, after which step and to whom. kept: step of the last complete snapshot. history: as in `Saved`.
     guard: what limits the steps after it. asks: the last of each member; unanswered: those that came after the last
     answer.
     """
@@ -87,6 +87,7 @@ class Job:
     counters: Counters = field(default_factory=Counters)
     block_seconds: dict[int, float] = field(default_factory=dict)
     kept: int = 0
+    history: int = 0
     guard: Guard = Guard.MASTER
     period: float = 0.0
     last_commit: float = 0.0

@@ -82,7 +82,7 @@ class Moves:
         for start in range(0, len(known), FDS_AT_ONCE):
             some = known[start : start + FDS_AT_ONCE]
             indices = tuple(block.block.index for block in some)
-            expect = Expect(self._key, job.spec, job.token, job.epoch, job.members, indices, job.kept)
+            expect = Expect(self._key, job.spec, job.token, job.epoch, job.members, indices, job.kept, job.history)
             link.send(expect, fds=[block.segment.fd for block in some] if link.shares_memory else ())
 
     async def _link(self, to: Address) -> Link:

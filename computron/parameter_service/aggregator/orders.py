@@ -159,7 +159,7 @@ class Orders:
         blocks = [index for index in message.blocks if index not in job.blocks]
         self._check_room(sum(block_bytes(job.spec, job.layout.blocks[index]) for index in blocks))
         if message.epoch > job.epoch:
-            job.epoch, job.members = message.epoch, message.members
+            job.epoch, job.members, job.history = message.epoch, message.members, message.history
             job.commits.clear()
             job.forget_asks()
             job.given.clear()
@@ -207,6 +207,8 @@ class Orders:
         job.expect_nothing()
         job.commits.clear()
         job.forget_asks()
+        if order.source != KEEP:
+            job.history = order.epoch
         try:
             for index in order.blocks:
                 block = known.pop(index, None) or HeldBlock.create(job.spec, job.layout.blocks[index])
@@ -274,4 +276,7 @@ class Orders:
 
 def new_job(order: Host | Expect) -> Job:
     """Raises ValueError if there can be no such job."""
-    return Job(order.spec, order.token, order.epoch, order.members, layout_of(order.spec), kept=order.kept)
+    job = Job(order.spec, order.token, order.epoch, order.members, layout_of(order.spec), kept=order.kept)
+    if isinstance(order, Expect):
+        job.history = order.history
+    return job

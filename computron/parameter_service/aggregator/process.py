@@ -76,6 +76,7 @@ class Aggregator:
         self._identity = settings.identity or f"aggregator-{uuid.uuid4().hex[:8]}"
         self._jobs: dict[str, Job] = {}
         self._stopped = asyncio.Event()
+        self._told_to_stop = asyncio.Event()
         self._told = time.monotonic()
         self._busy = 0.0
         self._cpu = time.process_time()
@@ -102,7 +103,7 @@ class Aggregator:
             loop.add_signal_handler(number, self._stopped.set)
         tasks: list[asyncio.Task[Any]]
         tasks = [asyncio.create_task(self._master.run()), asyncio.create_task(self._report_usage())]
-        tasks.append(asyncio.create_task(self._stopped.wait()))
+        tasks += [asyncio.create_task(self._stopped.wait()), asyncio.create_task(self._leave())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
@@ -131,6 +132,7 @@ class Aggregator:
             case Drop():
                 self._orders.drop(message)
             case Kept():
+                self._saver.kept(message.job, message.step)
                 for job in self._orders.kept(message):
                     self._server.go_on(job, list(job.blocks))
             case Registered():
@@ -138,16 +140,25 @@ class Aggregator:
                     self._orders.drop(Drop(name))
                 self._saver.tell_again()
             case Stop():
-                self._stopped.set()
+                self._told_to_stop.set()
             case _:
                 log.error("%s is not for aggregators", type(message).__name__)
 
     def _changed(self, job: Job, blocks: list[HeldBlock], step: int, commits: Sequence[HeldCommit]) -> None:
-        if job.wants_snapshot(step):
+        if job.wants_snapshot(step) and not job.held:  # else this may be no step of the epoch that has begun
             self._saver.save(job, blocks, step)
         for version in versions_of(commits):
             self._saver.save(job, blocks, step, version)
         self._server.go_on(job, [block.block.index for block in blocks])
+
+    async def _leave(self) -> None:
+        """When the master says so, all that was to be in files is there, and the master has been told."""
+        told = False
+        while not told:
+            await self._told_to_stop.wait()
+            self._told_to_stop.clear()
+            await self._saver.written()
+            told = await self._master.flush()  # if not, the master says it again
 
     def _free(self, job: Job, blocks: Sequence[HeldBlock]) -> None:
         self._server.go_on(job, [block.block.index for block in blocks])

@@ -131,12 +131,13 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """All blocks are in this file, which may have its name now. version: "" for a snapshot."""
+    """All blocks are in this file, which may have its name now. version: "" for a snapshot. history: as in `Saved`."""
 
     job: str
     version: str
     step: int
     path: str
+    history: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +150,10 @@ class Prune:
 
 @dataclass(frozen=True, slots=True)
 class Discard:
-    """A version's file that will not be complete."""
+    """A version's file that will not be complete. history: as in `Saved`."""
 
     path: str
+    history: int = 0
 
 
 Order = Log | Send | Close | Start | Finish | Prune | Discard

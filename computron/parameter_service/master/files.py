@@ -20,10 +20,10 @@ class Files:
 
     def saved(self, message: Saved, now: float) -> None:
         job = self._state.jobs.get(message.job)
-        if job is None or message.path in job.book.files or not _counts(job, message):
+        if job is None or message.path in job.book.files or not _counts(job, message) or _is_late(job, message):
             return
         job.saw(message.step, now)
-        key = message.version, message.step, message.path
+        key = message.version, message.step, message.path, message.history
         there = job.saving.setdefault(key, Unfinished())
         there.blocks.update(message.blocks)
         there.extras.update(message.extras)
@@ -57,9 +57,18 @@ class Files:
 
 
 def _counts(job: Job, file: Saved | Finished) -> bool:
-    """Whether a snapshot is of a state that the job still comes from."""
+    """Whether a file is of a state that the job still comes from. A version that is complete is what it is."""
+    if file.version:
+        return isinstance(file, Finished) or job.book.is_in(file.history)
     begun = begun_of(Path(file.path))
-    return bool(file.version) or begun is None or job.book.counts(*begun)
+    return begun is None or job.book.counts(*begun)
+
+
+def _is_late(job: Job, message: Saved) -> bool:
+    """Whether a newer snapshot is complete, so that nobody needs this one any more, and it may have been removed."""
+    begun = begun_of(Path(message.path))
+    known = [begun_of(Path(saved.path)) for saved in job.book.snapshots]
+    return begun is not None and any(later is not None and begun < later and job.book.counts(*later) for later in known)
 
 
 def newest(job: Job) -> SnapshotSaved:
@@ -69,5 +78,5 @@ def newest(job: Job) -> SnapshotSaved:
 
 def discard_unfinished(state: State, job: Job) -> None:
     """What is being written will not be complete: the job goes on from another step, or is no more."""
-    state.orders.extend(Discard(path) for version, _, path in job.saving if version)
+    state.orders.extend(Discard(path, history) for version, _, path, history in job.saving if version)
     job.saving.clear()

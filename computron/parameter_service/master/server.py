@@ -182,14 +182,14 @@ class MasterServer:
                     self.tell(Started(order.aggregator, *begun))
             case Finish():
                 self._in_thread(
-                    lambda: finish(Path(order.path)),
+                    lambda: finish(Path(order.path), order.history),
                     lambda: self.tell(_finished(order)),
                     lambda error: self.tell(NotFinished(order.job, f"{order.path}: {error}; does the master see it?")),
                 )
             case Prune():
                 self._remove(lambda: prune(Path(order.path), map(Path, order.keep)))
             case Discard():
-                self._remove(lambda: discard(Path(order.path)))
+                self._remove(lambda: discard(Path(order.path), order.history))
 
     def _remove(self, work: Callable[[], object]) -> None:
         self._in_thread(work, lambda: None, lambda error: log.error("not_removed error=%s", error))

@@ -131,8 +131,9 @@ class Job:
     """excluded: aggregators that count as lost for this job, until when. doubted: those that a member cannot reach,
     since when. mismatch: an aggregator has something else than what the book says. mismatch_of_log: the log did not
     have the job, an aggregator had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute
-    thread a step, by block. cpu_total: seconds of it so far. saving: by version ("" for a snapshot), step and
-    path. hosts: aggregators that have or had blocks. fenced: those of `Placed.unfenced` that can do no harm any more.
+    thread a step, by block. cpu_total: seconds of it so far. saving: by version ("" for a snapshot), step,
+    path and history. hosts: aggregators that have or had blocks. fenced: those of `Placed.unfenced` that can do no harm
+    any more.
     behind: seconds of others' work for which a step waits, by aggregator. still_until: until then nothing is moved.
     overhead: seconds of an iteration in which it waits for the service though no aggregator works for it or for
     others, as measured when it shared none; None if it never was. reverted: how often it was slower than predicted
@@ -155,7 +156,7 @@ class Job:
     behind: dict[str, float] = field(default_factory=dict)
     cpu_total: float = 0.0
     late: float = 0.0
-    saving: dict[tuple[str, int, str], Unfinished] = field(default_factory=dict)
+    saving: dict[tuple[str, int, str, int], Unfinished] = field(default_factory=dict)
     hosts: set[str] = field(default_factory=set)
     fenced: set[str] = field(default_factory=set)
     still_until: float = 0.0

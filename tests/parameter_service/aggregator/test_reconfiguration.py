@@ -86,12 +86,12 @@ async def test_a_step_that_some_blocks_have_seen_is_completed_with_the_gradients
 
 async def snapshot(master: FakeMaster, step: int, blocks: int) -> Path:
     """The finished file of a step's snapshot, when all blocks are in it."""
-    saved: dict[int, str] = {}
+    saved: dict[int, tuple[str, int]] = {}
     while len(saved) < blocks:
         for _, message in await master.heard(lambda who, m: isinstance(m, Saved) and m.step == step):
-            saved.update(dict.fromkeys(message.blocks, message.path))
-    (path,) = set(saved.values())
-    finish(Path(path))
+            saved.update(dict.fromkeys(message.blocks, (message.path, message.history)))
+    ((path, history),) = set(saved.values())
+    finish(Path(path), history)
     return Path(path)
 
 

@@ -54,8 +54,26 @@ class Trained:
         self._now += 1.0
         return [*self.master.handle(event, self._now), *self.master.handle(Tick(), self._now)]
 
-    def saved(self, version: str, step: int, path: str, *blocks: int, extras: tuple[int, ...] = ()) -> list[Order]:
-        return self.tell(Received(1, Saved("lm", version, step, path, blocks, extras)))
+    def saved(
+        self,
+        version: str,
+        step: int,
+        path: str,
+        *blocks: int,
+        extras: tuple[int, ...] = (),
+        by: int = 1,
+        history: int = 1,
+    ) -> list[Order]:
+        return self.tell(Received(by, Saved("lm", version, step, path, blocks, extras, history if version else 0)))
+
+    def go_back(self) -> list[Order]:
+        """`one` dies, and `two` has the blocks as the last snapshot has them."""
+        self.tell(Exited("one"))
+        applied = self.job.change.applied
+        states = tuple(BlockState(block, applied) for block in (0, 1))
+        orders = self.tell(Received(2, Ready("lm", self.job.book.epoch, states)))
+        assert self.job.book.placed.applied == applied
+        return orders
 
 
 @pytest.fixture
@@ -70,7 +88,7 @@ def test_a_version_is_finished_when_all_blocks_and_all_extras_are_there(trained:
         *trained.saved("v1", 7, "/v1", extras=(0,)),
     ]
     assert not [order for order in told if isinstance(order, Finish)]
-    assert Finish("lm", "v1", 7, "/v1") in trained.saved("v1", 7, "/v1", extras=(1,))
+    assert Finish("lm", "v1", 7, "/v1", 1) in trained.saved("v1", 7, "/v1", extras=(1,))
 
 
 def test_a_snapshot_has_no_extras_and_makes_older_ones_needless(trained: Trained) -> None:
@@ -86,13 +104,30 @@ def test_a_rollback_discards_versions_that_are_not_complete(trained: Trained) ->
     trained.saved("v1", 7, "/v1", 0, 1, extras=(0, 1))
     trained.tell(Finished("lm", "v1", 7, "/v1", 0.0))
     trained.saved("v2", 8, "/v2", 0, extras=(0, 1))
-    trained.tell(Exited("one"))
-    epoch = trained.job.book.epoch
-    orders = trained.tell(Received(2, Ready("lm", epoch, (BlockState(0, 5), BlockState(1, 5)))))
-    assert trained.job.book.placed.applied == 5
-    assert [order for order in orders if isinstance(order, Discard)] == [Discard("/v2")]
+    orders = trained.go_back()
+    assert [order for order in orders if isinstance(order, Discard)] == [Discard("/v2", 1)]
+
+
+def test_what_went_into_a_version_before_a_rollback_does_not_count_after_it(trained: Trained) -> None:
+    trained.saved("", 5, "/5", 0, 1)
+    trained.tell(Finished("lm", "", 5, "/5", 0.0))
+    trained.go_back()
+    told = [
+        *trained.saved("v1", 7, "/v1", 0, extras=(0, 1), by=2),  # once more: the master was away
+        *trained.saved("v1", 7, "/v1", 1, extras=(0, 1), by=2, history=2),
+    ]
+    assert not [order for order in told if isinstance(order, Finish)]
+    assert Finish("lm", "v1", 7, "/v1", 2) in trained.saved("v1", 7, "/v1", 0, by=2, history=2)
+
+
+def test_a_snapshot_that_was_removed_is_not_finished_again(trained: Trained) -> None:
+    paths = [f"/f/lm/snapshot-{step}-1.safetensors" for step in (5, 10, 15)]
+    for step, path in zip((5, 10, 15), paths, strict=True):
+        trained.saved("", step, path, 0, 1)
+        trained.tell(Finished("lm", "", step, path, 0.0))
+    assert not [order for order in trained.saved("", 5, paths[0], 0, 1) if isinstance(order, Finish)]
 
 
 def test_a_job_that_is_deleted_leaves_no_half_versions(trained: Trained) -> None:
     trained.saved("v1", 7, "/v1", 0)
-    assert Discard("/v1") in trained.tell(DropAsked("lm"))
+    assert Discard("/v1", 1) in trained.tell(DropAsked("lm"))

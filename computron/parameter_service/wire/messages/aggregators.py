@@ -155,7 +155,9 @@ class WorkerLost(msgspec.Struct, tag="worker_lost", frozen=True):
 
 
 class Saved(msgspec.Struct, tag="saved", frozen=True):
-    """These blocks of a snapshot ("") or a version are in its file, and these extras of a version."""
+    """These blocks of a snapshot ("") or a version are in its file, and these extras of a version. history: of the job
+    when a version was ordered: the epoch in which it last went back to an earlier state, or began.
+    """
 
     job: str
     version: str
@@ -163,6 +165,7 @@ class Saved(msgspec.Struct, tag="saved", frozen=True):
     path: str
     blocks: tuple[int, ...] = ()
     extras: tuple[int, ...] = ()
+    history: int = 0
 
 
 class JobUsage(msgspec.Struct, frozen=True):

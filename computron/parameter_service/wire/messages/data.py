@@ -207,7 +207,7 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 class Expect(msgspec.Struct, tag="expect", frozen=True):
     """Blocks will be handed over: workers that are told so may come before their states. Where memory is shared the
     descriptors of their segments come with it, so that they can be mapped in time. key: of the service.
-    members, token: of the job. kept: as in `Kept`.
+    members, token: of the job. kept: as in `Kept`. history: as in `Saved`.
     """
 
     key: str
@@ -217,6 +217,7 @@ class Expect(msgspec.Struct, tag="expect", frozen=True):
     members: tuple[int, ...]
     blocks: tuple[int, ...]
     kept: int = 0
+    history: int = 0
 
 
 class Expecting(msgspec.Struct, tag="expecting", frozen=True):
