@@ -118,7 +118,9 @@ class JobFailed(msgspec.Struct, tag="job_failed", frozen=True):
 
 
 class JobUnhosted(msgspec.Struct, tag="job_unhosted", frozen=True):
-    """Nobody worked on the job any more; it can be taken up from its last snapshot."""
+    """Its blocks are nowhere now: nobody worked on the job any more, and it can be taken up from its last snapshot, or
+    it has failed.
+    """
 
     job: str
 
@@ -299,7 +301,8 @@ def _apply_to_job(book: JobBook, record: Record) -> None:
         case StateLoaded():
             book.loaded = record.number
         case RolledBack():
-            book.rollbacks.append(record)
+            book.rollbacks = [back for back in book.rollbacks if back.applied < record.applied]
+            book.rollbacks.append(record)  # those it leaves out would void nothing besides
         case Totals():
             book.lost, book.moves = record.lost, record.moves
         case JobFailed():

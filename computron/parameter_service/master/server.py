@@ -145,6 +145,7 @@ class MasterServer:
             while self._orders:
                 self._carry_out(self._orders.popleft())
             self._journal.sync()
+            self._journal.shorten()  # now the log has all that the book has
         finally:
             self._busy = False
 

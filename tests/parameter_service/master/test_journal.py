@@ -26,6 +26,7 @@ from computron.parameter_service.master.records import (
     Placed,
     QuotaSet,
     Record,
+    RolledBack,
     SnapshotBad,
     SnapshotSaved,
     VersionSaved,
@@ -149,6 +150,34 @@ def test_nothing_is_written_behind_half_a_record(tmp_path: Path, monkeypatch: py
     read = Journal(path)
     read.close()
     assert read.book.minimum == 1
+
+
+def test_a_log_that_grows_is_written_anew_while_it_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("computron.parameter_service.master.journal.LARGEST", 2000)
+    path = tmp_path / "log"
+    journal = Journal(path)
+    for count in range(1000):
+        record = CountSet(count)
+        journal.book.apply(record)
+        journal.append(record)
+        journal.shorten()
+        assert path.stat().st_size < 2100
+    journal.close()
+    again = Journal(path)
+    again.close()
+    assert again.book.minimum == 999
+
+
+def test_rollbacks_are_kept_as_long_as_they_void_anything() -> None:
+    book = Book()
+    book.apply(JobCreated(job_spec("lm"), "secret"))
+    for epoch, applied in ((2, 50), (3, 70), (4, 60), (6, 60)):
+        book.apply(RolledBack("lm", epoch, applied))
+    job = book.jobs["lm"]
+    assert job.rollbacks == [RolledBack("lm", 2, 50), RolledBack("lm", 6, 60)]
+    assert [job.counts(*saved) for saved in ((50, 1), (55, 1), (60, 2), (65, 3), (65, 6))] == [
+        True, False, True, False, True
+    ]  # fmt: skip
 
 
 def fill_up(monkeypatch: pytest.MonkeyPatch) -> None:
