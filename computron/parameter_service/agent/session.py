@@ -77,8 +77,8 @@ class Session:
             failed=self._fail_from_thread,
         )
         machine = machine_id() if service.shared_memory else f"{machine_id()} by TCP"
-        enlist = Enlist(spec, service.token, service.rank, service.incarnation, machine)
-        self._master = MasterLink(service.master, service.api_key, enlist, self._from_master)
+        self._service, self._machine = service, machine
+        self._master = MasterLink(service.master, service.api_key, self._enlist, self._from_master)
         self._exchange = Exchange(
             self.progress, layout, parameters, self.staging, machine, self.changed, self._unreachable, self._fail
         )
@@ -314,6 +314,12 @@ class Session:
 
     def _tell_master(self, message: ToMaster) -> None:
         self._start(self._master.send(message))
+
+    def _enlist(self) -> Enlist:
+        service, progress = self._service, self.progress
+        return Enlist(
+            self.spec, service.token, service.rank, service.incarnation, self._machine, progress.epoch, progress.step
+        )
 
     def _from_master(self, message: Placement | Loaded | Denied) -> None:
         if isinstance(message, Denied):

@@ -80,7 +80,7 @@ def observed_loss(state: State, job: Job) -> float | None:
     if iteration is None or not is_measured(job):
         return None
     period = load_of(state, job).period
-    waited = max(job.behind.get(owner, 0.0) for owner in job.book.owners)
+    waited = max((job.behind.get(owner, 0.0) for owner in job.book.owners), default=0.0)
     lost = min(max(0.0, iteration - period), waited)
     return lost / (period + lost)
 

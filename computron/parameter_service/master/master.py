@@ -139,7 +139,7 @@ class Master:
             case Register():
                 self._hosts.register(link, message, now)
             case Leave():
-                self._workers.left(link, message)
+                self._workers.left(link, message, now)
             case Load():
                 self._workers.load(link, message)
             case Progress():
