@@ -14,7 +14,7 @@ from computron.parameter_service.wire.messages import FromMaster, Register, deco
 
 log = logging.getLogger(__name__)
 
-FIRST_RETRY, LAST_RETRY = 0.1, 2.0  # seconds
+FIRST_RETRY, LAST_RETRY = 0.1, 0.5  # seconds; a short break must be over before the master gives up waiting
 HEARTBEAT = 5.0  # seconds
 LARGEST = 64 << 20  # bytes of a message
 

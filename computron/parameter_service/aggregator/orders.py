@@ -25,6 +25,7 @@ from computron.parameter_service.wire.messages import (
     Held,
     Hold,
     Host,
+    Keep,
     Kept,
     Move,
     Ready,
@@ -82,7 +83,8 @@ class Orders:
             if job.epoch == order.epoch:
                 blocks = {**job.leaving, **job.blocks}.values()
                 states = tuple(BlockState(b.block.index, b.applied) for b in blocks if b.complete)
-                self._report(Held(order.job, order.epoch, states, job.lately(), tuple(job.leaving)))
+                empty = tuple(b.block.index for b in blocks if not b.complete)
+                self._report(Held(order.job, order.epoch, states, job.lately(), tuple(job.leaving), empty))
 
         self._steps.quiet(job, quiet)
 
@@ -133,6 +135,14 @@ class Orders:
             self._report(Failed(order.job, order.epoch, "move", "the job is in another epoch"))
             return
         self._moves.order(job, order)
+
+    def keep(self, order: Keep) -> None:
+        job = self._jobs.get(order.job)
+        if job is None or order.epoch != job.epoch or job.held:
+            return
+        blocks = [block for block in job.blocks.values() if block.complete and not block.scheduled]
+        for step in {block.applied for block in blocks}:
+            self._saver.save(job, [block for block in blocks if block.applied == step], step)
 
     def drop(self, order: Drop) -> None:
         job = self._jobs.pop(order.job, None)

@@ -39,6 +39,7 @@ from computron.parameter_service.wire.messages import (
     Host,
     HostedJob,
     JobUsage,
+    Keep,
     Kept,
     Move,
     Register,
@@ -129,6 +130,8 @@ class Aggregator:
                 self._orders.complete(message)
             case Move():
                 self._orders.move(message)
+            case Keep():
+                self._orders.keep(message)
             case Drop():
                 self._orders.drop(message)
             case Kept():

@@ -40,6 +40,13 @@ def best(job: Job, held: dict[str, Held]) -> dict[int, tuple[int, str]]:
     return {block: (rank[0], name) for block, (rank, name) in found.items()}
 
 
+def is_unfilled(job: Job, change: Change) -> bool:
+    """Whether the first parameters did not come to all blocks: the blocks are all there, and some of them are empty."""
+    full = {state.block for held in change.held.values() for state in held.blocks if state.applied == 0}
+    empty = {block for held in change.held.values() for block in held.empty}
+    return bool(empty - full) and full | empty >= set(range(len(job.layout.blocks)))
+
+
 def commits_of(change: Change, step: int, members: set[int]) -> tuple[HeldCommit, ...] | None:
     """Of all members for this step, as any aggregator has seen them; None if one's is nowhere."""
     found = {commit.rank: commit for held in change.held.values() for commit in held.commits if commit.step == step}

@@ -30,6 +30,7 @@ from computron.parameter_service.master.reasons import (
     look_for_members,
     may_begin_anew,
     reason_to_begin,
+    unhost,
     why_nothing_is_left,
 )
 from computron.parameter_service.master.records import (
@@ -119,12 +120,16 @@ class Reconfiguration:
             self._exclude(job, [aggregator], now)
         self._begin(job, f"{aggregator} failed: {message.message}", now)
 
-    def aggregator_back(self, job: Job, aggregator: str) -> None:
-        """It has registered, and may have blocks of the job."""
+    def aggregator_back(self, job: Job, aggregator: str, now: float) -> None:
+        """It has registered, and may have blocks of the job. What it was ordered meanwhile it may not have heard."""
         change = job.change
-        if change is not None and change.phase is Phase.COLLECTING:
+        if change is None:
+            return
+        if change.phase is Phase.COLLECTING:
             change.awaited.add(aggregator)
             self._state.tell(aggregator, Hold(job.name, change.epoch))
+        elif any(change.owners[block] == aggregator for block in change.waiting):
+            self._begin(job, f"{aggregator} was away", now)
 
     def aggregator_gone(self, job: Job, aggregator: str, now: float) -> None:
         """It is dead."""
@@ -168,8 +173,8 @@ class Reconfiguration:
             ),
         )
 
-    def _exclude(self, job: Job, aggregators: Iterable[str], now: float) -> None:
-        job.exclude(aggregators, now + self._state.limits.exclusion)
+    def _exclude(self, job: Job, aggregators: Iterable[str], now: float, *, silent: bool = False) -> None:
+        job.exclude(aggregators, now + self._state.limits.exclusion, silent=silent)
 
     # 1. Hold.
 
@@ -199,7 +204,7 @@ class Reconfiguration:
                 return
             for name in change.awaited:
                 log.warning("aggregator_silent job=%s aggregator=%s", job.name, name)
-            self._exclude(job, change.awaited, now)
+            self._exclude(job, change.awaited, now, silent=True)
             self._decide(job, change, now)
         elif change.phase is Phase.PLACING:
             self._place(job, change, now)
@@ -209,7 +214,7 @@ class Reconfiguration:
             else:
                 self._finish(job, change)
         elif now >= change.deadline:
-            self._exclude(job, {change.owners[block] for block in change.waiting}, now)
+            self._exclude(job, {change.owners[block] for block in change.waiting}, now, silent=True)
             self._begin(job, f"{change.owners[min(change.waiting)]} did not get ready", now)
 
     def _may_abandon(self, job: Job, change: Change) -> bool:
@@ -219,7 +224,8 @@ class Reconfiguration:
     # 2. Decide.
 
     def _decide(self, job: Job, change: Change, now: float) -> None:
-        found = best(job, {name: held for name, held in change.held.items() if name not in job.excluded})
+        useless = job.excluded.keys() - job.silent
+        found = best(job, {name: held for name, held in change.held.items() if name not in useless})
         for held in change.held.values():
             for block in held.blocks:
                 job.saw(block.applied, now)
@@ -238,6 +244,7 @@ class Reconfiguration:
         change.owners = [found[block][1] for block in range(len(found))]
         change.applied = applied
         change.source = KEEP
+        job.readmit(change.owners)
         if not behind or commits is None:
             self._host(job, change, now)
             return
@@ -256,6 +263,7 @@ class Reconfiguration:
             self._place(job, change, now)
             return
         change.owners = [found[block][1] for block in range(len(found))]
+        job.readmit(change.owners)
         self._host(job, change, now)
 
     def _restore(self, job: Job, change: Change, now: float) -> None:
@@ -265,7 +273,7 @@ class Reconfiguration:
             snapshot = newest(job)
             change.source, change.applied = snapshot.path, snapshot.step
             change.lost = max(0, job.step - snapshot.step)
-        elif may_begin_anew(job):
+        elif may_begin_anew(job, change):
             change.source, change.applied = FRESH, job.step
         else:
             self.fail(job, f"{change.reason}, {why_nothing_is_left(job)}")
@@ -288,6 +296,8 @@ class Reconfiguration:
         log.error("job_failed job=%s reason=%s", job.name, message)
         self._state.write(JobFailed(job.name, message))
         job.change = None
+        unhost(self._state, job)
+        discard_unfinished(self._state, job)
         for worker in job.linked:
             self._state.dismiss(worker.link, job.name, refusals.FAILED, message)
         job.workers.clear()

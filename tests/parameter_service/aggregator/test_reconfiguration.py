@@ -15,6 +15,7 @@ from computron.parameter_service.wire.messages import (
     Host,
     Hyperparameters,
     JobSpec,
+    Keep,
     Kept,
     Saved,
     WorkerLost,
@@ -192,6 +193,37 @@ async def test_what_a_new_epoch_leaves_unsaved_is_saved_again(tmp_path: Path) ->
         path = await snapshot(master, 1, len(reference.layout.blocks))
         assert path.name == "snapshot-1-2.safetensors"
         assert torch.equal(load_file(path)["t0"], reference.parameters[0])
+
+
+async def test_a_job_that_nobody_works_on_is_saved_as_it_is(tmp_path: Path) -> None:
+    spec = job(workers=1, snapshot_every=8)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a", "b")
+    async with cluster("a", "b", folder=tmp_path) as master:
+        workers = await started(master, spec, reference, (True,), owners)
+        await one_step(workers, reference, 1, ADAM)
+        workers[0].kill()
+        for name in owners:
+            await master.send(name, Keep(spec.job, 0))  # of an older epoch
+            await master.send(name, Keep(spec.job, 1))
+        path = await snapshot(master, 1, len(reference.layout.blocks))
+        assert torch.equal(load_file(path)["t0"], reference.parameters[0])
+
+
+async def test_blocks_that_have_no_state_yet_are_told() -> None:
+    spec = job(workers=1)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a")
+    async with cluster("a") as master:
+        await master.host(spec, owners)
+        held = await master.hold(spec, 2, "a")
+        assert (held["a"].blocks, held["a"].empty) == ((), tuple(owners["a"]))
+        await master.host(spec, owners, epoch=3)
+        worker = RawWorker(master, spec)
+        await rejoin([worker], owners, 3)
+        await worker.initialise(reference.flat())
+        held = await master.hold(spec, 4, "a")
+        assert (len(held["a"].blocks), held["a"].empty) == (len(owners["a"]), ())
 
 
 async def kept(master: FakeMaster, spec: JobSpec, step: int) -> None:

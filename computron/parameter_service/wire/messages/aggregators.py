@@ -109,7 +109,7 @@ class HeldCommit(msgspec.Struct, frozen=True, array_like=True):
 
 class Held(msgspec.Struct, tag="held", frozen=True):
     """blocks: that are complete here, those included whose move was announced but not accepted: `leaving`. Whoever was
-    to have one of these may have it.
+    to have one of these may have it. empty: blocks that are here and have got no state yet.
     """
 
     job: str
@@ -117,6 +117,7 @@ class Held(msgspec.Struct, tag="held", frozen=True):
     blocks: tuple[BlockState, ...]
     commits: tuple[HeldCommit, ...]
     leaving: tuple[int, ...] = ()
+    empty: tuple[int, ...] = ()
 
 
 class Complete(msgspec.Struct, tag="complete", frozen=True):
@@ -138,6 +139,13 @@ class Kept(msgspec.Struct, tag="kept", frozen=True):
 
     job: str
     step: int
+
+
+class Keep(msgspec.Struct, tag="keep", frozen=True):
+    """Take a snapshot of the job as it is now, if it is still in this epoch: nobody works on it any more."""
+
+    job: str
+    epoch: int
 
 
 class Drop(msgspec.Struct, tag="drop", frozen=True):
