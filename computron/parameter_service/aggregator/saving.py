@@ -222,6 +222,9 @@ class Saver:
             with self._beginning:
                 if job.epoch != message.epoch:
                     return
+                if path.exists():  # it is in there, or whoever saves the blocks says why not
+                    self._loop.call_soon_threadsafe(then)
+                    return
                 version = VersionWriter(path, job.spec, version=message.version, step=message.step, history=history)
             with version:
                 version.write_extra(message.tensor, data)
