@@ -11,8 +11,6 @@ from computron.parameter_service.master.state import Job, State, Worker
 from computron.parameter_service.versions.names import begun_of
 from computron.parameter_service.wire.messages import Loaded
 
-NOTHING = -1  # no step of an older epoch counts
-
 
 def may_load(job: Job) -> bool:
     """Whether an epoch is to begin because all members want the next load, between the same two steps."""

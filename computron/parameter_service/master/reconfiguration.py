@@ -21,7 +21,7 @@ from collections.abc import Iterable
 
 from computron.parameter_service.master.files import discard_unfinished, newest
 from computron.parameter_service.master.findings import best, commits_of, is_followed, silent
-from computron.parameter_service.master.loading import NOTHING, bringers, look_for_loaded
+from computron.parameter_service.master.loading import bringers, look_for_loaded
 from computron.parameter_service.master.placement import Placer
 from computron.parameter_service.master.reasons import (
     enough,
@@ -34,6 +34,7 @@ from computron.parameter_service.master.reasons import (
     why_nothing_is_left,
 )
 from computron.parameter_service.master.records import (
+    NOTHING,
     EpochBegun,
     JobFailed,
     MemberGone,

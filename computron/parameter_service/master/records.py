@@ -11,11 +11,15 @@ from computron.parameter_service.wire.messages import Address, JobSpec
 
 SNAPSHOTS_KEPT = 2
 DROPPED_KEPT = 1000  # names of deleted jobs
+NOTHING = -1  # no step of an older epoch counts
 
 
 class JobCreated(msgspec.Struct, tag="job_created", frozen=True):
+    """epoch: the last of an earlier job of this name, of which nothing counts: this one's come after it."""
+
     spec: JobSpec
     token: str
+    epoch: int = 0
 
 
 class EpochBegun(msgspec.Struct, tag="epoch_begun", frozen=True):
@@ -126,7 +130,10 @@ class JobUnhosted(msgspec.Struct, tag="job_unhosted", frozen=True):
 
 
 class JobDropped(msgspec.Struct, tag="job_dropped", frozen=True):
+    """epoch: its last, if the records before this one do not say it."""
+
     job: str
+    epoch: int = 0
 
 
 class QuotaSet(msgspec.Struct, tag="quota_set", frozen=True):
@@ -229,17 +236,18 @@ class Book:
         self.known: dict[str, AggregatorKnown] = {}
         self.minimum: int | None = None
         self.quotas: dict[str, int] = {}
-        self.dropped: dict[str, None] = {}  # an aggregator that was away may still have these jobs; the oldest first
+        # The last epochs of deleted jobs, the oldest first: an aggregator that was away may still have them.
+        self.dropped: dict[str, int] = {}
 
     def apply(self, record: Record) -> None:
         """Raises KeyError if it is about a job that no earlier record made."""
         match record:
             case JobCreated():
-                self.jobs[record.spec.job] = JobBook(record.spec, record.token)
+                self.jobs[record.spec.job] = _new_book(record)
                 self.dropped.pop(record.spec.job, None)
             case JobDropped():
-                self.jobs.pop(record.job, None)
-                self.dropped[record.job] = None
+                known = self.jobs.pop(record.job, None)
+                self.dropped[record.job] = record.epoch if known is None else known.epoch
                 for oldest in list(self.dropped)[:-DROPPED_KEPT]:
                     del self.dropped[oldest]
             case AggregatorStarted():
@@ -266,10 +274,17 @@ class Book:
             yield CountSet(self.minimum)
         for name, memory in self.quotas.items():
             yield QuotaSet(name, memory)
-        for name in self.dropped:
-            yield JobDropped(name)
+        for name, epoch in self.dropped.items():
+            yield JobDropped(name, epoch)
         for job in self.jobs.values():
             yield from _records_of(job)
+
+
+def _new_book(record: JobCreated) -> JobBook:
+    book = JobBook(record.spec, record.token, record.epoch)
+    if record.epoch:
+        book.rollbacks.append(RolledBack(book.job, record.epoch + 1, NOTHING))
+    return book
 
 
 def _apply_to_job(book: JobBook, record: Record) -> None:

@@ -48,7 +48,7 @@ from computron.parameter_service.master.state import Limits
 from computron.parameter_service.packing import PACKERS
 from computron.parameter_service.versions.files import discard, finish
 from computron.parameter_service.versions.names import job_folder
-from computron.parameter_service.versions.pruning import prune, recover
+from computron.parameter_service.versions.pruning import last_epochs, prune, recover
 from computron.parameter_service.wire import messages
 
 log = logging.getLogger(__name__)
@@ -150,9 +150,13 @@ class MasterServer:
             self._busy = False
 
     def _recover(self) -> None:
-        """Take note of snapshots that became complete while no master was there."""
+        """Take note of snapshots that became complete while no master was there, and of epochs that files are of."""
         if self.settings.snapshots is None:
             return
+        try:
+            self.master.state.epochs = last_epochs(self.settings.snapshots)
+        except OSError as error:
+            log.error("not_looked_through folder=%s error=%s", self.settings.snapshots, error)
         for name, job in list(self.master.state.jobs.items()):
             try:
                 found = recover(job_folder(self.settings.snapshots, name), len(job.layout.blocks))

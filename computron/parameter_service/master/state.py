@@ -228,6 +228,7 @@ class State:
         self.links: dict[int, str | tuple[str, int]] = {}  # aggregator's name, or job and rank
         self.orders: list[Order] = []
         self.alone: dict[str, float] = {}  # jobs that were slower than predicted where they shared; share nothing until
+        self.epochs: dict[str, int] = {}  # the last that files are of, by job, also of jobs that no log knows
         self.migrations = 0
         self.reconfigurations = 0
         self.rollbacks = 0

@@ -170,8 +170,10 @@ class Workers:
         if limit is not None and size > limit:
             text = f"job {spec.job} needs {size} bytes with its optimizer's state, and a job may have {limit}"
             return self._deny(link, spec.job, refusals.QUOTA, text)
-        self._state.write(JobCreated(spec, message.token))
-        job.book = self._state.book.jobs[spec.job]
+        book = self._state.book
+        epoch = max(book.dropped.get(spec.job, 0), self._state.epochs.get(spec.job, 0))
+        self._state.write(JobCreated(spec, message.token, epoch))
+        job.book = book.jobs[spec.job]
         self._state.jobs[spec.job] = job
         log.info("job_created job=%s blocks=%d bytes=%d workers=%d", spec.job, len(layout.blocks), size, spec.workers)
         return job

@@ -37,10 +37,10 @@ class Trained:
         self.master = Master(Book(), PACKERS["utilisation"](), ScalingSettings(maximum=2), 0.0)
         self._now = 0.0
         extras = (TensorSpec("mean", (8,), "float32", 0), TensorSpec("count", (), "int64", 0))
-        spec = job_spec(blocks=2, extras=extras, snapshot_every=10)
+        self.spec = job_spec(blocks=2, extras=extras, snapshot_every=10)
         self.come("one", memory=1 << 31)
         self.come("two", memory=1 << 30)
-        self.tell(Received(WORKER, enlist(spec)))
+        self.tell(Received(WORKER, enlist(self.spec)))
         assert set(self.job.book.owners) == {"one"}
 
     @property
@@ -126,6 +126,18 @@ def test_a_snapshot_that_was_removed_is_not_finished_again(trained: Trained) -> 
         trained.saved("", step, path, 0, 1)
         trained.tell(Finished("lm", "", step, path, 0.0))
     assert not [order for order in trained.saved("", 5, paths[0], 0, 1) if isinstance(order, Finish)]
+
+
+def test_nothing_of_a_deleted_job_counts_in_a_new_one_of_its_name(trained: Trained) -> None:
+    old = "/f/lm/snapshot-0-1.safetensors"
+    trained.saved("", 0, old, 0, 1)
+    trained.tell(DropAsked("lm"))
+    trained.tell(Received(WORKER + 1, enlist(trained.spec)))
+    assert trained.job.book.placed.epoch == 2
+    trained.tell(Finished("lm", "", 0, old, 0.0))  # it was found in the folder
+    assert not trained.job.book.snapshots
+    trained.tell(Finished("lm", "", 0, "/f/lm/snapshot-0-2.safetensors", 0.0))
+    assert [saved.path for saved in trained.job.book.snapshots] == ["/f/lm/snapshot-0-2.safetensors"]
 
 
 def test_a_job_that_is_deleted_leaves_no_half_versions(trained: Trained) -> None:

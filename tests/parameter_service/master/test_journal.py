@@ -60,6 +60,9 @@ HISTORY: list[Record] = [
     QuotaSet("lm", None),
     JobDropped("other"),
     AggregatorGone("one"),
+    EpochBegun("lm", 9),
+    JobDropped("lm"),
+    JobCreated(job_spec("lm"), "secret", 9),
 ]
 
 
@@ -71,7 +74,7 @@ def book_of(records: list[Record]) -> Book:
 
 
 def contents(book: Book) -> list[object]:
-    return [book.jobs, book.started, book.known, book.minimum, book.quotas]
+    return [book.jobs, book.started, book.known, book.minimum, book.quotas, book.dropped]
 
 
 @pytest.mark.parametrize("length", range(len(HISTORY) + 1))
