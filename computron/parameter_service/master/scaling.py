@@ -110,10 +110,15 @@ class Scaling:
     def _start(self, now: float) -> None:
         if not self.settings.starts or now < self._start_after:
             return
-        while len(self._staying()) + len(self._starting) < self.wanted:
+        there = [known for known in self._staying() if not self._is_missing(known, now)]
+        while len(there) + len(self._starting) < self.wanted:
             name = self._fresh()
             self._starting[name] = now
             self._state.orders.append(Start(name))
+
+    def _is_missing(self, known: Aggregator, now: float) -> bool:
+        """Its process is there, but was not heard for long: it hangs."""
+        return known.address is not None and known.link is None and now - known.unlinked >= self._state.limits.away
 
     def _fresh(self) -> str:
         """A name that no log and no aggregator has."""

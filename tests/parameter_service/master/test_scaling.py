@@ -8,6 +8,7 @@ import pytest
 
 from computron.errors import BadRequest
 from computron.parameter_service.master.events import (
+    Closed,
     CountAsked,
     DrainAsked,
     Exited,
@@ -117,6 +118,15 @@ def test_one_that_dies_at_once_is_started_again_later_each_time() -> None:
             starts += 1
             bench.tell(Exited(name))
     assert 4 <= starts <= 12
+
+
+def test_another_one_is_started_for_one_that_hangs() -> None:
+    bench = Bench(minimum=1, maximum=2)
+    bench.begin(*bench.wait())
+    bench.tell(Closed(bench.links["aggregator-1"]))
+    assert bench.wait(29.0) == []
+    assert bench.wait(2.0) == ["aggregator-2"]
+    assert bench.wait(60.0) == []  # it is on its way
 
 
 def test_nothing_is_started_where_somebody_else_does_it() -> None:
