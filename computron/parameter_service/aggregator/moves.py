@@ -160,7 +160,8 @@ class Moves:
             index = block.block.index
             job.leaving[index] = job.blocks.pop(index)
             job.given[index] = block.applied, to
-            adopt = Adopt(name, job.epoch, index, block.applied, block.updates, block.memory)
+            limited = job.kept is not None
+            adopt = Adopt(name, job.epoch, index, block.applied, block.updates, block.memory, limited)
             if link.shares_memory:
                 link.send(adopt)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,11 +152,16 @@ class Orders:
             self._steps.quiet(job, lambda: self._forget(job))
 
     def kept(self, order: Kept) -> list[Job]:
-        """The job, if it is here: more of its steps may be applied now."""
+        """The job, if it is here: others of its steps may be applied now."""
         job = self._jobs.get(order.job)
         if job is None:
             return []
-        job.kept, job.guard = max(job.kept, order.step), Guard.MASTER
+        job.guard = Guard.MASTER
+        if order.step is None:
+            job.kept = None
+        else:
+            job.kept = order.step if job.kept is None else max(job.kept, order.step)
+            job.trouble = ""
         return [job]
 
     def expect(self, message: Expect) -> Job:
@@ -169,7 +175,8 @@ class Orders:
         blocks = [index for index in message.blocks if index not in job.blocks]
         self._check_room(sum(block_bytes(job.spec, job.layout.blocks[index]) for index in blocks))
         if message.epoch > job.epoch:
-            job.epoch, job.members, job.history = message.epoch, message.members, message.history
+            job.epoch, job.members = message.epoch, message.members
+            job.kept, job.history = message.kept, message.history
             job.commits.clear()
             job.forget_asks()
             job.given.clear()
@@ -181,8 +188,9 @@ class Orders:
     def adopt(self, job: Job, message: Adopt, segment: Segment, memory: str) -> None:
         block = HeldBlock.of(job.spec, job.layout.blocks[message.block], segment, memory)
         block.applied, block.updates, block.complete = message.applied, message.updates, True
-        block.saved = job.kept
         job.blocks[message.block] = block
+        if not message.limited:
+            job.kept = None
         job.expected.discard(message.block)
         job.given.pop(message.block, None)
         self._arrived(job, [block])
@@ -202,7 +210,9 @@ class Orders:
             raise ValueError(f"blocks {missing} are not here to be kept")
         self._check_room(sum(block_bytes(job.spec, job.layout.blocks[index]) for index in missing))
         job.epoch, job.members, job.held, job.token = order.epoch, order.members, True, order.token
-        job.kept = order.kept
+        job.kept, job.guard = order.kept, Guard.MASTER
+        if order.kept is not None:
+            job.trouble = ""
         self._saver.cancel(job, versions=order.source != KEEP)
         self._steps.quiet(job, lambda: self._entered(job, order) if job.epoch == order.epoch else None)
 
@@ -240,7 +250,7 @@ class Orders:
             self._go(job, order, blocks)
             return
         for block in blocks:
-            block.complete, block.saved = False, order.kept
+            block.complete, block.saved = False, -math.inf
         if order.source == FRESH:
             for block in blocks:
                 block.applied = order.applied
@@ -265,7 +275,7 @@ class Orders:
             block.applied, block.complete = order.applied, True
         job.held = False
         self._ready(job, order.epoch, blocks)
-        if job.spec.snapshot_every and order.applied > job.kept:
+        if job.spec.snapshot_every and (job.kept is None or order.applied > job.kept):
             self._saver.save(job, blocks, order.applied)  # what was being saved in the last epoch will not be complete
         self._arrived(job, blocks)
 

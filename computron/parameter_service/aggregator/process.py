@@ -135,13 +135,17 @@ class Aggregator:
             case Drop():
                 self._orders.drop(message)
             case Kept():
-                self._saver.kept(message.job, message.step)
+                if message.step is not None:
+                    self._saver.kept(message.job, message.step)
                 for job in self._orders.kept(message):
                     self._server.go_on(job, list(job.blocks))
             case Registered():
                 for name in message.drop:
                     self._orders.drop(Drop(name))
                 self._saver.tell_again()
+                for job in self._jobs.values():
+                    if job.trouble:
+                        self._tell_failed(job, "save", job.trouble)
             case Stop():
                 self._told_to_stop.set()
             case _:
@@ -177,18 +181,20 @@ class Aggregator:
 
     def _order_failed(self, job: Job, order: str, reason: str) -> None:
         log.error("job %s: %s: %s", job.spec.job, order, reason)
-        self._report(Failed(job.spec.job, job.epoch, order, reason))
+        self._tell_failed(job, order, reason)
         if order == "save":
-            self._guard(job, Guard.NONE)
+            job.kept, job.trouble = None, reason
+            self._server.go_on(job, list(job.blocks))
+
+    def _tell_failed(self, job: Job, order: str, reason: str) -> None:
+        step = max((block.applied for block in job.blocks.values()), default=0)
+        self._report(Failed(job.spec.job, job.epoch, order, reason, step))
 
     def _master_away(self) -> None:
         for job in self._jobs.values():
             if job.guard is Guard.MASTER:
-                self._guard(job, Guard.BLOCK)
-
-    def _guard(self, job: Job, guard: Guard) -> None:
-        job.guard = guard
-        self._server.go_on(job, list(job.blocks))
+                job.guard = Guard.BLOCK
+                self._server.go_on(job, list(job.blocks))
 
     def _register(self) -> Register:
         jobs = tuple(

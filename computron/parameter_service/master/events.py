@@ -58,9 +58,12 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class NotFinished:
-    """A file could not be given its name."""
+    """A file could not be given its name. version: "" for a snapshot."""
 
     job: str
+    version: str
+    step: int
+    path: str
     message: str
 
 

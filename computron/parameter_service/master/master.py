@@ -81,7 +81,7 @@ class Master:
             case Finished():
                 self._files.finished(event)
             case NotFinished():
-                self._files.failed(event.job, event.message)
+                self._files.not_finished(event)
             case Tick():
                 pass
             case _:
@@ -116,7 +116,7 @@ class Master:
             job = self.state.jobs[name] = Job(book, Layout(book.spec.tensors, book.spec.block_elements), now)
             if book.placed is not None:
                 job.step = book.placed.applied
-            job.step = max([job.step, *(snapshot.step for snapshot in book.snapshots)])
+            job.step = max([job.step, *(snapshot.step for snapshot in book.counted)])
             for rank, incarnation in book.members.items():
                 if rank not in book.gone:
                     job.workers[rank] = Worker(rank, incarnation, "", None, now, unlinked=now)
@@ -177,5 +177,7 @@ class Master:
                 self._moves.failed(job, name, message, now)
             case Failed(order="host" | "hold" | "complete"):
                 self._reconfiguration.failed(job, name, message, now)
+            case Failed(order="save"):
+                self._files.not_saved(job, name, message)
             case Failed():
-                self._files.failed(job.name, f"{name}: {message.message}")
+                self._files.not_published(job, f"{name}: {message.message}")

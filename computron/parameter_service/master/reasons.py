@@ -73,12 +73,12 @@ def enough(job: Job) -> bool:
 
 def may_begin_anew(job: Job, change: Change) -> bool:
     """Whether nothing is lost when a worker brings the parameters once more: nothing lasts, or nobody can have taken a
-    step. That needs a complete snapshot of the beginning, unless none can be written, and all blocks.
+    step or loaded a state. That needs a complete snapshot of the beginning, unless none can be written, and all blocks.
     """
     spec = job.book.spec
     if spec.optimizer == "sum":
         return True
-    if job.step > 0:
+    if job.step > 0 or job.book.loaded:
         return False
     return job.book.placed is None or (spec.snapshot_every > 0 and not job.trouble) or is_unfilled(job, change)
 
@@ -101,7 +101,7 @@ def look_for_idleness(state: State, job: Job, now: float) -> None:
         job.idle_since = job.kept_by = None
     elif job.idle_since is None:
         job.idle_since = now
-    elif now - job.idle_since >= state.limits.idle and (job.book.snapshots or job.book.spec.optimizer == "sum"):
+    elif now - job.idle_since >= state.limits.idle and (newest(job) or job.book.spec.optimizer == "sum"):
         if job.unfenced or not all(map(state.is_linked, job.holders)):
             return  # somebody may still train it with an aggregator that cannot be told
         if job.change is None and _is_kept(state, job, now):
@@ -113,9 +113,8 @@ def _is_kept(state: State, job: Job, now: float) -> bool:
     half taken cannot.
     """
     placed = job.book.placed
-    if placed is None or not job.book.snapshots:
-        return True
-    if newest(job).step >= job.step:
+    snapshot = newest(job)
+    if placed is None or snapshot is None or snapshot.step >= job.step:
         return True
     if job.kept_by is None:
         size = sum(memory_of(job, block) for block in range(len(job.layout.blocks)))

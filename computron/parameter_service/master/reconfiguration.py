@@ -34,7 +34,6 @@ from computron.parameter_service.master.reasons import (
     why_nothing_is_left,
 )
 from computron.parameter_service.master.records import (
-    NOTHING,
     EpochBegun,
     JobFailed,
     MemberGone,
@@ -270,8 +269,8 @@ class Reconfiguration:
     def _restore(self, job: Job, change: Change, now: float) -> None:
         """Go on from the last complete snapshot, or from the beginning where nothing is lost by that."""
         change.owners = []
-        if job.book.snapshots:
-            snapshot = newest(job)
+        snapshot = newest(job)
+        if snapshot is not None:
             change.source, change.applied = snapshot.path, snapshot.step
             change.lost = max(0, job.step - snapshot.step)
         elif may_begin_anew(job, change):
@@ -316,6 +315,10 @@ class Reconfiguration:
             return
         change.members = {worker.rank: worker.incarnation for worker in job.workers.values()}
         change.phase = Phase.HOSTING
+        if change.source != KEEP:
+            job.trouble, job.trouble_step = "", 0  # a snapshot is tried again before the first limit
+            if not change.loads:
+                state.write(RolledBack(job.name, change.epoch, change.applied))
         change.waiting = set() if change.source == FRESH else set(range(len(change.owners)))
         size = sum(block.nbytes for block in job.layout.blocks)
         reading = 0.0 if change.source == KEEP else 3 * size / state.limits.read_rate
@@ -339,11 +342,14 @@ class Reconfiguration:
         if not change.waiting:
             self._finish(job, change)  # the worker that brings the parameters needs its placement for that
 
-    def _kept(self, job: Job, change: Change) -> int:
+    def _kept(self, job: Job, change: Change) -> int | None:
         every = job.book.spec.snapshot_every
         if change.loads:
             return change.applied - every  # no step before there is a snapshot of what was loaded
-        return max((saved.step for saved in job.book.snapshots), default=-every)
+        if job.trouble:
+            return None
+        snapshot = newest(job)
+        return snapshot.step if snapshot is not None else -every
 
     def _finish(self, job: Job, change: Change) -> None:
         rolled_back = change.source != KEEP
@@ -371,12 +377,9 @@ class Reconfiguration:
                 self._state.write(MemberGone(job.name, rank, False))
         if rolled_back:
             self._state.rollbacks += job.step > 0 and not change.loads
-            self._state.write(RolledBack(job.name, change.epoch, NOTHING if change.loads else change.applied))
             discard_unfinished(self._state, job)
             if change.lost:
                 log.warning("rolled_back job=%s to_step=%d lost=%d", job.name, change.applied, change.lost)
-        if change.loads:
-            job.trouble = ""
         job.step = change.applied
         job.change = None
         job.mismatch_of_log = False

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
+from computron.parameter_service.versions.names import begun_of
 from computron.parameter_service.wire.messages import Address, JobSpec
 
 SNAPSHOTS_KEPT = 2
@@ -79,7 +81,9 @@ class SnapshotSaved(msgspec.Struct, tag="snapshot_saved", frozen=True):
 
 
 class RolledBack(msgspec.Struct, tag="rolled_back", frozen=True):
-    """With this epoch the job went back to step `applied`: what earlier epochs have saved of later steps is void."""
+    """With this epoch the job goes back to step `applied`: what earlier epochs have saved of later steps is void. Written
+    before anybody hears of it.
+    """
 
     job: str
     epoch: int
@@ -219,6 +223,12 @@ class JobBook:
         return all(back.epoch <= history for back in self.rollbacks)
 
     @property
+    def counted(self) -> list[SnapshotSaved]:
+        """Complete snapshots that the job can go on from."""
+        begun = [(begun_of(Path(saved.path)), saved) for saved in self.snapshots]
+        return [saved for of, saved in begun if of is None or self.counts(*of)]
+
+    @property
     def owners(self) -> tuple[str, ...]:
         return self.placed.owners if self.placed is not None else ()
 
@@ -304,7 +314,7 @@ def _apply_to_job(book: JobBook, record: Record) -> None:
         case MemberGone():
             book.gone[record.rank] = book.gone.get(record.rank, False) or record.certain
         case SnapshotSaved():
-            book.snapshots = [*book.snapshots, record][-SNAPSHOTS_KEPT:]
+            book.snapshots = [*book.counted, record][-SNAPSHOTS_KEPT:]
         case SnapshotBad():
             book.snapshots = [snapshot for snapshot in book.snapshots if snapshot.path != record.path]
         case VersionSaved():

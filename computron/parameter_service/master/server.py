@@ -163,7 +163,7 @@ class MasterServer:
             except ComputronError as error:
                 log.error("not_recovered job=%s error=%s", name, error)
                 continue
-            newest = max((saved.step for saved in job.book.snapshots), default=-1)
+            newest = max((saved.step for saved in job.book.counted), default=-1)
             for step, path in [entry for entry in found if entry[0] > newest]:
                 self.tell(Finished(name, "", step, str(path), time.time()))
 
@@ -189,7 +189,7 @@ class MasterServer:
                 self._in_thread(
                     lambda: finish(Path(order.path), order.history),
                     lambda: self.tell(_finished(order)),
-                    lambda error: self.tell(NotFinished(order.job, f"{order.path}: {error}; does the master see it?")),
+                    lambda error: self.tell(_not_finished(order, error)),
                 )
             case Prune():
                 self._remove(lambda: prune(Path(order.path), map(Path, order.keep)))
@@ -277,6 +277,11 @@ class MasterServer:
 
 def _finished(order: Finish) -> Finished:
     return Finished(order.job, order.version, order.step, order.path, time.time())
+
+
+def _not_finished(order: Finish, error: BaseException) -> NotFinished:
+    message = f"{order.path}: {error}; does the master see it?"
+    return NotFinished(order.job, order.version, order.step, order.path, message)
 
 
 async def _send(socket: web.WebSocketResponse, outbox: asyncio.Queue[bytes | None]) -> None:

@@ -139,9 +139,10 @@ class Job:
     behind: seconds of others' work for which a step waits, by aggregator. still_until: until then nothing is moved.
     overhead: seconds of an iteration in which it waits for the service though no aggregator works for it or for
     others, as measured when it shared none; None if it never was. reverted: how often it was slower than predicted
-    where it shared. trouble: why the last snapshot or version did not come about. broken: why it cannot go on in this
-    epoch, as an aggregator said. idle_since: nobody has worked on it since then. kept_by: until then its last step is
-    to be in a snapshot, to be dropped.
+    where it shared. trouble: why the last snapshot did not come about; until one of step `trouble_step` or a later one
+    does, steps are not limited. unpublished: why the last version did not. broken: why it cannot go on in this epoch,
+    as an aggregator said. idle_since: nobody has worked on it since then. kept_by: until then its last step is to be in
+    a snapshot, to be dropped.
     """
 
     book: JobBook
@@ -167,6 +168,8 @@ class Job:
     overhead: float | None = None
     reverted: int = 0
     trouble: str = ""
+    trouble_step: int = 0
+    unpublished: str = ""
     broken: str = ""
     idle_since: float | None = None
     kept_by: float | None = None

@@ -226,8 +226,52 @@ async def test_blocks_that_have_no_state_yet_are_told() -> None:
         assert (len(held["a"].blocks), held["a"].empty) == (len(owners["a"]), ())
 
 
-async def kept(master: FakeMaster, spec: JobSpec, step: int) -> None:
-    for name in master.addresses:
+async def test_where_nothing_can_be_saved_steps_go_on_also_after_a_move() -> None:
+    spec = job(workers=1, snapshot_every=2)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a")
+    async with cluster("a", "b") as master:
+        await master.host(spec, owners, kept=-2)
+        worker = RawWorker(master, spec)
+        await worker.join(owners)
+        await worker.initialise(reference.flat())
+        await master.heard(lambda who, m: isinstance(m, Failed) and m.order == "save")
+        for step in (1, 2, 3):
+            await one_step([worker], reference, step, ADAM)
+        await master.move(spec, "a", "b", [0])
+        await master.moved(1)
+        for step in (4, 5, 6, 7):
+            await one_step([worker], reference, step, ADAM)
+        assert_equal([worker], reference)
+
+
+async def test_a_snapshot_that_others_could_not_write_is_waited_for_no_longer(tmp_path: Path) -> None:
+    spec = job(workers=1, snapshot_every=2)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a", "b")
+    async with cluster("a", folder=tmp_path) as master, cluster("b") as other:
+        master.addresses["b"] = other.addresses["b"]
+        await master.host(spec, {"a": owners["a"]}, kept=-2)
+        await other.host(spec, {"b": owners["b"]}, kept=-2)
+        worker = RawWorker(master, spec)
+        await worker.join(owners)
+        await worker.initialise(reference.flat())
+        ((_, failed), *_) = await other.heard(lambda who, m: isinstance(m, Failed))
+        assert (failed.order, failed.step) == ("save", 0)
+        await master.send("a", Kept(spec.job, None))
+        await one_step([worker], reference, 1, ADAM)
+        await one_step([worker], reference, 2, ADAM)
+        await kept(master, spec, 0, "a")
+        await master.move(spec, "a", "b", [0], epoch=9)
+        await master.heard(lambda who, m: isinstance(m, Failed) and m.order == "move")  # it knows what came before
+        await worker.commit(3, HYPER)
+        await worker.until(lambda: all(worker.applied[index] == 3 for index in owners["b"]))
+        await worker.read("exp_avg")
+        assert {worker.applied[index] for index in owners["a"]} == {2}
+
+
+async def kept(master: FakeMaster, spec: JobSpec, step: int, *whom: str) -> None:
+    for name in whom or master.addresses:
         await master.send(name, Kept(spec.job, step))
 
 

@@ -14,16 +14,29 @@ from computron.parameter_service.master.events import (
     Exited,
     Finish,
     Finished,
+    MoveAsked,
+    NotFinished,
     Order,
     Prune,
     Received,
+    Send,
     Tick,
 )
 from computron.parameter_service.master.master import Master
 from computron.parameter_service.master.records import Book
 from computron.parameter_service.master.scaling import ScalingSettings
 from computron.parameter_service.packing import PACKERS
-from computron.parameter_service.wire.messages import BlockState, Ready, Register, Saved
+from computron.parameter_service.wire.messages import (
+    BlockState,
+    Failed,
+    Held,
+    Host,
+    Kept,
+    MovedOut,
+    Ready,
+    Register,
+    Saved,
+)
 from tests.parameter_service.master.fakes import address_of, enlist, job_spec
 
 AGGREGATORS = {"one": 1, "two": 2}  # and the numbers of their links
@@ -138,6 +151,54 @@ def test_nothing_of_a_deleted_job_counts_in_a_new_one_of_its_name(trained: Train
     assert not trained.job.book.snapshots
     trained.tell(Finished("lm", "", 0, "/f/lm/snapshot-0-2.safetensors", 0.0))
     assert [saved.path for saved in trained.job.book.snapshots] == ["/f/lm/snapshot-0-2.safetensors"]
+
+
+def kept(orders: list[Order]) -> list[tuple[int, int | None]]:
+    """Which links hear of what step."""
+    sent = [order for order in orders if isinstance(order, Send)]
+    return [(order.link, order.message.step) for order in sent if isinstance(order.message, Kept)]
+
+
+def hosted(orders: list[Order]) -> list[Host]:
+    sent = [order.message for order in orders if isinstance(order, Send)]
+    return [message for message in sent if isinstance(message, Host)]
+
+
+def test_all_aggregators_hear_that_no_snapshot_can_be_written_and_when_one_can_again(trained: Trained) -> None:
+    trained.tell(MoveAsked("lm", (1,), "two"))
+    failed = Received(1, Failed("lm", 1, "save", "the disk is full", 7))
+    assert kept(trained.tell(failed)) == [(1, None), (2, None)]
+    assert kept(trained.tell(Finished("lm", "", 5, "/lm/snapshot-5-1.safetensors", 0.0))) == []
+    assert kept(trained.tell(Finished("lm", "", 10, "/lm/snapshot-10-1.safetensors", 0.0))) == [(1, 10), (2, 10)]
+    unnamed = NotFinished("lm", "", 15, "/lm/snapshot-15-1.safetensors", "it is not there")
+    assert kept(trained.tell(unnamed)) == [(1, None), (2, None)]
+    assert kept(trained.tell(Received(1, Failed("lm", 1, "publish", "it is there already", 16)))) == []
+    assert trained.job.trouble == "it is not there"
+
+
+def test_an_epoch_in_which_nothing_was_saved_has_no_limit_but_one_that_goes_back_has(trained: Trained) -> None:
+    trained.tell(Finished("lm", "", 0, "/lm/snapshot-0-1.safetensors", 0.0))
+    trained.tell(Received(1, Failed("lm", 1, "save", "the disk is full", 5)))
+    trained.job.broken = "it begins again"
+    trained.tell(Tick())
+    assert kept(trained.tell(Received(1, Failed("lm", 1, "save", "of the old epoch", 5)))) == []
+    orders = trained.tell(Received(1, Held("lm", 2, (BlockState(0, 7), BlockState(1, 7)), ())))
+    assert [host.kept for host in hosted(orders)] == [None]
+    assert [host.kept for host in hosted(trained.tell(Exited("one")))] == [0]
+
+
+def test_a_snapshot_of_what_is_being_given_up_is_never_gone_back_to(trained: Trained) -> None:
+    trained.tell(Finished("lm", "", 50, "/lm/snapshot-50-1.safetensors", 0.0))
+    trained.tell(MoveAsked("lm", (1,), "two"))
+    trained.tell(Received(1, MovedOut("lm", 1, (1,), "two", 50)))
+    trained.tell(Exited("two"))
+    trained.tell(Received(1, Held("lm", 2, (BlockState(0, 62),), ())))
+    assert kept(trained.tell(Finished("lm", "", 60, "/lm/snapshot-60-1.safetensors", 0.0))) == []
+    trained.tell(Received(1, Ready("lm", 2, (BlockState(0, 50), BlockState(1, 50)))))
+    assert trained.job.book.placed.applied == 50
+    trained.tell(Received(4, Register(address_of("three"), "", 4, 1 << 31, ())))
+    (host,) = hosted(trained.tell(Exited("one")))
+    assert (host.source, host.applied, host.kept) == ("/lm/snapshot-50-1.safetensors", 50, 50)
 
 
 def test_a_job_that_is_deleted_leaves_no_half_versions(trained: Trained) -> None:

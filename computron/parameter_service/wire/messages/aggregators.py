@@ -45,7 +45,7 @@ class Host(msgspec.Struct, tag="host", frozen=True):
     """From this epoch on own exactly these blocks of the job, all at step `applied`, with these members.
 
     source: "keep" what is there; "worker": one will write them; otherwise the snapshot's file that they are read from.
-    Other blocks of the job are forgotten, unfinished moves too. kept: as in `Kept`.
+    Other blocks of the job are forgotten, unfinished moves too. kept: as `Kept.step`.
     """
 
     spec: JobSpec
@@ -55,7 +55,7 @@ class Host(msgspec.Struct, tag="host", frozen=True):
     blocks: tuple[int, ...]
     applied: int
     source: str
-    kept: int = 0
+    kept: int | None = 0
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -134,11 +134,12 @@ class Complete(msgspec.Struct, tag="complete", frozen=True):
 
 class Kept(msgspec.Struct, tag="kept", frozen=True):
     """The job's snapshot of this step is complete. So that a failure costs no more than `snapshot_every` steps, an
-    aggregator that is connected to the master applies none further behind the last complete snapshot.
+    aggregator that is connected to the master applies none further behind the last complete snapshot. None: one could
+    not be written; until one is, steps are not limited.
     """
 
     job: str
-    step: int
+    step: int | None
 
 
 class Keep(msgspec.Struct, tag="keep", frozen=True):
@@ -204,12 +205,13 @@ class Usage(msgspec.Struct, tag="usage", frozen=True):
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """An order could not be carried out."""
+    """An order could not be carried out. step: the last that any block here has seen, of an order to save."""
 
     job: str
     epoch: int
     order: str
     message: str
+    step: int = 0
 
 
 class Stop(msgspec.Struct, tag="stop", frozen=True):

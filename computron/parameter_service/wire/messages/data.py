@@ -207,7 +207,7 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 class Expect(msgspec.Struct, tag="expect", frozen=True):
     """Blocks will be handed over: workers that are told so may come before their states. Where memory is shared the
     descriptors of their segments come with it, so that they can be mapped in time. key: of the service.
-    members, token: of the job. kept: as in `Kept`. history: as in `Saved`.
+    members, token: of the job. kept: as `Kept.step`. history: as in `Saved`.
     """
 
     key: str
@@ -216,7 +216,7 @@ class Expect(msgspec.Struct, tag="expect", frozen=True):
     epoch: int
     members: tuple[int, ...]
     blocks: tuple[int, ...]
-    kept: int = 0
+    kept: int | None = 0
     history: int = 0
 
 
@@ -227,7 +227,9 @@ class Expecting(msgspec.Struct, tag="expecting", frozen=True):
 
 
 class Adopt(msgspec.Struct, tag="adopt", frozen=True):
-    """From now on the receiver owns an expected block. Where memory is not shared its state follows as payload."""
+    """From now on the receiver owns an expected block. Where memory is not shared its state follows as payload.
+    limited: whether steps are, by the last complete snapshot.
+    """
 
     job: str
     epoch: int
@@ -235,6 +237,7 @@ class Adopt(msgspec.Struct, tag="adopt", frozen=True):
     applied: int
     updates: int
     memory: str
+    limited: bool = True
 
 
 class Adopted(msgspec.Struct, tag="adopted", frozen=True):
