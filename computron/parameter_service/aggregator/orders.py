@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Guard, Job, Worker, versions_of
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.saving import Saver
+from computron.parameter_service.aggregator.staging import missing
 from computron.parameter_service.aggregator.steps import Steps
 from computron.parameter_service.specs import block_bytes, layout_of
 from computron.parameter_service.wire.messages import (
@@ -67,9 +68,10 @@ class Orders:
 
     @property
     def used(self) -> int:
-        """Bytes that blocks take."""
+        """Bytes that blocks take, and that those will which are expected."""
         jobs = self._jobs.values()
-        return sum(b.segment.nbytes for job in jobs for b in (*job.blocks.values(), *job.leaving.values()))
+        here = sum(b.segment.nbytes for job in jobs for b in (*job.blocks.values(), *job.leaving.values()))
+        return here + sum(_bytes_of(job, job.expected) for job in jobs)
 
     def hold(self, order: Hold) -> None:
         job = self._jobs.get(order.job)
@@ -100,7 +102,7 @@ class Orders:
             return
         blocks = [job.blocks[index] for index in order.blocks if index in job.blocks]
         wrong = [b.block.index for b in blocks if not b.complete or b.applied != order.step - 1]
-        unstaged = [commit.rank for commit in order.commits if commit.rank not in job.workers]
+        unstaged = _without_gradients(job, blocks, order)
         if len(blocks) < len(order.blocks) or wrong or unstaged:
             what = f"of workers {unstaged} there are no gradients" if unstaged else f"blocks {wrong} are not there"
             self._report(Failed(order.job, order.epoch, "complete", f"step {order.step}: {what}"))
@@ -148,6 +150,7 @@ class Orders:
     def drop(self, order: Drop) -> None:
         job = self._jobs.pop(order.job, None)
         if job is not None:
+            job.held = True
             self._saver.cancel(job, versions=True)
             self._steps.quiet(job, lambda: self._forget(job))
 
@@ -172,8 +175,6 @@ class Orders:
             raise ValueError(f"the job is in epoch {job.epoch}, not {message.epoch}")
         if job is None:
             job = new_job(message)
-        blocks = [index for index in message.blocks if index not in job.blocks]
-        self._check_room(sum(block_bytes(job.spec, job.layout.blocks[index]) for index in blocks))
         if message.epoch > job.epoch:
             job.epoch, job.members = message.epoch, message.members
             job.kept, job.history = message.kept, message.history
@@ -181,7 +182,9 @@ class Orders:
             job.forget_asks()
             job.given.clear()
             job.expect_nothing()
-        job.expected.update(blocks)
+        blocks = {index for index in message.blocks if index not in job.blocks}
+        self._check_room(_bytes_of(job, blocks - job.expected))
+        job.expected |= blocks
         self._jobs[message.spec.job] = job
         return job
 
@@ -208,7 +211,8 @@ class Orders:
         missing = [index for index in order.blocks if index not in job.blocks and index not in job.leaving]
         if order.source == KEEP and missing:
             raise ValueError(f"blocks {missing} are not here to be kept")
-        self._check_room(sum(block_bytes(job.spec, job.layout.blocks[index]) for index in missing))
+        job.expect_nothing()
+        self._check_room(_bytes_of(job, missing))
         job.epoch, job.members, job.held, job.token = order.epoch, order.members, True, order.token
         job.kept, job.guard = order.kept, Guard.MASTER
         if order.kept is not None:
@@ -224,7 +228,6 @@ class Orders:
             return
         known = {**job.leaving, **job.blocks}
         job.blocks, job.leaving, job.given = {}, {}, {}
-        job.expect_nothing()
         job.commits.clear()
         job.forget_asks()
         if order.source != KEEP:
@@ -288,10 +291,25 @@ class Orders:
 
     def _forget(self, job: Job) -> None:
         job.expect_nothing()
+        self._steps.compute.behind(job)  # nothing of it is left there
         for block in (*job.blocks.values(), *job.leaving.values()):
             block.close()
         for worker in job.workers.values():
             self._leave(worker)
+
+
+def _bytes_of(job: Job, blocks: Iterable[int]) -> int:
+    return sum(block_bytes(job.spec, job.layout.blocks[index]) for index in blocks)
+
+
+def _without_gradients(job: Job, blocks: Sequence[HeldBlock], order: Complete) -> list[int]:
+    """Ranks that committed the step elsewhere, and of which not all gradients that it takes here are here."""
+    ranks = [commit.rank for commit in order.commits]
+    gone = [rank for rank in ranks if rank not in job.workers]
+    if gone or any(commit.skip for commit in order.commits):
+        return gone
+    stagings = {rank: job.workers[rank].staging for rank in ranks}
+    return sorted({rank for block in blocks for rank in missing(stagings, block.block, order.step)})
 
 
 def new_job(order: Host | Expect) -> Job:

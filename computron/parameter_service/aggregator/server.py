@@ -355,8 +355,8 @@ class Server:
         self._room(link, message)
         job = self._job(message.job)
         segment, memory = job.arriving.pop(message.block), message.memory if link.shares_memory else uuid.uuid4().hex
+        link.send(Adopted(message.job, message.epoch, message.block))  # before a step changes what the other one keeps
         self.orders.adopt(job, message, segment, memory)
-        link.send(Adopted(message.job, message.epoch, message.block))
 
     # What is where.
 

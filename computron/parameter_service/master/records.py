@@ -81,8 +81,8 @@ class SnapshotSaved(msgspec.Struct, tag="snapshot_saved", frozen=True):
 
 
 class RolledBack(msgspec.Struct, tag="rolled_back", frozen=True):
-    """With this epoch the job goes back to step `applied`: what earlier epochs have saved of later steps is void. Written
-    before anybody hears of it.
+    """With this epoch the job goes back to step `applied`: what earlier epochs have saved of later steps is void.
+    Written before anybody hears of it.
     """
 
     job: str
