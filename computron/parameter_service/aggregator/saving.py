@@ -12,11 +12,12 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
+from computron.errors import CheckpointError
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Job
 from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.versions.names import snapshot_path, version_path
-from computron.parameter_service.versions.snapshot import SnapshotReader, SnapshotWriter
+from computron.parameter_service.versions.snapshot import SnapshotMissing, SnapshotReader, SnapshotWriter
 from computron.parameter_service.versions.version import VersionWriter
 from computron.parameter_service.wire.messages import Extra, Saved
 
@@ -141,7 +142,7 @@ class Saver:
 
     def restore(self, job: Job, blocks: Sequence[HeldBlock], path: Path, then: Callable[[], None]) -> None:
         """Fill the blocks from a snapshot; `then` is called when they are."""
-        self._thread.submit(self._read, job, tuple(blocks), path, then)
+        self._thread.submit(self._read, job, tuple(blocks), path, job.epoch, then)
 
     def kept(self, job: str, step: int) -> None:
         """The job's snapshot of this step is complete: it and those before it need not be told again."""
@@ -251,7 +252,7 @@ class Saver:
             self._failed(job, _order(message.version), f"{path}: {error}")
         then()
 
-    def _read(self, job: Job, blocks: Sequence[HeldBlock], path: Path, then: Callable[[], None]) -> None:
+    def _read(self, job: Job, blocks: Sequence[HeldBlock], path: Path, epoch: int, then: Callable[[], None]) -> None:
         error: Exception | None = None
         try:
             with SnapshotReader(path, job.spec) as snapshot:
@@ -262,11 +263,13 @@ class Saver:
                         block.updates = snapshot.read_updates(block.block)
         except Exception as raised:
             error = raised
-        self._loop.call_soon_threadsafe(self._restored, job, path, then, error)
+        self._loop.call_soon_threadsafe(self._restored, job, epoch, then, error)
 
-    def _restored(self, job: Job, path: Path, then: Callable[[], None], error: Exception | None) -> None:
+    def _restored(self, job: Job, epoch: int, then: Callable[[], None], error: Exception | None) -> None:
+        if job.epoch != epoch:
+            return
         if error is not None:
-            self._failed(job, "host", f"the snapshot cannot be taken up: {error}")
+            self._failed(job, _restoring(error), f"the snapshot cannot be taken up: {error}")
         else:
             then()
 
@@ -277,3 +280,10 @@ def _nothing() -> None: ...
 def _order(version: str) -> str:
     """What cannot be carried out. Without snapshots a failure costs more; without a version it does not."""
     return "publish" if version else "save"
+
+
+def _restoring(error: Exception) -> str:
+    """What cannot be carried out: whether the snapshot is bad, or there is none, or it cannot be read here."""
+    if isinstance(error, SnapshotMissing):
+        return "find"
+    return "restore" if isinstance(error, CheckpointError) else "host"

@@ -1,4 +1,4 @@
-"""What is known when `Hold` was answered: where blocks are, what was committed, and who has said nothing."""
+"""What aggregators have said: where blocks are, what was committed, what is missing, and who has said nothing."""
 
 from __future__ import annotations
 
@@ -53,3 +53,9 @@ def commits_of(change: Change, step: int, members: set[int]) -> tuple[HeldCommit
     if set(found) < members:
         return None
     return tuple(found[rank] for rank in sorted(members & set(found)))
+
+
+def nobody_finds(state: State, job: Job) -> bool:
+    """Whether the last snapshot is missing for all aggregators that could be asked for it."""
+    known = state.aggregators.values()
+    return all(a.id in job.missing for a in known if a.link is not None and not a.draining and not a.stopping)

@@ -175,7 +175,7 @@ class Master:
                 self._reconfiguration.ready(job, name, message)
             case Failed(order="move" | "step"):
                 self._moves.failed(job, name, message, now)
-            case Failed(order="host" | "hold" | "complete"):
+            case Failed(order="host" | "hold" | "complete" | "restore" | "find"):
                 self._reconfiguration.failed(job, name, message, now)
             case Failed(order="save"):
                 self._files.not_saved(job, name, message)

@@ -20,7 +20,7 @@ import logging
 from collections.abc import Iterable
 
 from computron.parameter_service.master.files import discard_unfinished, newest
-from computron.parameter_service.master.findings import best, commits_of, is_followed, silent
+from computron.parameter_service.master.findings import best, commits_of, is_followed, nobody_finds, silent
 from computron.parameter_service.master.loading import bringers, look_for_loaded
 from computron.parameter_service.master.placement import Placer
 from computron.parameter_service.master.reasons import (
@@ -114,8 +114,12 @@ class Reconfiguration:
             "order_failed job=%s aggregator=%s order=%s reason=%s",
             job.name, aggregator, message.order, message.message,
         )  # fmt: skip
-        if change.source not in (KEEP, FRESH) and change.source in message.message:  # the file itself is wrong
+        if message.order == "find":
+            job.missing.add(aggregator)
+        if message.order == "restore" or (message.order == "find" and nobody_finds(self._state, job)):
             self._state.write(SnapshotBad(job.name, change.source))
+            job.readmit(job.missing)
+            job.missing.clear()
         else:
             self._exclude(job, [aggregator], now)
         self._begin(job, f"{aggregator} failed: {message.message}", now)
@@ -317,6 +321,7 @@ class Reconfiguration:
         change.phase = Phase.HOSTING
         if change.source != KEEP:
             job.trouble, job.trouble_step = "", 0  # a snapshot is tried again before the first limit
+            discard_unfinished(state, job)
             if not change.loads:
                 state.write(RolledBack(job.name, change.epoch, change.applied))
         change.waiting = set() if change.source == FRESH else set(range(len(change.owners)))
@@ -377,11 +382,11 @@ class Reconfiguration:
                 self._state.write(MemberGone(job.name, rank, False))
         if rolled_back:
             self._state.rollbacks += job.step > 0 and not change.loads
-            discard_unfinished(self._state, job)
             if change.lost:
                 log.warning("rolled_back job=%s to_step=%d lost=%d", job.name, change.applied, change.lost)
         job.step = change.applied
         job.change = None
+        job.missing.clear()
         job.mismatch_of_log = False
         log.info(
             "placed job=%s epoch=%d members=%d step=%d reason=%s",

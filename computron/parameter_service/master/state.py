@@ -142,7 +142,7 @@ class Job:
     where it shared. trouble: why the last snapshot did not come about; until one of step `trouble_step` or a later one
     does, steps are not limited. unpublished: why the last version did not. broken: why it cannot go on in this epoch,
     as an aggregator said. idle_since: nobody has worked on it since then. kept_by: until then its last step is to be in
-    a snapshot, to be dropped.
+    a snapshot, to be dropped. missing: aggregators that do not find the last snapshot.
     """
 
     book: JobBook
@@ -152,6 +152,7 @@ class Job:
     change: Change | None = None
     excluded: dict[str, float] = field(default_factory=dict)
     silent: set[str] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)
     doubted: dict[str, float] = field(default_factory=dict)
     mismatch: bool = False
     mismatch_of_log: bool = False

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from computron.parameter_service.layout import TensorSpec
 from computron.parameter_service.versions.files import SharedFile, partial_path
-from computron.parameter_service.wire.messages import Extra, Kept, Registered, Saved, Stop
-from tests.parameter_service.aggregator.cluster import FakeMaster, Reference, cluster, job
+from computron.parameter_service.wire.messages import Extra, Failed, Host, Kept, Registered, Saved, Stop
+from tests.parameter_service.aggregator.cluster import TOKEN, FakeMaster, Reference, cluster, job
 from tests.parameter_service.aggregator.test_faults import HYPER, until
 from tests.parameter_service.aggregator.test_reconfiguration import rejoin, snapshot
 from tests.parameter_service.aggregator.test_steps import ADAM, one_step, spread, started
@@ -101,3 +101,15 @@ async def test_who_is_to_stop_writes_and_tells_first(tmp_path: Path, monkeypatch
         for version in ("v1", "v2"):
             assert {m.step for m in await saved(master, version, count)} == {int(version[1])}
         await until(lambda: master._sockets["a"].closed)
+
+
+async def test_whether_a_snapshot_is_damaged_or_missing_or_out_of_reach_is_told_apart(tmp_path: Path) -> None:
+    spec = job(workers=1, snapshot_every=8)
+    owners = spread(Reference(spec, **ADAM), "a")
+    sources = {"restore": tmp_path / "cut", "find": tmp_path / "missing", "host": tmp_path / "nowhere" / "file"}
+    sources["restore"].touch()
+    async with cluster("a", folder=tmp_path) as master:
+        for epoch, (order, source) in enumerate(sources.items(), 1):
+            await master.send("a", Host(spec, TOKEN, epoch, (0,), tuple(owners["a"]), 5, str(source), 5))
+            ((_, failed),) = await master.heard(lambda who, m: isinstance(m, Failed))
+            assert (failed.epoch, failed.order) == (epoch, order)

@@ -81,10 +81,10 @@ class Trained:
 
     def go_back(self) -> list[Order]:
         """`one` dies, and `two` has the blocks as the last snapshot has them."""
-        self.tell(Exited("one"))
+        orders = self.tell(Exited("one"))
         applied = self.job.change.applied
         states = tuple(BlockState(block, applied) for block in (0, 1))
-        orders = self.tell(Received(2, Ready("lm", self.job.book.epoch, states)))
+        orders += self.tell(Received(2, Ready("lm", self.job.book.epoch, states)))
         assert self.job.book.placed.applied == applied
         return orders
 

@@ -205,7 +205,10 @@ class Usage(msgspec.Struct, tag="usage", frozen=True):
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """An order could not be carried out. step: the last that any block here has seen, of an order to save."""
+    """An order could not be carried out. order: "hold", "complete", "host", "move", "step", "save" (of a snapshot) or
+    "publish"; "restore" if the snapshot that blocks were to come from is damaged, "find" if it is not there. step: the
+    last that any block here has seen, of an order to save.
+    """
 
     job: str
     epoch: int
