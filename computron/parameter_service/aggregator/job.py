@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from computron.parameter_service.aggregator.block import HeldBlock
-from computron.parameter_service.aggregator.staging import Staging, missing
+from computron.parameter_service.aggregator.staging import PushedStaging, Staging, missing
 from computron.parameter_service.layout import Layout
+from computron.parameter_service.specs import block_bytes, gradient_bytes
 from computron.parameter_service.wire.link import Link
 from computron.parameter_service.wire.messages import Address, AskNorms, Commit, HeldCommit, JobSpec
 from computron.parameter_service.wire.segments import Segment
@@ -180,6 +181,18 @@ class Job:
             if missing(stagings, block.block, asks[0].step):
                 return []
         return asks
+
+    @property
+    def pushing(self) -> int:
+        """How many members push their gradients to here."""
+        return sum(isinstance(worker.staging, PushedStaging) for worker in self.workers.values())
+
+    def state_bytes(self, blocks: Iterable[int]) -> int:
+        return sum(block_bytes(self.spec, self.layout.blocks[index]) for index in blocks)
+
+    def gradient_bytes(self, blocks: Iterable[int]) -> int:
+        """Of one worker."""
+        return sum(gradient_bytes(self.spec, self.layout.blocks[index]) for index in blocks)
 
     def forget_asks(self) -> None:
         self.asks.clear()

@@ -78,11 +78,14 @@ class Moves:
             return
         if job.epoch != epoch:
             return
+        pushing = job.pushing if link.shares_memory else len(job.members)  # who shares memory here pushes to there
         known = [block for block in blocks if job.blocks.get(block.block.index) is block and block.moving == to]
         for start in range(0, len(known), FDS_AT_ONCE):
             some = known[start : start + FDS_AT_ONCE]
             indices = tuple(block.block.index for block in some)
-            expect = Expect(self._key, job.spec, job.token, job.epoch, job.members, indices, job.kept, job.history)
+            expect = Expect(
+                self._key, job.spec, job.token, job.epoch, job.members, indices, job.kept, job.history, pushing
+            )
             link.send(expect, fds=[block.segment.fd for block in some] if link.shares_memory else ())
 
     async def _link(self, to: Address) -> Link:

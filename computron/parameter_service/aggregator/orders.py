@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Guard, Job, Worker, versions_of
 from computron.parameter_service.aggregator.moves import Moves
+from computron.parameter_service.aggregator.room import NoRoom, Room
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.staging import missing
 from computron.parameter_service.aggregator.steps import Steps
-from computron.parameter_service.specs import block_bytes, layout_of
+from computron.parameter_service.specs import layout_of
 from computron.parameter_service.wire.messages import (
     FRESH,
     KEEP,
@@ -37,10 +38,6 @@ from computron.parameter_service.wire.segments import Segment
 log = logging.getLogger(__name__)
 
 
-class NoRoom(Exception):
-    """The aggregator may not use so much memory."""
-
-
 class Orders:
     """jobs: all that are here, by name. report: sends to the master. arrived: told of a job's blocks that are complete
     now and may be joined. leave: ends the connection of a worker that is none of a job's any more.
@@ -58,20 +55,13 @@ class Orders:
         leave: Callable[[Worker], None],
     ) -> None:
         self._jobs = jobs
-        self._memory = memory
+        self.room = Room(jobs, memory)
         self._steps = steps
         self._moves = moves
         self._saver = saver
         self._report = report
         self._arrived = arrived
         self._leave = leave
-
-    @property
-    def used(self) -> int:
-        """Bytes that blocks take, and that those will which are expected."""
-        jobs = self._jobs.values()
-        here = sum(b.segment.nbytes for job in jobs for b in (*job.blocks.values(), *job.leaving.values()))
-        return here + sum(_bytes_of(job, job.expected) for job in jobs)
 
     def hold(self, order: Hold) -> None:
         job = self._jobs.get(order.job)
@@ -183,7 +173,7 @@ class Orders:
             job.given.clear()
             job.expect_nothing()
         blocks = {index for index in message.blocks if index not in job.blocks}
-        self._check_room(_bytes_of(job, blocks - job.expected))
+        self.room.check_blocks(job, blocks - job.expected, message.pushing)
         job.expected |= blocks
         self._jobs[message.spec.job] = job
         return job
@@ -212,7 +202,7 @@ class Orders:
         if order.source == KEEP and missing:
             raise ValueError(f"blocks {missing} are not here to be kept")
         job.expect_nothing()
-        self._check_room(_bytes_of(job, missing))
+        self.room.check_blocks(job, missing)
         job.epoch, job.members, job.held, job.token = order.epoch, order.members, True, order.token
         job.kept, job.guard = order.kept, Guard.MASTER
         if order.kept is not None:
@@ -285,10 +275,6 @@ class Orders:
     def _ready(self, job: Job, epoch: int, blocks: Sequence[HeldBlock]) -> None:
         self._report(Ready(job.spec.job, epoch, tuple(BlockState(b.block.index, b.applied) for b in blocks)))
 
-    def _check_room(self, nbytes: int) -> None:
-        if self.used + nbytes > self._memory:
-            raise NoRoom(f"{nbytes} bytes more than the {self.used} in use exceed the {self._memory} that it may use")
-
     def _forget(self, job: Job) -> None:
         job.expect_nothing()
         self._steps.compute.behind(job)  # nothing of it is left there
@@ -296,10 +282,6 @@ class Orders:
             block.close()
         for worker in job.workers.values():
             self._leave(worker)
-
-
-def _bytes_of(job: Job, blocks: Iterable[int]) -> int:
-    return sum(block_bytes(job.spec, job.layout.blocks[index]) for index in blocks)
 
 
 def _without_gradients(job: Job, blocks: Sequence[HeldBlock], order: Complete) -> list[int]:

@@ -233,7 +233,7 @@ class Aggregator:
                 )
             )
             job.counters = type(job.counters)()
-        usage = Usage(self._identity, seconds, busy - self._busy, cpu - self._cpu, self._orders.used, tuple(jobs))
+        usage = Usage(self._identity, seconds, busy - self._busy, cpu - self._cpu, self._orders.room.used, tuple(jobs))
         self._busy, self._cpu = busy, cpu
         return usage
 

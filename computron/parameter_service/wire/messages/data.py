@@ -207,7 +207,8 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 class Expect(msgspec.Struct, tag="expect", frozen=True):
     """Blocks will be handed over: workers that are told so may come before their states. Where memory is shared the
     descriptors of their segments come with it, so that they can be mapped in time. key: of the service.
-    members, token: of the job. kept: as `Kept.step`. history: as in `Saved`.
+    members, token: of the job. kept: as `Kept.step`. history: as in `Saved`. pushing: how many of the members will push
+    their gradients, at most.
     """
 
     key: str
@@ -218,6 +219,7 @@ class Expect(msgspec.Struct, tag="expect", frozen=True):
     blocks: tuple[int, ...]
     kept: int | None = 0
     history: int = 0
+    pushing: int = 0
 
 
 class Expecting(msgspec.Struct, tag="expecting", frozen=True):
