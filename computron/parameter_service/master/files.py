@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from computron.parameter_service.master.events import Discard, Finish, Finished, NotFinished, Prune
-from computron.parameter_service.master.records import SnapshotSaved, VersionSaved
+from computron.parameter_service.master.records import SavingFailed, SnapshotSaved, VersionSaved
 from computron.parameter_service.master.state import Job, State, Unfinished
 from computron.parameter_service.versions.names import begun_of
 from computron.parameter_service.wire.messages import Failed, Kept, Saved
@@ -60,6 +60,8 @@ class Files:
         """
         log.error("snapshot_failed job=%s reason=%s", job.name, reason)
         job.trouble, job.trouble_step = reason, max(job.trouble_step, step)
+        if not job.book.unsaved:
+            self._state.write(SavingFailed(job.name))
         for name in sorted(job.holders):
             self._state.tell(name, Kept(job.name, None))
 

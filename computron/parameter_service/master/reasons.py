@@ -39,7 +39,7 @@ def look_for_doubts(state: State, job: Job, now: float) -> None:
         elif now - since >= state.limits.unreachable:
             del job.doubted[aggregator]
             job.exclude([aggregator], now + state.limits.exclusion)
-    if job.change is None and job.linked and job.book.snapshots:
+    if job.change is None and job.linked and newest(job):
         known = [state.aggregators[owner] for owner in sorted(set(job.book.owners)) if owner in state.aggregators]
         away = [owner for owner in known if owner.link is None]
         gone = [a.id for a in away if now - max(a.unlinked, job.progressed, job.since) >= state.limits.away]
@@ -80,7 +80,7 @@ def may_begin_anew(job: Job, change: Change) -> bool:
         return True
     if job.step > 0 or job.book.loaded:
         return False
-    return job.book.placed is None or (spec.snapshot_every > 0 and not job.trouble) or is_unfilled(job, change)
+    return job.book.placed is None or (spec.snapshot_every > 0 and not job.book.unsaved) or is_unfilled(job, change)
 
 
 def why_nothing_is_left(job: Job) -> str:
@@ -88,8 +88,8 @@ def why_nothing_is_left(job: Job) -> str:
     every = job.book.spec.snapshot_every
     if every == 0:
         return "and no snapshots are taken of this job: set snapshot_every, and give the service a snapshots folder"
-    if job.trouble:
-        return f"and no snapshot could be written: {job.trouble}"
+    if job.trouble or job.book.unsaved:
+        return f"and no snapshot could be written: {job.trouble or 'see the log of the master before this one'}"
     return f"and no snapshot was complete yet: one is taken every {every} steps; take them more often to lose less"
 
 

@@ -80,6 +80,12 @@ class SnapshotSaved(msgspec.Struct, tag="snapshot_saved", frozen=True):
     path: str
 
 
+class SavingFailed(msgspec.Struct, tag="saving_failed", frozen=True):
+    """No snapshot came about when one was due, and steps are taken all the same. Written before anybody is told so."""
+
+    job: str
+
+
 class RolledBack(msgspec.Struct, tag="rolled_back", frozen=True):
     """With this epoch the job goes back to step `applied`: what earlier epochs have saved of later steps is void.
     Written before anybody hears of it.
@@ -172,8 +178,8 @@ class CountSet(msgspec.Struct, tag="count_set", frozen=True):
 
 Record = (
     JobCreated | EpochBegun | Placed | MoveBegun | MoveEnded | MemberGone | SnapshotSaved | SnapshotBad | VersionSaved
-    | RolledBack | StateLoaded | Totals | JobFailed | JobUnhosted | JobDropped | QuotaSet | AggregatorStarted
-    | AggregatorKnown | AggregatorGone | CountSet
+    | SavingFailed | RolledBack | StateLoaded | Totals | JobFailed | JobUnhosted | JobDropped | QuotaSet
+    | AggregatorStarted | AggregatorKnown | AggregatorGone | CountSet
 )  # fmt: skip
 
 
@@ -183,7 +189,7 @@ class JobBook:
 
     epoch: the newest that was ever used; above placed.epoch while a reconfiguration is going on. gone: members of
     `placed` that are not there any more, and whether that is certain. lost: steps rolled back ever. loaded: how often a
-    state was loaded, without one that is being loaded.
+    state was loaded, without one that is being loaded. unsaved: steps may have been taken that no snapshot precedes.
     """
 
     spec: JobSpec
@@ -195,6 +201,7 @@ class JobBook:
     snapshots: list[SnapshotSaved] = field(default_factory=list)
     versions: dict[str, VersionSaved] = field(default_factory=dict)
     rollbacks: list[RolledBack] = field(default_factory=list)
+    unsaved: bool = False
     failed: str | None = None
     lost: int = 0
     moves: int = 0
@@ -315,6 +322,9 @@ def _apply_to_job(book: JobBook, record: Record) -> None:
             book.gone[record.rank] = book.gone.get(record.rank, False) or record.certain
         case SnapshotSaved():
             book.snapshots = [*book.counted, record][-SNAPSHOTS_KEPT:]
+            book.unsaved = False
+        case SavingFailed():
+            book.unsaved = True
         case SnapshotBad():
             book.snapshots = [snapshot for snapshot in book.snapshots if snapshot.path != record.path]
         case VersionSaved():
@@ -328,6 +338,7 @@ def _apply_to_job(book: JobBook, record: Record) -> None:
         case RolledBack():
             book.rollbacks = [back for back in book.rollbacks if back.applied < record.applied]
             book.rollbacks.append(record)  # those it leaves out would void nothing besides
+            book.unsaved = False
         case Totals():
             book.lost, book.moves = record.lost, record.moves
         case JobFailed():
@@ -363,5 +374,7 @@ def _records_of(book: JobBook) -> Iterator[Record]:
     yield from book.rollbacks
     yield from book.snapshots
     yield from book.versions.values()
+    if book.unsaved:
+        yield SavingFailed(book.job)
     if book.failed is not None:
         yield JobFailed(book.job, book.failed)

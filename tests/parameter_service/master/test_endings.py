@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 
 from computron.parameter_service.master.events import Closed, DrainAsked, Exited, Finished, MoveAsked
 from computron.parameter_service.master.records import Book
@@ -82,18 +83,19 @@ def replayed(bench: Bench) -> Book:
     return book
 
 
-def test_the_death_of_a_master_and_an_aggregator_at_once_does_not_hide_how_far_the_job_was() -> None:
-    """Nothing could be saved: what the worker has may be of different steps."""
+@pytest.mark.parametrize("step", [0, 500])
+def test_the_death_of_a_master_and_an_aggregator_at_once_does_not_hide_how_far_the_job_was(step: int) -> None:
+    """Nothing could be saved: what the worker has may be of different steps, also if it has seen none."""
     bench = Small("one")
     bench.say("one", Failed("lm", 1, "save", "no folder"))
-    bench.at(500)
+    bench.at(step)
     again = Bench(starts=False, maximum=4, book=replayed(bench))
     again.links["lm"] = 7
-    again.say("lm", msgspec.structs.replace(enlist(bench.job.book.spec), epoch=1, step=500))
+    again.say("lm", msgspec.structs.replace(enlist(bench.job.book.spec), epoch=1, step=step))
     again.tell(Exited("one"))
     again.register("two", 2)
     again.wait(0.1)
-    assert "no snapshot was complete" in again.master.state.jobs["lm"].failed
+    assert "no snapshot could be written" in again.master.state.jobs["lm"].failed
     assert again.heard("lm", Denied)
 
 
