@@ -38,7 +38,7 @@ class Files:
         if message.epoch == job.book.epoch:
             self._do_without(job, message.step, reason)
         else:
-            log.warning("old_file_failed job=%s reason=%s", job.name, reason)
+            log.info("old_file_failed job=%s reason=%s", job.name, reason)
 
     def not_published(self, job: Job, reason: str) -> None:
         """The job's view says so until another version is complete."""
@@ -48,7 +48,7 @@ class Files:
     def not_finished(self, event: NotFinished) -> None:
         job = self._state.jobs.get(event.job)
         if job is None or not _counts(job, event):
-            log.warning("old_file_failed job=%s reason=%s", event.job, event.message)
+            log.info("old_file_failed job=%s reason=%s", event.job, event.message)
         elif event.version:
             self.not_published(job, event.message)
         else:

@@ -193,6 +193,10 @@ def test_a_snapshot_of_what_is_being_given_up_is_never_gone_back_to(trained: Tra
     trained.tell(Received(1, MovedOut("lm", 1, (1,), "two", 50)))
     trained.tell(Exited("two"))
     trained.tell(Received(1, Held("lm", 2, (BlockState(0, 62),), ())))
+    again = Book()
+    for record in trained.master.state.book.records():
+        again.apply(record)
+    assert not again.jobs["lm"].counts(60, 1)  # nor for a master that is started now
     assert kept(trained.tell(Finished("lm", "", 60, "/lm/snapshot-60-1.safetensors", 0.0))) == []
     trained.tell(Received(1, Ready("lm", 2, (BlockState(0, 50), BlockState(1, 50)))))
     assert trained.job.book.placed.applied == 50
