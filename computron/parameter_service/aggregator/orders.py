@@ -141,7 +141,8 @@ class Orders:
         job = self._jobs.pop(order.job, None)
         if job is not None:
             job.held = True
-            self._saver.cancel(job, versions=True)
+            if job.blocks or job.leaving:  # else it has moved away, and files get what was copied for them before
+                self._saver.cancel(job, versions=True)
             self._steps.quiet(job, lambda: self._forget(job))
 
     def kept(self, order: Kept) -> list[Job]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from computron.parameter_service.layout import TensorSpec
 from computron.parameter_service.versions.files import SharedFile, partial_path
-from computron.parameter_service.wire.messages import Extra, Failed, Host, Kept, Registered, Saved, Stop
+from computron.parameter_service.wire.messages import Drop, Extra, Failed, Host, Kept, MovedOut, Registered, Saved, Stop
 from tests.parameter_service.aggregator.cluster import TOKEN, FakeMaster, Reference, cluster, job
 from tests.parameter_service.aggregator.test_faults import HYPER, until
 from tests.parameter_service.aggregator.test_reconfiguration import rejoin, snapshot
@@ -81,14 +81,20 @@ async def test_what_was_told_of_files_is_told_again_until_they_are_complete_or_v
         assert await told_again(3) == []
 
 
-async def test_who_is_to_stop_writes_and_tells_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync, may_sync = SharedFile.sync, threading.Event()
+@pytest.fixture
+def may_sync(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, no file is complete."""
+    sync, event = SharedFile.sync, threading.Event()
 
     def slow(self: SharedFile) -> None:
-        may_sync.wait(10)
+        event.wait(10)
         sync(self)
 
     monkeypatch.setattr(SharedFile, "sync", slow)
+    return event
+
+
+async def test_who_is_to_stop_writes_and_tells_first(tmp_path: Path, may_sync: threading.Event) -> None:
     spec = job(workers=1)
     reference = Reference(spec, **ADAM)
     count = len(reference.layout.blocks)
@@ -101,6 +107,26 @@ async def test_who_is_to_stop_writes_and_tells_first(tmp_path: Path, monkeypatch
         for version in ("v1", "v2"):
             assert {m.step for m in await saved(master, version, count)} == {int(version[1])}
         await until(lambda: master._sockets["a"].closed)
+
+
+async def test_a_job_that_has_moved_away_leaves_what_its_version_lacks(
+    tmp_path: Path, may_sync: threading.Event
+) -> None:
+    spec = job(((64,),), workers=1)
+    reference = Reference(spec, **ADAM)
+    async with cluster("a", "b", folder=tmp_path) as master:
+        workers = await started(master, spec, reference, (True,), spread(reference, "a"))
+        await one_step(workers, reference, 1, ADAM, version="v1")
+        expected = reference.parameters[0].detach().clone()
+        await master.move(spec, "a", "b", [0])
+        step = 1
+        while not any(isinstance(message, MovedOut) for _, message in master.told):
+            step += 1  # after each, what has been copied may leave
+            await one_step(workers, reference, step, ADAM)
+        await master.send("a", Drop(spec.job))
+        await master.hold(spec, 2, "a")  # it has heard
+        may_sync.set()
+        assert torch.equal(load_file(await snapshot(master, 1, 1))["t0"], expected)
 
 
 async def test_whether_a_snapshot_is_damaged_or_missing_or_out_of_reach_is_told_apart(tmp_path: Path) -> None:
