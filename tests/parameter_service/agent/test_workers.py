@@ -53,8 +53,8 @@ class Worker(threading.Thread):
 
 
 def await_told(cluster, kind, count=1):
-    """What is told to the master comes in another thread; of moves, on a busy machine, after the last step: their memory
-    is made ready by a thread that gives way to all others.
+    """What is told to the master comes in another thread; of moves, on a busy machine, after the last step: their
+    memory is made ready by a thread that gives way to all others.
     """
     deadline = time.monotonic() + 10
     while len(told(cluster, kind)) < count:
