@@ -205,10 +205,10 @@ def launch(workers: int, aggregators: int) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            log = f"{folder}/master.log"
-            start(*service, "master", "--external", "--port", str(port), "--log", log, *quietly, **key)
+            log, common = f"{folder}/master.log", ["--snapshots", f"{folder}/snapshots", *quietly]
+            start(*service, "master", "--external", "--port", str(port), "--log", log, *common, **key)
             for _ in range(aggregators):
-                start(*service, "aggregator", "--master", master, *quietly, **key)
+                start(*service, "aggregator", "--master", master, *common, **key)
             for rank in range(workers):
                 start(sys.executable, *sys.argv, **environment(master, token, rank, workers))
             while any(worker.poll() is None for worker in processes[-workers:]) and not any(

@@ -29,6 +29,7 @@ def test_workers_on_the_service_learn_bit_for_bit_what_one_process_does() -> Non
     assert float(last) < float(first) - 0.1
     shared = run("--steps", "4")
     assert shared.returncode == 0, shared.stderr
+    assert "snapshot" not in shared.stderr
     assert losses(shared.stdout) == [first, last]
     assert digest(shared.stdout) == digest(plain.stdout)
 

@@ -16,6 +16,7 @@ from computron.parameter_service.wire.messages import (
     Loaded,
     Placement,
     ToMaster,
+    Unpublished,
     decoder,
     encoder,
 )
@@ -26,6 +27,8 @@ PATH = "/v1/link"
 HEARTBEAT = 5.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between two tries
 REFUSALS = {401, 403, 404}
+KEY_REFUSED = 401
+WHERE = "COMPUTRON_PARAMETER_SERVICE says where the master is, and `computron parameter-service master` starts one"
 
 
 class MasterLink:
@@ -38,9 +41,11 @@ class MasterLink:
         url: str,
         api_key: str | None,
         enlist: Callable[[], Enlist],
-        received: Callable[[Placement | Loaded | Denied], None],
+        received: Callable[[Placement | Loaded | Unpublished | Denied], None],
     ) -> None:
-        self._url = url.rstrip("/") + PATH
+        self._master = (url if "://" in url else f"http://{url}").rstrip("/")
+        self._known = self._away = False  # whether it ever was there, and has been missed since
+        self._denied = False
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._enlist = enlist
         self._received = received
@@ -56,31 +61,56 @@ class MasterLink:
                 log.info("a message to the master was lost: %s", error)
 
     async def run(self) -> None:
-        """Until it is cancelled. Raises JobRefused if the master will have nothing to do with us."""
+        """Until it is cancelled or has been denied. Raises JobRefused if the master will have nothing to do with us."""
         pause = FIRST_PAUSE
-        level = logging.WARNING  # of the next trouble: a master that stays away is told of once
         async with aiohttp.ClientSession(headers=self._headers) as session:
             while True:
                 try:
-                    async with session.ws_connect(self._url, heartbeat=HEARTBEAT, max_msg_size=0) as socket:
+                    async with session.ws_connect(self._master + PATH, heartbeat=HEARTBEAT, max_msg_size=0) as socket:
                         await socket.send_bytes(self._encoder.encode(self._enlist()))
                         self._socket = socket
-                        pause, level = FIRST_PAUSE, logging.WARNING
+                        pause = FIRST_PAUSE
+                        self._found()
                         async for message in socket:
                             self._take(message)
-                        log.warning("the master at %s closed the link", self._url)
+                    if self._denied:
+                        return
+                    self._missed("it closed the link")
                 except aiohttp.WSServerHandshakeError as error:
                     if error.status in REFUSALS:
-                        raise JobRefused(f"{self._url} answers {error.status}: {error.message}") from None
-                    log.log(level, "the master at %s answers %s", self._url, error.status)
+                        raise JobRefused(self._refusal(error)) from None
+                    self._missed(f"it answers {error.status}")
+                except aiohttp.InvalidURL:
+                    raise JobRefused(f"{self._master} is no URL; {WHERE}") from None
                 except (aiohttp.ClientError, OSError) as error:
-                    log.log(level, "the master at %s cannot be reached: %s", self._url, error)
-                self._socket, level = None, logging.DEBUG
+                    self._missed(str(error))
+                self._socket = None
                 await asyncio.sleep(pause)
                 pause = min(LONGEST_PAUSE, pause * 2)
+
+    def _found(self) -> None:
+        if self._away:
+            log.warning("the master at %s is %s", self._master, "back" if self._known else "there now")
+        self._known, self._away = True, False
+
+    def _missed(self, reason: str) -> None:
+        """Said once until it is there again."""
+        if self._away:
+            return
+        self._away = True
+        if self._known:
+            log.warning("the master at %s is away, training goes on without it: %s", self._master, reason)
+        else:
+            log.warning("no master at %s yet, trying until there is one: %s; %s", self._master, reason, WHERE)
+
+    def _refusal(self, error: aiohttp.WSServerHandshakeError) -> str:
+        if error.status == KEY_REFUSED:
+            return f"the master at {self._master} asks for another key: set COMPUTRON_API_KEY"
+        return f"{self._master} is no master, it answers {error.status} {error.message}; {WHERE}"
 
     def _take(self, message: aiohttp.WSMessage) -> None:
         if message.type is aiohttp.WSMsgType.BINARY:
             decoded = self._decoder.decode(message.data)
-            if isinstance(decoded, Placement | Loaded | Denied):
+            self._denied = isinstance(decoded, Denied)
+            if isinstance(decoded, Placement | Loaded | Unpublished | Denied):
                 self._received(decoded)

@@ -39,6 +39,7 @@ from computron.parameter_service.wire.messages import (
     Placement,
     Read,
     ToMaster,
+    Unpublished,
     Unreachable,
     Write,
 )
@@ -321,9 +322,12 @@ class Session:
             self.spec, service.token, service.rank, service.incarnation, self._machine, progress.epoch, progress.step
         )
 
-    def _from_master(self, message: Placement | Loaded | Denied) -> None:
+    def _from_master(self, message: Placement | Loaded | Unpublished | Denied) -> None:
         if isinstance(message, Denied):
             self._fail(JobRefused(f"job {message.job}: {message.message} ({message.code})"))
+            return
+        if isinstance(message, Unpublished):
+            log.error("job %s: version %s was not published: %s", message.job, message.version, message.message)
             return
         if isinstance(message, Loaded):
             with self.changed:

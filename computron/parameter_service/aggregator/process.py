@@ -29,6 +29,7 @@ from computron.parameter_service.aggregator.steps import Steps
 from computron.parameter_service.wire.link import listen
 from computron.parameter_service.wire.machine import machine_id
 from computron.parameter_service.wire.messages import (
+    NO_FOLDER,
     Address,
     BlockState,
     Complete,
@@ -90,7 +91,9 @@ class Aggregator:
         server.steps = steps = Steps(self._changed, self._step_failed)
         server.pages = pages = Pages()
         server.moves = moves = Moves(machine_id(), key, server, pages, self._report, self._move_failed)
-        server.saver = saver = Saver(settings.snapshots, self._report, self._order_failed, self._free)
+        server.saver = saver = Saver(
+            settings.snapshots, self._report, self._order_failed, self._free, self._unpublished
+        )
         server.orders = orders = Orders(
             self._jobs, settings.memory, steps, moves, saver, self._report, server.arrived, server.leave
         )
@@ -180,11 +183,16 @@ class Aggregator:
         self._order_failed(job, "step", reason)
 
     def _order_failed(self, job: Job, order: str, reason: str) -> None:
-        log.error("job %s: %s: %s", job.spec.job, order, reason)
+        known = reason == NO_FOLDER  # to whoever started it, whom the master tells what follows from that
+        log.log(logging.INFO if known else logging.ERROR, "job %s: %s: %s", job.spec.job, order, reason)
         self._tell_failed(job, order, reason)
         if order == "save":
             job.kept, job.trouble = None, reason
             self._server.go_on(job, list(job.blocks))
+
+    def _unpublished(self, job: Job, version: str, step: int, reason: str) -> None:
+        log.warning("job %s: version %s: %s", job.spec.job, version, reason)
+        self._report(Failed(job.spec.job, job.epoch, "publish", reason, step, version))
 
     def _tell_failed(self, job: Job, order: str, reason: str) -> None:
         step = max((block.applied for block in job.blocks.values()), default=0)

@@ -19,7 +19,7 @@ from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.versions.names import snapshot_path, version_path
 from computron.parameter_service.versions.snapshot import SnapshotMissing, SnapshotReader, SnapshotWriter
 from computron.parameter_service.versions.version import VersionWriter
-from computron.parameter_service.wire.messages import Extra, Saved
+from computron.parameter_service.wire.messages import NO_FOLDER, Extra, Saved
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,9 @@ class Cancelled(Exception):
 
 
 class Saver:
-    """saved, failed: told in the event loop's thread. free: a block's state has been copied and may leave."""
+    """saved, failed, unpublished: told in the event loop's thread; the last of a version's name and step, and why there
+    is none. free: a block's state has been copied and may leave.
+    """
 
     def __init__(
         self,
@@ -91,10 +93,12 @@ class Saver:
         saved: Callable[[Saved], None],
         failed: Callable[[Job, str, str], None],
         free: Callable[[Job, Sequence[HeldBlock]], None],
+        unpublished: Callable[[Job, str, int, str], None],
     ) -> None:
         self._directory = directory
         self._saved = saved
         self._failed = failed
+        self._unpublished = unpublished
         self._free = free
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "migration")
@@ -108,7 +112,8 @@ class Saver:
     def save(self, job: Job, blocks: Sequence[HeldBlock], step: int, version: str = "") -> None:
         """These blocks as they are now, which is after `step`."""
         if self._directory is None:
-            self._failed(job, _order(version), "the aggregator was started without a folder for snapshots and versions")
+            if version or job.trouble != NO_FOLDER or job.kept is not None:  # else it has been told
+                self._fail(job, step, version, NO_FOLDER)
             return
         name = job.spec.job
         path = version_path(self._directory, name, version) if version else None
@@ -200,8 +205,15 @@ class Saver:
                 for block in save.blocks:
                     block.saved = max(block.saved, save.step)
         elif error is not None and not isinstance(error, Cancelled):
-            self._failed(save.job, _order(save.version), f"{save.path}: {error}")
+            self._fail(save.job, save.step, save.version, _told(save.path, error))
         self._free(save.job, save.blocks)
+
+    def _fail(self, job: Job, step: int, version: str, reason: str) -> None:
+        """Without snapshots a failure costs more; without a version it does not."""
+        if version:
+            self._unpublished(job, version, step, reason)
+        else:
+            self._failed(job, "save", reason)
 
     def _tell(self, saved: Saved) -> None:
         told = self._told.setdefault(saved.job, {})
@@ -249,7 +261,7 @@ class Saver:
             saved = Saved(message.job, message.version, message.step, str(path), (), (message.tensor,), history)
             self._tell(saved)
         else:
-            self._failed(job, _order(message.version), f"{path}: {error}")
+            self._fail(job, message.step, message.version, _told(path, error))
         then()
 
     def _read(self, job: Job, blocks: Sequence[HeldBlock], path: Path, epoch: int, then: Callable[[], None]) -> None:
@@ -277,9 +289,9 @@ class Saver:
 def _nothing() -> None: ...
 
 
-def _order(version: str) -> str:
-    """What cannot be carried out. Without snapshots a failure costs more; without a version it does not."""
-    return "publish" if version else "save"
+def _told(path: Path, error: Exception) -> str:
+    """Why nothing came about of this file, which most errors name."""
+    return str(error) if str(path) in str(error) else f"{path}: {error}"
 
 
 def _restoring(error: Exception) -> str:

@@ -9,7 +9,7 @@ from computron.parameter_service.master.events import Discard, Finish, Finished,
 from computron.parameter_service.master.records import SavingFailed, SnapshotSaved, VersionSaved
 from computron.parameter_service.master.state import Job, State, Unfinished
 from computron.parameter_service.versions.names import begun_of
-from computron.parameter_service.wire.messages import Failed, Kept, Saved
+from computron.parameter_service.wire.messages import NO_FOLDER, Failed, Kept, Saved, Unpublished
 
 log = logging.getLogger(__name__)
 
@@ -35,30 +35,42 @@ class Files:
     def not_saved(self, job: Job, aggregator: str, message: Failed) -> None:
         """Blocks of a snapshot could not be written. What an older epoch lacks is saved again in the next."""
         reason = f"{aggregator}: {message.message}"
-        if message.epoch == job.book.epoch:
-            self._do_without(job, message.step, reason)
-        else:
+        if message.epoch != job.book.epoch:
             log.info("old_file_failed job=%s reason=%s", job.name, reason)
+            return
+        if message.message != NO_FOLDER:
+            log.error("snapshot_failed job=%s reason=%s", job.name, reason)
+        elif not job.without_folder:
+            job.without_folder = True
+            log.warning("nothing_is_saved job=%s: if an aggregator dies the job ends; %s", job.name, reason)
+        self._do_without(job, message.step, reason)
 
-    def not_published(self, job: Job, reason: str) -> None:
-        """The job's view says so until another version is complete."""
-        log.error("version_failed job=%s reason=%s", job.name, reason)
-        job.unpublished = reason
+    def not_published(self, job: Job, version: str, step: int, reason: str) -> None:
+        """The workers hear of it once, however many blocks it fails for. The job's view says so until another version
+        is complete.
+        """
+        file = version, step, job.book.history
+        if job.unpublished_file == file:
+            return
+        log.error("version_failed job=%s version=%s step=%d reason=%s", job.name, version, step, reason)
+        job.unpublished, job.unpublished_file = reason, file
+        for worker in job.linked:
+            self._state.send(worker.link, Unpublished(job.name, version, reason))
 
     def not_finished(self, event: NotFinished) -> None:
         job = self._state.jobs.get(event.job)
         if job is None or not _counts(job, event):
             log.info("old_file_failed job=%s reason=%s", event.job, event.message)
         elif event.version:
-            self.not_published(job, event.message)
+            self.not_published(job, event.version, event.step, event.message)
         else:
+            log.error("snapshot_failed job=%s reason=%s", job.name, event.message)
             self._do_without(job, event.step, event.message)
 
     def _do_without(self, job: Job, step: int, reason: str) -> None:
         """A snapshot of this step, or of one before, did not come about, wherever it failed: none of the aggregators is
         to wait for it.
         """
-        log.error("snapshot_failed job=%s reason=%s", job.name, reason)
         job.trouble, job.trouble_step = reason, max(job.trouble_step, step)
         if not job.book.unsaved:
             self._state.write(SavingFailed(job.name))
@@ -71,7 +83,7 @@ class Files:
             return
         if event.version:
             self._state.write(VersionSaved(event.job, event.version, event.step, event.path, event.at))
-            job.unpublished = ""
+            job.unpublished, job.unpublished_file = "", None
             log.info("version_complete job=%s version=%s step=%d", event.job, event.version, event.step)
             return
         self._state.write(SnapshotSaved(event.job, event.step, event.path))

@@ -280,7 +280,7 @@ def _finished(order: Finish) -> Finished:
 
 
 def _not_finished(order: Finish, error: BaseException) -> NotFinished:
-    message = f"{order.path}: {error}; does the master see it?"
+    message = f"{error}; does the master see the folder?"
     return NotFinished(order.job, order.version, order.step, order.path, message)
 
 

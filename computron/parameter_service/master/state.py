@@ -140,7 +140,8 @@ class Job:
     overhead: seconds of an iteration in which it waits for the service though no aggregator works for it or for
     others, as measured when it shared none; None if it never was. reverted: how often it was slower than predicted
     where it shared. trouble: why the last snapshot did not come about; until one of step `trouble_step` or a later one
-    does, steps are not limited. unpublished: why the last version did not. broken: why it cannot go on in this epoch,
+    does, steps are not limited. without_folder: that nothing can be saved has been logged. unpublished: why the last
+    version did not come about; unpublished_file: its name, step and history. broken: why it cannot go on in this epoch,
     as an aggregator said. idle_since: nobody has worked on it since then. kept_by: until then its last step is to be in
     a snapshot, to be dropped. missing: aggregators that do not find the last snapshot.
     """
@@ -171,6 +172,8 @@ class Job:
     trouble: str = ""
     trouble_step: int = 0
     unpublished: str = ""
+    unpublished_file: tuple[str, int, int] | None = None
+    without_folder: bool = False
     broken: str = ""
     idle_since: float | None = None
     kept_by: float | None = None

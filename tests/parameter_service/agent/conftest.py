@@ -61,7 +61,9 @@ class FakeAggregator:
         server.steps = self.steps = Steps(self._changed, lambda job, why: None)
         server.pages = self.pages = Pages()
         server.moves = self.moves = Moves(machine_id(), "key", server, self.pages, report, lambda job, why: None)
-        server.saver = self.saver = Saver(None, report, lambda job, order, why: None, self._free)
+        server.saver = self.saver = Saver(
+            None, report, lambda job, order, why: None, self._free, lambda job, version, step, why: None
+        )
         server.orders = self.orders = Orders(
             self.jobs, MEMORY, server.steps, server.moves, server.saver, report, server.arrived, server.leave
         )

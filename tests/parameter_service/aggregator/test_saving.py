@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from computron.parameter_service.layout import TensorSpec
 from computron.parameter_service.versions.files import SharedFile, partial_path
 from computron.parameter_service.wire.messages import (
+    NO_FOLDER,
     Drop,
     Extra,
     Failed,
@@ -156,3 +157,35 @@ async def test_whether_a_snapshot_is_damaged_or_missing_or_out_of_reach_is_told_
             await master.send("a", Host(spec, TOKEN, epoch, (0,), tuple(owners["a"]), 5, str(source), 5))
             ((_, failed),) = await master.heard(lambda who, m: isinstance(m, Failed))
             assert (failed.epoch, failed.order) == (epoch, order)
+
+
+async def test_who_has_no_folder_says_so_once_until_a_limit_is_set_anew() -> None:
+    spec = job(workers=1, snapshot_every=2)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a")
+    async with cluster("a") as master:
+        workers = await started(master, spec, reference, (True,), owners)
+        for step in range(1, 4):
+            await one_step(workers, reference, step, ADAM)
+
+        async def failures(epoch: int) -> list[Failed]:
+            await master.hold(spec, epoch, "a")  # answered after what is told before
+            return [m for _, m in await master.heard(lambda who, m: isinstance(m, Failed), 0)]
+
+        assert [(failed.order, failed.message) for failed in await failures(2)] == [("save", NO_FOLDER)]
+        await master.host(spec, owners, epoch=3, source="keep", applied=3)
+        assert [failed.epoch for failed in await failures(4)] == [3]
+
+
+async def test_a_version_that_is_there_is_told_with_its_name_and_step(tmp_path: Path) -> None:
+    spec = job(workers=1)
+    reference = Reference(spec, **ADAM)
+    count = len(reference.layout.blocks)
+    async with cluster("a", folder=tmp_path) as master:
+        workers = await started(master, spec, reference, (True,), spread(reference, "a"))
+        await one_step(workers, reference, 1, ADAM, version="v1")
+        path = await snapshot(master, 1, count)
+        await one_step(workers, reference, 2, ADAM, version="v1")
+        ((_, failed), *_) = await master.heard(lambda who, m: isinstance(m, Failed))
+        assert (failed.order, failed.version, failed.step) == ("publish", "v1", 2)
+        assert failed.message.count(str(path)) == 1

@@ -27,6 +27,7 @@ from computron.parameter_service.master.records import Book
 from computron.parameter_service.master.scaling import ScalingSettings
 from computron.parameter_service.packing import PACKERS
 from computron.parameter_service.wire.messages import (
+    NO_FOLDER,
     BlockState,
     Failed,
     Held,
@@ -36,6 +37,7 @@ from computron.parameter_service.wire.messages import (
     Ready,
     Register,
     Saved,
+    Unpublished,
 )
 from tests.parameter_service.master.fakes import address_of, enlist, job_spec
 
@@ -174,6 +176,32 @@ def test_all_aggregators_hear_that_no_snapshot_can_be_written_and_when_one_can_a
     assert kept(trained.tell(unnamed)) == [(1, None), (2, None)]
     assert kept(trained.tell(Received(1, Failed("lm", 1, "publish", "it is there already", 16)))) == []
     assert trained.job.trouble == "it is not there"
+
+
+def test_that_there_is_no_folder_is_told_once_for_each_job(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    trained.tell(MoveAsked("lm", (1,), "two"))
+    for link in (1, 2, 1):
+        assert kept(trained.tell(Received(link, Failed("lm", 1, "save", NO_FOLDER, 5)))) == [(1, None), (2, None)]
+    (told,) = [entry for entry in caplog.records if "folder" in entry.getMessage()]
+    assert told.levelname == "WARNING"
+    assert "--snapshots" in trained.job.trouble
+
+
+def test_workers_hear_once_of_each_version_that_does_not_come_about(
+    trained: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(*events: Event) -> list[str]:
+        sent = [order for event in events for order in trained.tell(event) if isinstance(order, Send)]
+        return [order.message.version for order in sent if isinstance(order.message, Unpublished)]
+
+    def failed(version: str, step: int) -> Event:
+        return Received(1, Failed("lm", 1, "publish", f"/{version} is there already", step, version))
+
+    assert told(failed("v1", 3), failed("v1", 3), failed("v1", 4), failed("v2", 4)) == ["v1", "v1", "v2"]
+    assert told(NotFinished("lm", "v2", 4, "/v2", "the disk is full")) == []
+    assert told(NotFinished("lm", "v3", 5, "/v3", "the disk is full")) == ["v3"]
+    assert trained.job.unpublished == "the disk is full"
 
 
 def test_an_epoch_in_which_nothing_was_saved_has_no_limit_but_one_that_goes_back_has(trained: Trained) -> None:

@@ -16,6 +16,7 @@ import msgspec
 from computron.parameter_service.wire.messages.aggregators import (
     FRESH,
     KEEP,
+    NO_FOLDER,
     BlockState,
     Complete,
     Drop,
@@ -77,12 +78,14 @@ from computron.parameter_service.wire.messages.workers import (
     Loaded,
     Placement,
     Progress,
+    Unpublished,
     Unreachable,
 )
 
 __all__ = [
     "FRESH",
     "KEEP",
+    "NO_FOLDER",
     "VERSION",
     "Address",
     "Adopt",
@@ -137,6 +140,7 @@ __all__ = [
     "Saved",
     "Stop",
     "ToMaster",
+    "Unpublished",
     "Unreachable",
     "Usage",
     "WorkerLost",
@@ -152,7 +156,9 @@ ToMaster = (
     Enlist | Progress | Unreachable | Leave | Load | Register | Ready | MovedOut | Held | WorkerLost | Saved | Usage
     | Failed
 )  # fmt: skip
-FromMaster = Placement | Loaded | Denied | Registered | Host | Move | Hold | Complete | Kept | Keep | Drop | Stop
+FromMaster = (
+    Placement | Loaded | Unpublished | Denied | Registered | Host | Move | Hold | Complete | Kept | Keep | Drop | Stop
+)  # fmt: skip
 
 
 def encoder() -> msgspec.msgpack.Encoder:

@@ -206,10 +206,14 @@ class Usage(msgspec.Struct, tag="usage", frozen=True):
     jobs: tuple[JobUsage, ...]
 
 
+NO_FOLDER = "it was started without a folder for snapshots and versions: give it one with --snapshots"
+
+
 class Failed(msgspec.Struct, tag="failed", frozen=True):
     """An order could not be carried out. order: "hold", "complete", "host", "move", "step", "save" (of a snapshot) or
-    "publish"; "restore" if the snapshot that blocks were to come from is damaged, "find" if it is not there. step: the
-    last that any block here has seen, of an order to save.
+    "publish"; "restore" if the snapshot that blocks were to come from is damaged, "find" if it is not there. message:
+    NO_FOLDER where nothing can be saved or published at all. step: the last that any block here has seen, of an order
+    to save; of an order to publish that of the version, which `version` names.
     """
 
     job: str
@@ -217,6 +221,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     order: str
     message: str
     step: int = 0
+    version: str = ""
 
 
 class Stop(msgspec.Struct, tag="stop", frozen=True):

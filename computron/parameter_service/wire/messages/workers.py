@@ -65,6 +65,14 @@ class Loaded(msgspec.Struct, tag="loaded", frozen=True):
     number: int
 
 
+class Unpublished(msgspec.Struct, tag="unpublished", frozen=True):
+    """This version did not come about, and will not."""
+
+    job: str
+    version: str
+    message: str
+
+
 class Progress(msgspec.Struct, tag="progress", frozen=True):
     """Mean seconds of the iterations since this worker last reported: wait, in which it did nothing but wait for the
     service, and compute, the rest.
