@@ -69,7 +69,10 @@ def move(
     except ValueError:
         fail(f'--blocks: "{blocks}" is not like 0,3,4', 2)
     moving = call(url, "POST", f"/v1/jobs/{quoted(job)}/move", api_key, {"blocks": chosen, "to": to})["moving"]
-    output.print("1 block is on its way" if moving == 1 else f"{moving} blocks are on their way")
+    if not moving:
+        output.print(f"nothing is to be moved: these blocks are at {to}")
+    else:
+        output.print("1 block is on its way" if moving == 1 else f"{moving} blocks are on their way")
 
 
 def drain(

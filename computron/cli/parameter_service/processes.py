@@ -70,6 +70,8 @@ def master(
     from computron.parameter_service.master.state import Limits
 
     minimum, maximum = _range(aggregators)
+    if snapshots is not None:
+        _make_folder(snapshots)
     settings = MasterSettings(
         log=log,
         host=host,
@@ -128,6 +130,8 @@ def aggregator(
             "the service's key is missing: give it with COMPUTRON_SERVICE_KEY; the master keeps it beside its log",
             ASKED_WRONGLY,
         )
+    if snapshots is not None:
+        _make_folder(snapshots)
     from computron.api.logs import set_up_logging
     from computron.parameter_service.aggregator.process import AggregatorSettings, run
 
@@ -157,6 +161,18 @@ def _range(text: str) -> tuple[int, int]:
     if not 0 <= minimum <= maximum or maximum == 0:
         fail(f"--aggregators: {text}: the first number must be at least 0 and at most the second", ASKED_WRONGLY)
     return minimum, maximum
+
+
+def _make_folder(path: Path) -> None:
+    """Of snapshots and versions, unless it is there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        fail(f"--snapshots: {path} is a file, not a folder; name a folder")
+    except OSError as error:
+        fail(f"--snapshots: the folder {path} cannot be made: {error.strerror}; name another one")
+    if not os.access(path, os.W_OK | os.X_OK):
+        fail(f"--snapshots: the folder {path} cannot be written to; see to its permissions, or name another one")
 
 
 def _size(option: str, text: str) -> int:

@@ -10,7 +10,7 @@ UNKNOWN = "-"
 
 
 def aggregators_table(aggregators: list[dict[str, Any]]) -> Table:
-    table = Table("aggregator", "state", "utilisation", "memory", "jobs", "blocks", box=None)
+    table = Table("aggregator", "state", "utilisation", "memory", "jobs", "blocks", "pid", box=None)
     for known in aggregators:
         memory = f"{_mebibytes(known['memory_used'])} of {_mebibytes(known['memory'])}" if known["memory"] else UNKNOWN
         table.add_row(
@@ -20,6 +20,7 @@ def aggregators_table(aggregators: list[dict[str, Any]]) -> Table:
             memory,
             ", ".join(known["jobs"]) or UNKNOWN,
             str(sum(known["jobs"].values())),
+            str(known["pid"]),
         )
     return table
 
@@ -31,6 +32,8 @@ def jobs_table(jobs: list[dict[str, Any]]) -> Table:
     )  # fmt: skip
     for job in jobs:
         places = ", ".join(f"{name}: {count}" for name, count in job["aggregators"].items())
+        if places and job["blocks_nowhere"]:
+            places += f", {UNKNOWN}: {job['blocks_nowhere']}"
         table.add_row(
             job["id"],
             job["state"],

@@ -20,7 +20,9 @@ PATHS = ("/v1/aggregators", "/v1/jobs", "/v1/wanted")
 def top(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
-    once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Show it once and end, as is done where the output is no terminal.")
+    ] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
 ) -> None:
     """Watch aggregators and jobs: utilisation, memory, steps, losses against their limits, migrations, lost steps.
@@ -34,10 +36,10 @@ def top(
         computron parameter-service top --once --url http://10.0.0.5:8470
     """
     first = _picture(*(call(url, "GET", path, api_key) for path in PATHS))
-    if once:
+    if once or not wide.is_terminal:
         wide.print(first)
         return
-    with Live(first, console=wide, auto_refresh=False, screen=wide.is_terminal) as live:
+    with Live(first, console=wide, auto_refresh=False, screen=True) as live:
         try:
             while True:
                 time.sleep(interval)

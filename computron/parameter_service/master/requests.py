@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from computron.errors import BadRequest, ComputronError
 from computron.parameter_service.master.events import (
     Asked,
@@ -28,6 +30,23 @@ class NotFound(ComputronError):
     code = "not_found"
 
 
+MOST_NAMES = 20  # that an answer lists
+
+
+def no_job(state: State, name: str) -> NotFound:
+    return NotFound(f"there is no job {name}; {_there_are('jobs', state.jobs)}")
+
+
+def no_aggregator(state: State, name: str) -> NotFound:
+    return NotFound(f"there is no aggregator {name}; {_there_are('aggregators', state.aggregators)}")
+
+
+def _there_are(what: str, names: Iterable[str]) -> str:
+    known = sorted(names)
+    more = f" and {len(known) - MOST_NAMES} more" if len(known) > MOST_NAMES else ""
+    return f"the {what} are {', '.join(known[:MOST_NAMES])}{more}" if known else f"there are no {what}"
+
+
 class Requests:
     def __init__(self, state: State, moves: Moves, scaling: Scaling) -> None:
         self._state = state
@@ -52,12 +71,14 @@ class Requests:
     def _job(self, name: str) -> Job:
         job = self._state.jobs.get(name)
         if job is None:
-            raise NotFound(f"there is no job {name}")
+            raise no_job(self._state, name)
         return job
 
     def _move(self, job: Job, event: MoveAsked, now: float) -> None:
+        if event.to not in self._state.aggregators:
+            raise no_aggregator(self._state, event.to)
         if not self._state.is_linked(event.to):
-            raise NotFound(f"no aggregator {event.to} is connected")
+            raise BadRequest(f"aggregator {event.to} is not connected now", param="to")
         count = len(job.layout.blocks)
         blocks = range(count) if event.blocks is None else event.blocks
         wrong = [block for block in blocks if not 0 <= block < count]
@@ -67,12 +88,14 @@ class Requests:
             raise BadRequest(f"job {job.name} has failed: {job.failed}")
         if job.change is not None or job.book.placed is None:
             raise BadRequest(f"job {job.name} is being placed; ask again in a second")
-        self._moves.order(job, blocks, event.to, now)
+        ordered = self._moves.order(job, blocks, event.to, now)
+        if not ordered and any(job.book.owners[b] != event.to and job.book.moving.get(b) != event.to for b in blocks):
+            raise BadRequest(f"nothing of job {job.name} can be moved now; ask again in a few seconds")
 
     def _drain(self, name: str) -> None:
         known = self._state.aggregators.get(name)
         if known is None:
-            raise NotFound(f"there is no aggregator {name}")
+            raise no_aggregator(self._state, name)
         others = [a for a in self._state.aggregators.values() if a.id != name and a.link is not None and not a.draining]
         if not others:
             raise BadRequest(f"{name} is the only aggregator: start another one first")

@@ -20,7 +20,7 @@ from computron.parameter_service.master.events import (
 )
 from computron.parameter_service.master.master import Master
 from computron.parameter_service.master.metrics import CONTENT_TYPE, exposition
-from computron.parameter_service.master.requests import NotFound
+from computron.parameter_service.master.requests import no_aggregator, no_job
 from computron.parameter_service.master.views import aggregator_view, job_view, versions_view
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -125,7 +125,7 @@ class Routes:
         name = request.match_info["aggregator"]
         known = self._server.master.state.aggregators.get(name)
         if known is None:
-            raise NotFound(f"there is no aggregator {name}")
+            raise no_aggregator(self._server.master.state, name)
         if known.link is not None:
             raise BadRequest(f"{name} is connected; drain it instead")
         self._server.tell(Exited(name))
@@ -139,7 +139,7 @@ class Routes:
     def _job(self, request: web.Request) -> dict[str, Any]:
         job = self._server.master.state.jobs.get(request.match_info["job"])
         if job is None:
-            raise NotFound(f"there is no job {request.match_info['job']}")
+            raise no_job(self._server.master.state, request.match_info["job"])
         return job_view(self._server.master, job)
 
 

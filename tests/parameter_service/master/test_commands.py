@@ -54,6 +54,7 @@ async def test_jobs_and_aggregators_are_shown(tmp_path: Path) -> None:
         assert "2 of 1 aggregators, 1 jobs" in shown
         assert "one up - 0 MiB of 1024 MiB lm 4" in shown
         assert "two up - 0 MiB of 1024 MiB - 0" in (await typed(url, "aggregators"))[1]
+        assert "2 of 1 aggregators, 1 jobs" in (await typed(url, "top"))[1]  # no terminal: once
         assert (await typed(url, "versions", "lm")) == (0, "version step published file")
         with await asyncio.to_thread(urllib.request.urlopen, f"{url}/metrics") as answer:
             metrics = answer.read().decode()
@@ -66,9 +67,13 @@ async def test_jobs_and_aggregators_are_shown(tmp_path: Path) -> None:
 
 async def test_blocks_are_moved_aggregators_drained_and_jobs_deleted(tmp_path: Path) -> None:
     async def look(url: str) -> None:
+        assert "nothing is to be moved: these blocks are at one" in (await typed(url, "move", "lm", "--to", "one"))[1]
         assert await typed(url, "move", "lm", "--blocks", "0,1", "--to", "two") == (0, "2 blocks are on their way")
         assert await typed(url, "drain", "one", "--wait", "10") == (0, "one is empty")
-        assert await typed(url, "drain", "nobody") == (1, "error: there is no aggregator nobody")
+        assert await typed(url, "drain", "nobody") == (
+            1,
+            "error: there is no aggregator nobody; the aggregators are one, two",
+        )
         assert await typed(url, "delete", "lm") == (0, "lm is deleted")
         code, said = await typed(url, "delete", "lm")
         assert (code, "there is no job lm" in said) == (1, True)
@@ -79,11 +84,11 @@ async def test_blocks_are_moved_aggregators_drained_and_jobs_deleted(tmp_path: P
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["move", "lm", "--to", "three"], "no aggregator three is connected"),
+        (["move", "lm", "--to", "three"], "there is no aggregator three; the aggregators are one, two"),
         (["move", "lm", "--to", "two", "--blocks", "9"], "job lm has blocks 0 to 3, not 9"),
         (["move", "lm", "--to", "two", "--blocks", "x"], '"x" is not like 0,3,4'),
-        (["drain", "three"], "there is no aggregator three"),
-        (["versions", "nobody"], "there is no job nobody"),
+        (["drain", "three"], "there is no aggregator three; the aggregators are one, two"),
+        (["versions", "nobody"], "there is no job nobody; the jobs are lm"),
     ],
 )
 async def test_what_is_asked_wrongly_is_answered_in_one_line(tmp_path: Path, words: list[str], said: str) -> None:
@@ -110,6 +115,19 @@ def test_a_wrong_option_is_told(words: list[str], said: str) -> None:
     code, answer = run(*words)
     assert code in (1, 2)
     assert said in answer
+
+
+@pytest.mark.parametrize("command", ["master", "aggregator"])
+def test_a_folder_of_snapshots_that_is_none_is_told_at_once(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    words = [command] if command == "master" else [command, "--master", "127.0.0.1:9", "--key", KEY]
+    code, answer = run(*words, "--log" if command == "master" else "--identity", "log", "--snapshots", str(file))
+    assert code == 1
+    assert "is a file, not a folder" in answer
+    code, answer = run(*words, "--snapshots", str(file / "folder"))
+    assert code == 1
+    assert "cannot be made" in answer
 
 
 class Command:
