@@ -15,6 +15,7 @@ def job_view(master: Master, job: Job) -> dict[str, Any]:
     """Times in seconds, memory in bytes, losses as shares of an iteration; null: not known yet."""
     iteration = iteration_of(job)
     spec = job.book.spec
+    places = _places(master, job)
     return {
         "id": job.name,
         "object": "job",
@@ -28,7 +29,8 @@ def job_view(master: Master, job: Job) -> dict[str, Any]:
         "parameters": sum(tensor.elements for tensor in spec.tensors),
         "memory": sum(memory_of(job, block) for block in range(len(job.layout.blocks))),
         "blocks": len(job.layout.blocks),
-        "aggregators": dict(sorted(Counter(job.book.owners).items())),
+        "aggregators": dict(sorted(places.items())),
+        "blocks_nowhere": len(job.book.owners) - places.total(),
         "moving": len(job.book.moving),
         "iteration_seconds": iteration,
         "compute_seconds": compute_of(job),
@@ -78,9 +80,21 @@ def aggregator_view(master: Master, known: Aggregator) -> dict[str, Any]:
         "memory": known.memory,
         "memory_used": usage.memory if usage is not None else memory_used(master.state).get(known.id, 0),
         "jobs": {
-            name: count for name, job in sorted(master.state.jobs.items()) if (count := job.book.owners.count(known.id))
+            name: count for name, job in sorted(master.state.jobs.items()) if (count := _places(master, job)[known.id])
         },
     }
+
+
+def _places(master: Master, job: Job) -> Counter[str]:
+    """How many blocks each aggregator has. Those of one that died are nowhere, until the job goes on."""
+    idle = state_of(job) == "idle"
+    known = master.state.aggregators
+    return Counter(name for name in job.book.owners if name in known and not (idle and _lacks(known[name], job)))
+
+
+def _lacks(known: Aggregator, job: Job) -> bool:
+    """Whether it has said that nothing of the job is there: it may have the name of one that died."""
+    return known.usage is not None and all(used.job != job.name for used in known.usage.jobs)
 
 
 def _state(known: Aggregator) -> str:

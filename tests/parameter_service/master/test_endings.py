@@ -9,6 +9,7 @@ import pytest
 
 from computron.parameter_service.master.events import Closed, DrainAsked, Exited, Finished, MoveAsked
 from computron.parameter_service.master.records import Book
+from computron.parameter_service.master.views import aggregator_view, job_view
 from computron.parameter_service.wire.messages import (
     BlockState,
     Complete,
@@ -27,6 +28,7 @@ from computron.parameter_service.wire.messages import (
     Ready,
     Saved,
     Stop,
+    Usage,
     WorkerLost,
 )
 from tests.parameter_service.master.fakes import enlist, job_spec
@@ -239,3 +241,17 @@ def test_an_idle_job_of_which_nothing_lasts_gives_its_memory_back() -> None:
     assert bench.heard("one", Drop)
     bench.say("lm", enlist(bench.master.state.jobs["lm"].book.spec, incarnation="b"))
     assert bench.heard("lm", Placement)[-1].initialise
+
+
+def test_blocks_of_an_idle_job_are_nowhere_when_their_aggregator_is_dead() -> None:
+    bench = Small("one")
+    assert job_view(bench.master, bench.job)["aggregators"] == {"one": 2}
+    bench.kill_worker()
+    bench.tell(Exited("one"))
+    for again in (False, True):
+        if again:  # another one gets its name
+            bench.register("one", pid=7)
+            bench.say("one", Usage("one", 1.0, 0.0, 0.0, 0, ()))
+            assert aggregator_view(bench.master, bench.master.state.aggregators["one"])["jobs"] == {}
+        shown = job_view(bench.master, bench.job)
+        assert (shown["state"], shown["aggregators"], shown["blocks_nowhere"]) == ("idle", {}, 2)
