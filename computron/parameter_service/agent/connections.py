@@ -60,9 +60,14 @@ class Connections:
         """None for a link that was dropped."""
         return next((name for name, known in self._links.items() if known is link), None)
 
-    def lost(self, aggregator: str, reason: str) -> None:
-        """Its link has ended: open another, after a moment, as an aggregator without descriptors ends each at once."""
-        log.warning("the link to aggregator %s broke: %s", aggregator, reason)
+    def lost(self, aggregator: str, reason: str, *, needed: bool) -> None:
+        """Its link has ended: open another, after a moment, as an aggregator without descriptors ends each at once.
+        needed: it has blocks of the job.
+        """
+        if needed:
+            log.warning("the link to aggregator %s broke: %s", aggregator, reason)
+        else:
+            log.info("aggregator %s, which has nothing of the job any more, ended the link", aggregator)
         del self._links[aggregator]
         self._dial(self._addresses[aggregator], QUICK_PAUSE)
 

@@ -71,14 +71,18 @@ class Hosts:
             if known.stopping and name not in self._state.book.started:
                 self.gone(name, now)  # one of this machine is gone when its process is
                 return
-            log.warning("aggregator_unlinked aggregator=%s", name)
+            if not known.stopping:
+                log.warning("aggregator_unlinked aggregator=%s", name)
 
     def gone(self, name: str, now: float) -> None:
         """It is dead: what it had is nowhere now."""
         known = self._state.aggregators.pop(name, None)
         if known is None:
             return
-        log.warning("aggregator_gone aggregator=%s", name)
+        if known.stopping:
+            log.info("aggregator_stopped aggregator=%s: it was drained", name)
+        else:
+            log.warning("aggregator_gone aggregator=%s", name)
         if known.link is not None:
             self._state.links.pop(known.link, None)
         self._state.write(AggregatorGone(name))

@@ -73,7 +73,8 @@ class Processes:
         os.close(descriptor)
         child = self._children.pop(name, None)
         code = child.wait() if child is not None else None
-        log.warning("aggregator_ended aggregator=%s pid=%d code=%s", name, pid, code)
+        level = logging.WARNING if code else logging.INFO  # whether it was to end, the master knows
+        log.log(level, "aggregator_ended aggregator=%s pid=%d code=%s", name, pid, code)
         self._exited(name)
 
 

@@ -196,7 +196,7 @@ def test_whoever_starts_the_aggregators_also_chooses_which_one_ends() -> None:
     assert bench.heard("two", Stop)
 
 
-def test_a_drained_aggregator_gives_its_blocks_away_before_it_stops() -> None:
+def test_a_drained_aggregator_gives_its_blocks_away_before_it_stops(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(minimum=2, maximum=2)
     for pid, name in enumerate(bench.wait(), 1):
         bench.begin(name, pid)
@@ -210,6 +210,10 @@ def test_a_drained_aggregator_gives_its_blocks_away_before_it_stops() -> None:
     bench.wait(0.1)
     assert bench.heard(owner, Stop)
     assert set(bench.master.state.jobs["a"].book.owners) == {move.to.aggregator}
+    bench.tell(Closed(bench.links[owner]))
+    bench.tell(Exited(owner))
+    assert owner not in bench.master.state.aggregators
+    assert not [entry for entry in caplog.records if entry.levelname == "WARNING"]  # all went as planned
 
 
 def test_a_move_that_failed_is_tried_again_only_after_a_while() -> None:
