@@ -18,7 +18,10 @@ __all__ = ["SGD", "Adam", "AdamW", "ParameterService", "ddp_hook"]
 def __getattr__(name: str) -> Any:
     """What runs in training processes is imported when it is used: the master does without torch."""
     if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}: the optimizers are SGD, Adam and AdamW; "
+            "for any other, ddp_hook averages the gradients"
+        )
     from computron.parameter_service import agent
 
     return getattr(agent, name)

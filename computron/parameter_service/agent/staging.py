@@ -326,4 +326,7 @@ class Gradients:
 
     def _check(self, index: int, gradient: Tensor) -> None:
         if gradient.layout != torch.strided:
-            raise ValueError(f"{self._names[index]} has a sparse gradient, which the Parameter Service does not take")
+            raise ValueError(
+                f"{self._names[index]} has a sparse gradient, which the Parameter Service does not take: make it dense "
+                "(of an embedding: Embedding(..., sparse=False)), or freeze it with requires_grad_(False)"
+            )

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import hmac
 import logging
-from pathlib import Path
-
-import msgspec
 
 from computron.errors import BadRequest
 from computron.parameter_service.layout import Layout
+from computron.parameter_service.master.differences import difference_of
 from computron.parameter_service.master.reconfiguration import Reconfiguration
 from computron.parameter_service.master.records import JobBook, JobCreated, MemberGone
 from computron.parameter_service.master.state import Job, State, Worker, memory_of
 from computron.parameter_service.specs import layout_of
-from computron.parameter_service.versions.names import job_folder
+from computron.parameter_service.versions.names import check_job
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.messages import (
     Enlist,
-    JobSpec,
     Leave,
     Load,
     Loaded,
@@ -145,7 +142,8 @@ class Workers:
         except ValueError as error:
             return self._deny(link, spec.job, refusals.BAD_MESSAGE, str(error))
         try:
-            job_folder(Path(), spec.job)  # of its snapshots and versions
+            if job is None:
+                check_job(spec.job)
         except BadRequest as error:
             return self._deny(link, spec.job, refusals.BAD_MESSAGE, error.message)
         if spec.workers < 1 or (message.rank or 0) < 0:
@@ -153,10 +151,12 @@ class Workers:
         if job is None:
             return self._create(link, message, layout, now)
         if not hmac.compare_digest(job.book.token.encode(), message.token.encode()):
-            return self._deny(link, spec.job, refusals.BAD_TOKEN, f"this is not the token of job {spec.job}")
-        difference = _difference(job.book.spec, spec)
+            return self._deny(
+                link, spec.job, refusals.BAD_TOKEN, f"this is not the token of job {spec.job}; {_ways_out(spec.job)}"
+            )
+        difference = difference_of(job.book.spec, spec)
         if difference is not None:
-            text = f"job {spec.job} exists with other {difference}; choose another name, or delete that job"
+            text = f"job {spec.job} exists already and differs: {difference}; {_another(spec.job)}"
             return self._deny(link, spec.job, refusals.DIFFERENT_JOB, text)
         if job.failed is not None:
             return self._deny(link, spec.job, refusals.FAILED, f"job {spec.job} has failed: {job.failed}")
@@ -198,12 +198,13 @@ def _are_times(compute: float, wait: float) -> bool:
     return 0 < compute < LONGEST_ITERATION and 0 <= wait < LONGEST_ITERATION
 
 
-def _difference(ours: JobSpec, theirs: JobSpec) -> str | None:
-    """What the two may not differ in, and do."""
-    for field in msgspec.structs.fields(JobSpec):
-        if field.name not in ("workers", "loss_limit") and getattr(ours, field.name) != getattr(theirs, field.name):
-            return field.name.replace("_", " ")
-    return None
+def _ways_out(job: str) -> str:
+    return f"all its workers have the same COMPUTRON_JOB_TOKEN, that of the first; or {_another(job)}"
+
+
+def _another(job: str) -> str:
+    """What to do where a job is in the way."""
+    return f"choose another name (COMPUTRON_JOB), or delete the job: computron parameter-service delete {job}"
 
 
 def _free_rank(job: Job, incarnation: str) -> int:

@@ -10,8 +10,15 @@ from computron.errors import BadRequest
 
 SUFFIX = ".safetensors"
 SNAPSHOT = re.compile(r"snapshot-(\d+)-(\d+)\.safetensors")
-VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 LONGEST = 200  # bytes of a file's name, which may be 255 with its endings
+RULE = f"use at most {LONGEST} letters, digits, '_', '-' and '.', neither of the last two at the beginning"
+
+
+def check_job(job: str) -> None:
+    """Raises BadRequest if a new job cannot be called so."""
+    if not _is_plain(job):
+        raise BadRequest(f"{job!r:.100} cannot be a job's name: {RULE}", param="job")
 
 
 def job_folder(directory: Path, job: str) -> Path:
@@ -49,11 +56,11 @@ def version_path(directory: Path, job: str, version: str) -> Path:
 
 def check_version(version: str) -> None:
     """Raises BadRequest if this cannot be the name of a version, which is also that of its file."""
-    if not VERSION.fullmatch(version) or len(version) > LONGEST:
-        raise BadRequest(
-            f"{version!r} cannot be a version's name: use at most {LONGEST} letters, digits, '_', '-' and '.', "
-            "neither of the last two at the beginning",
-            param="version",
-        )
+    if not _is_plain(version):
+        raise BadRequest(f"{version!r} cannot be a version's name: {RULE}", param="version")
     if SNAPSHOT.fullmatch(f"{version}{SUFFIX}"):
         raise BadRequest(f"{version!r} cannot be a version's name: snapshots are called so", param="version")
+
+
+def _is_plain(name: str) -> bool:
+    return PLAIN.fullmatch(name) is not None and len(name) <= LONGEST

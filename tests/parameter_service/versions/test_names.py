@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from computron.errors import BadRequest
-from computron.parameter_service.versions.names import job_folder, job_of, snapshot_path, version_path
+from computron.parameter_service.versions.names import check_job, job_folder, job_of, snapshot_path, version_path
 
 ROOT = Path("/snapshots")
 
@@ -26,6 +26,13 @@ def test_any_job_has_a_folder_of_its_own_right_below_the_root(job: str) -> None:
 def test_a_job_whose_name_is_empty_or_too_long_is_refused(job: str) -> None:
     with pytest.raises(BadRequest, match="cannot be a job's name"):
         job_folder(ROOT, job)
+
+
+@pytest.mark.parametrize("job", ["", "a/b", "b c", ".", "..", "-x", "é", "x" * 300])
+def test_a_new_job_has_a_plain_name(job: str) -> None:
+    check_job("my-model_2.1")
+    with pytest.raises(BadRequest, match="cannot be a job's name: use at most 200 letters"):
+        check_job(job)
 
 
 def test_a_snapshot_is_called_after_its_step_and_epoch() -> None:
