@@ -77,6 +77,8 @@ class ParameterService:
             return {}
         if not isinstance(self.extras, nn.Module):
             return dict(self.extras)
-        trained = {name for name, parameter in self.extras.named_parameters() if parameter.requires_grad}
+        trained = {id(parameter) for parameter in self.extras.parameters() if parameter.requires_grad}
         kept = self.extras.state_dict(keep_vars=True)
-        return {name: tensor for name, tensor in kept.items() if name not in trained and isinstance(tensor, Tensor)}
+        return {
+            name: tensor for name, tensor in kept.items() if id(tensor) not in trained and isinstance(tensor, Tensor)
+        }
