@@ -80,7 +80,7 @@ class MasterLink:
                     if error.status in REFUSALS:
                         raise JobRefused(self._refusal(error)) from None
                     self._missed(f"it answers {error.status}")
-                except aiohttp.InvalidURL:
+                except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
                     raise JobRefused(f"{self._master} is no URL; {WHERE}") from None
                 except (aiohttp.ClientError, OSError) as error:
                     self._missed(str(error))
