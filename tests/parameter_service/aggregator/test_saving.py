@@ -173,7 +173,8 @@ async def test_who_has_no_folder_says_so_once_until_a_limit_is_set_anew() -> Non
             return [m for _, m in await master.heard(lambda who, m: isinstance(m, Failed), 0)]
 
         assert [(failed.order, failed.message) for failed in await failures(2)] == [("save", NO_FOLDER)]
-        await master.host(spec, owners, epoch=3, source="keep", applied=3)
+        await master.send("a", Host(spec, TOKEN, 3, (0,), tuple(owners["a"]), 3, "keep", 0))
+        await master.heard(lambda who, m: isinstance(m, Ready) and m.epoch == 3)
         assert [failed.epoch for failed in await failures(4)] == [3]
 
 

@@ -70,10 +70,8 @@ async def test_blocks_are_moved_aggregators_drained_and_jobs_deleted(tmp_path: P
         assert "nothing is to be moved: these blocks are at one" in (await typed(url, "move", "lm", "--to", "one"))[1]
         assert await typed(url, "move", "lm", "--blocks", "0,1", "--to", "two") == (0, "2 blocks are on their way")
         assert await typed(url, "drain", "one", "--wait", "10") == (0, "one is empty")
-        assert await typed(url, "drain", "nobody") == (
-            1,
-            "error: there is no aggregator nobody; the aggregators are one, two",
-        )
+        code, said = await typed(url, "drain", "nobody")
+        assert (code, "error: there is no aggregator nobody; the aggregators are" in said) == (1, True)
         assert await typed(url, "delete", "lm") == (0, "lm is deleted")
         code, said = await typed(url, "delete", "lm")
         assert (code, "there is no job lm" in said) == (1, True)
