@@ -1,13 +1,11 @@
-"""The one thread that computes: work of all jobs, first that of the job which is latest.
+"""The one thread that computes: work of all jobs, first of the job that has the least left to be done in its step.
 
-Lateness is relative to what a job may lose: the time since the deadline, before it negative, as a share of the job's
-allowance. Where nothing is late those come first that can wait the least; where much is, because the machine has too
-few cores, jobs of long steps do not let those of short ones wait for all that they themselves are late with.
+So all wait least in the mean: a long burst costs a short one nothing, and a short one a long one little. What is past
+its deadline goes before that, the job first that is late by the largest share of what it may lose: nobody starves.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import deque
@@ -20,17 +18,20 @@ FIRST = float("-inf")  # the deadline of what goes before everything
 @dataclass(slots=True)
 class Work:
     """owner: whose work it is. run: what is to be done. deadline: by time.monotonic(). allowance: seconds that its
-    owner may lose in a step. done: for whoever gets it back, finished or withdrawn.
+    owner may lose in a step. expected: seconds that it will take. done: for whoever gets it back, finished or
+    withdrawn.
 
-    seconds: of CPU time that it took. finished: when. error: what it raised, if it did.
+    seconds: of CPU time that it took; lasted: and in all. finished: when. error: what it raised, if it did.
     """
 
     owner: Hashable
     deadline: float
     allowance: float
+    expected: float
     run: Callable[[], None]
     done: Callable[[Work], None]
     seconds: float = 0.0
+    lasted: float = 0.0
     finished: float = 0.0
     error: Exception | None = None
     withdrawn: bool = False
@@ -49,6 +50,7 @@ class ComputeThread:
         self._batch = batch
         self._condition = threading.Condition()
         self._waiting: dict[Hashable, deque[Work]] = {}  # in the order in which they came
+        self._expected: dict[Hashable, float] = {}  # seconds that these will take
         self._left: dict[Hashable, int] = {}  # those that wait, and the one that is being done
         self._behind: dict[Hashable, float] = {}
         self._stopping = False
@@ -70,6 +72,7 @@ class ComputeThread:
         with self._condition:
             for work in works:
                 self._waiting.setdefault(work.owner, deque()).append(work)
+                self._expected[work.owner] = self._expected.get(work.owner, 0.0) + work.expected
                 self._left[work.owner] = self._left.get(work.owner, 0) + 1
             self._condition.notify()
 
@@ -83,6 +86,7 @@ class ComputeThread:
         with self._condition:
             self._behind.pop(owner, None)
             mine = list(self._waiting.pop(owner, ()))
+            self._expected.pop(owner, None)
             if mine:
                 self._left[owner] -= len(mine)
         for work in mine:
@@ -98,7 +102,7 @@ class ComputeThread:
                     self._condition.wait()
                 if self._stopping:
                     return
-                work = self._latest(time.monotonic())
+                work = self._first(time.monotonic())
             self._do(work)
             finished.append(work)
             with self._condition:
@@ -113,16 +117,17 @@ class ComputeThread:
                 finished, told = [], work.finished
             del work  # the thread keeps nobody's job while it waits
 
-    def _latest(self, now: float) -> Work:
-        latest, first = -math.inf, None
-        for owner, works in self._waiting.items():
-            lateness = (now - works[0].deadline) / works[0].allowance
-            if first is None or lateness > latest:
-                latest, first = lateness, owner
+    def _first(self, now: float) -> Work:
+        def urgency(owner: Hashable) -> tuple[float, float]:
+            work = self._waiting[owner][0]
+            return max(0.0, (now - work.deadline) / work.allowance), -self._expected[owner]
+
+        first = max(self._waiting, key=urgency)
         works = self._waiting[first]
         work = works.popleft()
+        self._expected[first] -= work.expected
         if not works:
-            del self._waiting[first]
+            del self._waiting[first], self._expected[first]
         return work
 
     def _note_behind(self, work: Work) -> None:
@@ -131,11 +136,12 @@ class ComputeThread:
                 self._behind[owner] = self._behind.get(owner, 0.0) + work.seconds
 
     def _do(self, work: Work) -> None:
-        start = time.thread_time()
+        began, start = time.monotonic(), time.thread_time()
         try:
             work.run()
         except Exception as error:
             work.error = error
         work.seconds = time.thread_time() - start
         work.finished = time.monotonic()
+        work.lasted = work.finished - began
         self.busy += work.seconds

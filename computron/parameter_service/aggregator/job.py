@@ -86,6 +86,7 @@ class Job:
     unanswered: set[int] = field(default_factory=set)
     counters: Counters = field(default_factory=Counters)
     block_seconds: dict[int, float] = field(default_factory=dict)
+    block_lasts: dict[int, float] = field(default_factory=dict)
     kept: int | None = 0
     history: int = 0
     guard: Guard = Guard.MASTER
@@ -206,17 +207,19 @@ class Job:
     def lately(self) -> tuple[HeldCommit, ...]:
         return tuple(commit.said for commit in self.commits.values())
 
-    def work(self) -> float:
-        """Seconds that a step of this job takes here by itself."""
-        return sum(self.block_seconds.get(index, 0.0) for index in self.blocks)
+    def lasts(self, block: int) -> float:
+        """Seconds that a step of this block takes here, as long as it has a core or waits for one."""
+        return self.block_lasts.get(block, 0.0)
 
     def allowance(self) -> float:
         """Seconds that its limit lets others take of a step."""
         return max(LEAST_ALLOWANCE, self.spec.loss_limit * self.period)
 
-    def note_seconds(self, block: int, seconds: float) -> None:
-        before = self.block_seconds.get(block)
-        self.block_seconds[block] = seconds if before is None else before + SMOOTHING * (seconds - before)
+    def note_seconds(self, block: int, seconds: float, lasted: float) -> None:
+        """Of CPU time, and in all."""
+        for known, value in ((self.block_seconds, seconds), (self.block_lasts, lasted)):
+            before = known.get(block)
+            known[block] = value if before is None else before + SMOOTHING * (value - before)
         self.counters.cpu += seconds
 
     def _time(self, now: float) -> None:

@@ -77,7 +77,7 @@ class Steps:
             total = self._summer.sum(gradients, scales, average=job.spec.average)
             found.append((block.block.index, float(torch.linalg.vector_norm(total, dtype=torch.float64)) ** 2))
 
-        def done(work: Work) -> None:
+        def done(block: HeldBlock, work: Work) -> None:
             if work.error is not None:
                 self._refuse(job, step, f"the norms of its gradients could not be computed: {work.error!r}")
             elif len(found) == len(blocks) and not work.withdrawn:
@@ -85,15 +85,13 @@ class Steps:
                     worker.link.send(Norms(job.spec.job, step, tuple(sorted(found)), asks[0].time))
                 found.clear()
 
-        allowance = job.allowance()
-        deadline = time.monotonic() + allowance
-        self.compute.submit(*(Work(job, deadline, allowance, partial(of, block), done) for block in blocks))
+        self._queue(job, blocks, of, done)
 
     def quiet(self, job: Job, then: Callable[[], None]) -> None:
         """Take back what is scheduled of the job, and call `then` when nothing of it is computed any more."""
         for work in self.compute.withdraw(job):
             self._guarded(job, partial(work.done, work))
-        self.compute.submit(Work(job, FIRST, LEAST_ALLOWANCE, _nothing, lambda work: then()))
+        self.compute.submit(Work(job, FIRST, LEAST_ALLOWANCE, 0.0, _nothing, lambda work: then()))
 
     def tell(self, job: Job, worker: Worker, block: HeldBlock, *, skipped: bool = False) -> None:
         """That the block has seen its last step."""
@@ -128,12 +126,26 @@ class Steps:
                 block.kernel.apply(total, groups[block.block.group], block.updates + 1)
                 block.updates += 1
 
-        works, allowance = [], job.allowance()
-        deadline = time.monotonic() + job.work() + allowance
         for block in blocks:
             block.scheduled = block.applied + 1
-            works.append(Work(job, deadline, allowance, partial(apply, block), partial(done, block, commits)))
-        self.compute.submit(*works)
+        self._queue(job, blocks, apply, lambda block, work: done(block, commits, work))
+
+    def _queue(
+        self,
+        job: Job,
+        blocks: Sequence[HeldBlock],
+        run: Callable[[HeldBlock], None],
+        done: Callable[[HeldBlock, Work], None],
+    ) -> None:
+        expected = [job.lasts(block.block.index) for block in blocks]
+        allowance = job.allowance()
+        deadline = time.monotonic() + sum(expected) + allowance
+        self.compute.submit(
+            *(
+                Work(job, deadline, allowance, seconds, partial(run, block), partial(done, block))
+                for block, seconds in zip(blocks, expected, strict=True)
+            )
+        )
 
     def _close_step(self, job: Job, work: Work, block: HeldBlock) -> bool:
         """True if the block has seen the step."""
@@ -146,7 +158,7 @@ class Steps:
             self._refuse(job, step, f"block {block.block.index} could not be computed: {work.error!r}")
             return False
         block.applied = step
-        job.note_seconds(block.block.index, work.seconds)
+        job.note_seconds(block.block.index, work.seconds, work.lasted)
         job.counters.late += max(0.0, work.finished - work.deadline)
         return True
 

@@ -1,9 +1,8 @@
 """How long a step waits on an aggregator that several jobs share: a prediction, checked by simulation.
 
-Each job commits a burst of work once an iteration. The aggregator does the latest one first and looks for a later one
-after each chunk. Lateness is the time since the deadline (commit + its work + what the job may lose, its allowance), as
-a share of the allowance. So a burst lets another one end of which less is left than its own work is; for one of which
-more is left it waits only if its job can wait less, until it has become as late. Two jobs meet in one of two ways.
+Each job commits a burst of work once an iteration. The aggregator does the one first of which least is left, and looks
+for a shorter one after each chunk: so a burst lets another one end of which less is left than its own work is. (What is
+past its deadline goes first, but nothing is that is within its limits.) Two jobs meet in one of two ways.
 
 Drifting. Their phases change all the time, so that a commit finds the other's burst at a random point, as a Poisson
 arrival would. It waits for what is left of a burst that goes first, e^2 / 2D in the mean if all of it does (the
@@ -30,11 +29,10 @@ RUN_ERROR = 1e-9  # so much less than a whole run still is one: periods are sums
 
 @dataclass(frozen=True, slots=True)
 class Burst:
-    """Seconds. period: of an iteration without waiting. cpu: work in it. allowance: what the job may lose in it."""
+    """Seconds. period: of an iteration without waiting. cpu: work in it."""
 
     period: float
     cpu: float
-    allowance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ def wait_of(place: int, bursts: Sequence[Burst], chunk: float, jitter: float) ->
         if other_place == place:
             continue
         share = other.cpu / other.period
-        met = _behind(own, other) / other.period + chunk * share / 2.0
+        met = min(cpu, other.cpu) ** 2 / other.period / 2.0 + chunk * share / 2.0
         if (other.period, other_place) > (period, place):
             lag = _lag(own, other)
             if lag is not None:
@@ -79,23 +77,6 @@ def wait_of(place: int, bursts: Sequence[Burst], chunk: float, jitter: float) ->
     if overtaken >= 1.0:
         return Wait(math.inf, in_step)
     return Wait((residual / left + cpu * overtaken) / (1.0 - overtaken), in_step)
-
-
-def _behind(own: Burst, other: Burst) -> float:
-    """Integral of the wait over what may be left of the other burst when this one is committed, seconds squared.
-
-    It waits for all of that if that is less than its own work; of more, if it can wait less than the other, until it
-    has become as late. A burst that can wait longer is the later one at once, and stays so.
-    """
-    whole = min(own.cpu, other.cpu)
-    waited = whole * whole / 2.0
-    if own.allowance < other.allowance and own.allowance > 0.0:
-        ratio = own.allowance / other.allowance
-        end = min(other.cpu, own.cpu / ratio)
-        if end > own.cpu:
-            mean = own.cpu - ratio * (own.cpu + end) / 2.0
-            waited += (end - own.cpu) * mean / (1.0 - ratio)
-    return waited
 
 
 def _lag(fast: Burst, slow: Burst) -> float | None:

@@ -139,13 +139,11 @@ class _Forecast:
         bursts = self._bursts.get(server)
         if bursts is None:
             held = self.fleet.servers[server]
-            bursts = self._bursts[server] = {other: self._burst(other, part.cpu) for other, part in held.items()}
+            bursts = self._bursts[server] = {
+                other: Burst(self.fleet.paces[other], part.cpu) for other, part in held.items()
+            }
         place = list(bursts).index(name)
         return wait_of(place, list(bursts.values()), self._limits.chunk, self._limits.jitter)
-
-    def _burst(self, name: str, cpu: float) -> Burst:
-        job = self.fleet.jobs[name]
-        return Burst(self.fleet.paces[name], cpu, self._limits.loss_of(job) * job.period)
 
 
 def _needed(capacity: Capacity, job: JobLoad, blocks: Collection[int]) -> int:

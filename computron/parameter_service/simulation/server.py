@@ -1,8 +1,9 @@
 """Aggregators on a virtual clock: what sharing does to iterations when nothing goes as a formula assumes.
 
 A job computes, commits, and computes again when all of its aggregators have applied the step. An aggregator has one
-compute thread. It works on the step that is latest, as a share of its job's allowance (its deadline: commit + work
-here + allowance), and looks for a more urgent one after each chunk; between chunks, switching is free.
+compute thread. It works on the step of which least is left, but first on those past their deadlines (commit + work here
++ allowance of the job), the latest one as a share of its allowance, and looks for a more urgent one after each chunk;
+between chunks, switching is free.
 """
 
 from __future__ import annotations
@@ -47,16 +48,22 @@ class _Step:
     remaining: float
 
     def lateness(self, now: float) -> float:
-        return (now - self.deadline) / self.allowance
+        return max(0.0, (now - self.deadline) / self.allowance)
 
-    def passes(self, other: _Step, now: float) -> float:
-        """From when on it is later than the other one; infinite if never."""
-        if self.lateness(now) > other.lateness(now):
+    def passes(self, other: _Step, left: float, now: float) -> float:
+        """From when on it is more urgent than the other one, of which so much is left and which goes on; infinite if
+        never.
+        """
+        mine, theirs = self.lateness(now), other.lateness(now)
+        if mine > theirs or (mine == theirs and self.remaining < left):
             return now
+        late = max(now, self.deadline)
+        if late < other.deadline:
+            return late
         if self.allowance >= other.allowance:
             return math.inf
-        mine, theirs = self.allowance, other.allowance
-        return max(now, (self.deadline * theirs - other.deadline * mine) / (theirs - mine))
+        crossing = self.deadline * other.allowance - other.deadline * self.allowance
+        return max(late, crossing / (other.allowance - self.allowance))
 
 
 @dataclass(slots=True)
@@ -119,7 +126,8 @@ class _Run:
     def _boundary(self, server: _Server, step: _Step, now: float) -> float:
         """Of the chunk after which this one, which waits, goes first."""
         assert server.current is not None
-        passes = step.passes(server.current, now)
+        left = server.current.remaining - (now - server.began)
+        passes = step.passes(server.current, left, now)
         if math.isinf(passes):
             return math.inf
         return server.began + math.ceil((passes - server.began) / self.chunk) * self.chunk
@@ -133,7 +141,7 @@ class _Run:
 
     def _begin(self, place: int, now: float) -> None:
         server = self.servers[place]
-        server.current = max(server.waiting, key=lambda step: (step.lateness(now), -step.job))
+        server.current = max(server.waiting, key=lambda step: (step.lateness(now), -step.remaining, -step.job))
         server.waiting.remove(server.current)
         server.began = now
         server.until = math.inf
