@@ -37,14 +37,10 @@ class Segment:
 
     def __init__(self, fd: int, nbytes: int) -> None:
         """Takes over `fd`. Raises ValueError if the file is smaller than `nbytes`, or its size can change."""
-        try:
-            _check(fd, nbytes)
-        except BaseException:
-            os.close(fd)
-            raise
         self.fd = fd
         self.nbytes = nbytes
         try:
+            _check(fd, nbytes)
             self._window = Window(nbytes)
             self._window.map(0, fd, self._window.nbytes)
         except BaseException:
@@ -87,6 +83,9 @@ class Segment:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _check(fd: int, nbytes: int) -> None:
