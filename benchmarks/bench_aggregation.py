@@ -136,7 +136,8 @@ def run(options: argparse.Namespace) -> Report:
         team.do("leave")
         compute = QUICK_COMPUTE if options.quick else COMPUTE
         emulated(team, shared, own, steps, compute).report(report, "emulated")
-        report.row("aggregation.emulated.reserved_cores", 1, "cores", len(own), 1 / len(own))
+        reserved, apart = len(shared.aggregators()), sum(len(one.aggregators()) for one in own)
+        report.row("aggregation.emulated.reserved_cores", reserved, "cores", apart, reserved / apart)
     return report
 
 

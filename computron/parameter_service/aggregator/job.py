@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.staging import PushedStaging, Staging, missing
@@ -18,13 +17,6 @@ from computron.parameter_service.wire.segments import Segment
 
 SMOOTHING = 0.1  # of measured times: the weight of the newest
 LEAST_ALLOWANCE = 0.001  # seconds
-
-
-class Guard(Enum):
-    """What tells how far behind the last snapshot steps may be applied."""
-
-    MASTER = auto()
-    BLOCK = auto()
 
 
 @dataclass(eq=False)
@@ -65,7 +57,7 @@ class Job:
 
     leaving: blocks that were announced to be elsewhere, and are kept until they are; given: all that were in this
     epoch, after which step and to whom. kept: step of the last complete snapshot, None while none can be written.
-    history: as in `Saved`. guard: what limits the steps after it. trouble: why no snapshot can be written here. asks:
+    history: as in `Saved`. master_away: nobody says so any more. trouble: why no snapshot can be written here. asks:
     the last of each member; unanswered: those that came after the last answer.
     """
 
@@ -89,7 +81,7 @@ class Job:
     block_lasts: dict[int, float] = field(default_factory=dict)
     kept: int | None = 0
     history: int = 0
-    guard: Guard = Guard.MASTER
+    master_away: bool = False
     trouble: str = ""
     period: float = 0.0
     last_commit: float = 0.0
@@ -137,7 +129,7 @@ class Job:
         every = self.spec.snapshot_every
         if not every or self.kept is None:
             return math.inf
-        if self.guard is Guard.MASTER:
+        if not self.master_away:
             return self.kept + every
         return max(self.kept, block.saved) + max(1, every - 1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from computron.parameter_service.aggregator.block import HeldBlock
-from computron.parameter_service.aggregator.job import Guard, Job, Worker, versions_of
+from computron.parameter_service.aggregator.job import Job, Worker, versions_of
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.room import NoRoom, Room
 from computron.parameter_service.aggregator.saving import Saver
@@ -150,7 +150,7 @@ class Orders:
         job = self._jobs.get(order.job)
         if job is None:
             return []
-        job.guard = Guard.MASTER
+        job.master_away = False
         if order.step is None:
             job.kept = None
         else:
@@ -205,7 +205,7 @@ class Orders:
         job.expect_nothing()
         self.room.check_blocks(job, missing)
         job.epoch, job.members, job.held, job.token = order.epoch, order.members, True, order.token
-        job.kept, job.guard = order.kept, Guard.MASTER
+        job.kept, job.master_away = order.kept, False
         if order.kept is not None:
             job.trouble = ""
         self._saver.cancel(job, versions=order.source != KEEP)

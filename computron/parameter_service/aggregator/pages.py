@@ -30,6 +30,7 @@ class Pages:
     def __init__(self) -> None:
         self._queue: PriorityQueue[tuple[int, int, Callable[[], object] | None]] = PriorityQueue()
         self._order = itertools.count()
+        self._enlarged: weakref.WeakSet[Segment] = weakref.WeakSet()
         self._thread = threading.Thread(target=self._run, name="pages")
         self._thread.start()
 
@@ -51,9 +52,10 @@ class Pages:
 
     def enlarge(self, segments: Sequence[Segment]) -> None:
         """Make their pages huge while somebody has them: the optimizer goes through memory faster then, and mapping it
-        elsewhere takes a fraction of the time.
+        elsewhere takes a fraction of the time. It is done once for each.
         """
-        for segment in segments:
+        for segment in [one for one in segments if one not in self._enlarged]:
+            self._enlarged.add(segment)
             self._put(partial(self._enlarge, weakref.ref(segment), 0), SOME_TIME)
 
     def _enlarge(self, known: weakref.ref[Segment], offset: int) -> None:

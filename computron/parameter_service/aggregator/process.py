@@ -18,7 +18,7 @@ import torch
 import uvloop
 
 from computron.parameter_service.aggregator.block import HeldBlock
-from computron.parameter_service.aggregator.job import Guard, Job, versions_of
+from computron.parameter_service.aggregator.job import Job, versions_of
 from computron.parameter_service.aggregator.master_link import MasterLink
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.orders import Orders
@@ -200,8 +200,8 @@ class Aggregator:
 
     def _master_away(self) -> None:
         for job in self._jobs.values():
-            if job.guard is Guard.MASTER:
-                job.guard = Guard.BLOCK
+            if not job.master_away:
+                job.master_away = True
                 self._server.go_on(job, list(job.blocks))
 
     def _register(self) -> Register:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import logging
 import os
@@ -57,7 +58,7 @@ class Link(Protocol):
         """End it. What was sent before and is not on its way yet is lost."""
 
 
-class _Reading:
+class _Reading(abc.ABC):
     """What both kinds of links do with what they read."""
 
     closed: bool
@@ -87,8 +88,9 @@ class _Reading:
         except FrameError as error:
             self._end(str(error))
 
+    @abc.abstractmethod
     def _end(self, reason: str) -> None:
-        raise NotImplementedError
+        """Close the connection, and tell why."""
 
     def destination(self, message: Any, size: int) -> memoryview | None:
         return self._receiver.destination(self, message, size)  # type: ignore[arg-type]
