@@ -28,11 +28,12 @@ class Board:
     load_asked, unload_asked: what an operator wants and is not done yet.
     """
 
-    def __init__(self, *, ledger: Ledger, link: Link, max_wait: float, tuning: Tuning) -> None:
+    def __init__(self, *, ledger: Ledger, link: Link, max_wait: float, tuning: Tuning, stages: int) -> None:
         self.ledger = ledger
         self.link = link
         self.max_wait = max_wait
         self.tuning = tuning
+        self._early_start = tuning.early_start / stages
         self.models: dict[str, ModelState] = {}
         self.tickets: dict[int, Ticket] = {}
         self.due_ready = Agenda()
@@ -165,6 +166,17 @@ class Board:
         elif ticket.model.admitted.pop(ticket.request.id, None) is not None:
             ticket.model.held_blocks -= ticket.blocks
 
+    def hides(self, model: ModelState) -> float:
+        """Seconds of a transfer that hide behind the model's next step; 0 while that is not known.
+
+        Each stage waits for its own pages, all of which come at the same time: the last stages' compute hides nothing.
+        """
+        return self._early_start * (model.expected_step() or 0.0)
+
+    def hidden_pages(self, model: ModelState) -> int:
+        """How many pages come in that time."""
+        return int(self.hides(model) / self.link.frame_seconds)
+
     def next_deadline(self) -> float | None:
         """The earliest deadline of a request that has not been in a step."""
         deadlines = self._deadlines
@@ -195,8 +207,10 @@ class Board:
         model.step, model.stepped, model.last_used = None, True, now
         del self.running[model.name]
 
-    def begin_swap(self, model: ModelState, urgency: Urgency, now: float, expected_end: float) -> Swap:
-        swap = self.ledger.order(model.residency, urgency, now, expected_end)
+    def begin_swap(
+        self, model: ModelState, pages: tuple[int, ...], urgency: Urgency, now: float, expected_end: float
+    ) -> Swap:
+        swap = self.ledger.order(model.residency, pages, urgency, now, expected_end)
         swap.alone = not self.loading
         self.loading[model.name] = model
         self.file(model)
@@ -210,6 +224,8 @@ class Board:
 
     def evict(self, model: ModelState, pages: Sequence[int]) -> None:
         self.complete -= model.residency.complete
+        model.begun = False
+        model.brought = max(0, model.brought - len(pages))
         self.ledger.evict(model.residency, pages)
         self.complete += model.residency.complete
         self.file(model)
@@ -256,6 +272,7 @@ class Board:
         self._file_holder(model, has_work)
         if model.step is not None or not has_work:
             model.limit = math.inf
+            model.begun = False
             if model.agendas:
                 self._move(model, ())
             return

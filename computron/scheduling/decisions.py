@@ -6,13 +6,13 @@ The cases, in this order:
    - resident: nothing else starts before it.
    - absent: its swap-in is ordered, by force if need be; one under way for something later is cancelled.
    - on its way: others run only if they will have ended when it can start.
-3. Nothing is due and no swap-in is under way: the policy's choice comes, into
+3. Nothing is due and no swap-in is under way: the next piece of the policy's choice comes, into
    - free frames, spare cache and pages of models without work;
    - else also pages of models with work whose turn is over, if the policy says so.
 4. A step can start: the policy's choice of the resident models runs; else a model whose pages are on their way.
-5. The link is idle, and nothing waits for it: the model comes whose next request will probably be the first, into
-   frames that the policy can spare for it.
-6. The link is idle: what an operator asked for is loaded, or unloaded.
+5. The link is idle: what an operator asked for is loaded, or unloaded.
+6. The link is idle, and nothing waits for it: the next piece comes of the model that the policy chooses, into frames
+   that it can spare for that.
 7. Nothing is under way and nothing could start, but there is work: the first model on the due agenda that can be
    served by force is. The oldest admitted sequence never loses its cache, so that this cannot go round in a circle.
 """
@@ -53,10 +53,10 @@ class Decisions:
             self._orders.reject(ticket.request.id, RejectReason.DEADLINE)
         self._bring_next(now)
         self._run_next(now)
-        if self._prefetch:
-            self._fetch_ahead(now)
         if board.unload_asked or board.load_asked:
             self._obey(now)
+        if self._prefetch:
+            self._fetch_ahead(now)
         if not board.running and not board.loading and (board.due_ready or board.due_absent):
             self._serve_by_force(now)
         if board.cached:
@@ -175,22 +175,34 @@ class Decisions:
         3. Else when the rest of the transfer is short against its step, so that compute still hides behind it, other
            models have the node until then, and what arrives meanwhile joins the batch.
         """
-        swap = model.residency.swap
-        early = self._board.tuning.early_start
-        if swap is None or early == 0.0:
+        swap, board = model.residency.swap, self._board
+        if swap is None or not model.completing or board.tuning.early_start == 0.0:
             return math.inf
         step = model.expected_step()
-        if alone and (step is None or (model.spec.continuous and self._board.complete == 0)):
+        if alone and (step is None or (model.spec.continuous and board.complete == 0)):
             return -math.inf
-        return math.inf if step is None else swap.expected_end - early * step
+        return math.inf if step is None else swap.expected_end - board.hides(model)
 
     def _ends_before(self, model: ModelState, due: ModelState, now: float) -> bool:
         """Would a step of `model` have ended by the time when `due`, whose pages are on the link, should start?"""
         swap, step = due.residency.swap, model.expected_step()
         assert swap is not None
-        return step is not None and now + step <= swap.expected_end - (due.expected_step() or 0.0)
+        complete = swap.expected_end + self._board.link.seconds(swap.rest)
+        return step is not None and now + step <= complete - (due.expected_step() or 0.0)
 
-    # 5. Who is fetched ahead
+    # 5. What operators asked for
+
+    def _obey(self, now: float) -> None:
+        board = self._board
+        for model in list(board.unload_asked.values()):
+            if not model.has_work and model.step is None:
+                self._orders.unload(model)
+        if not board.loading:
+            for model in board.load_asked.values():
+                if self._orders.swap_in(model, Urgency.BACKGROUND, Reach.IDLE, now):
+                    return
+
+    # 6. Who is fetched ahead
 
     def _fetch_ahead(self, now: float) -> None:
         """On a link that nothing waits for, a model whose next request will probably come before those of others."""
@@ -206,18 +218,6 @@ class Decisions:
         for model in foretold + self._policy.next_to_fetch(board, lately, now):
             if not model.unload_asked and self._orders.swap_in(model, Urgency.PREFETCH, Reach.SPARE, now):
                 return
-
-    # 6. What operators asked for
-
-    def _obey(self, now: float) -> None:
-        board = self._board
-        for model in list(board.unload_asked.values()):
-            if not model.has_work and model.step is None:
-                self._orders.unload(model)
-        if not board.loading:
-            for model in board.load_asked.values():
-                if self._orders.swap_in(model, Urgency.BACKGROUND, Reach.IDLE, now):
-                    return
 
     # 7. When nothing goes
 

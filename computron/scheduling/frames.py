@@ -46,13 +46,12 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
     if need > plan.gained + board.idle_pages and reach <= Reach.IDLE:
         return plan
     for group in _groups(board.idle, board.tuning.candidates):
-        if reach == Reach.SPARE:
-            group = policy.spare(board, target, group, now)
-            if not group:
-                break  # in those that were used later there would be still less
-        for model in policy.victims(board, target, group, now):
+        offers = policy.offers(board, target, group, now, ahead=reach == Reach.SPARE)
+        if not offers:
+            break  # from those that were used later still less could be had
+        for model, pages in offers:
             if model is not target:
-                plan.take_pages(model, policy.whole_models)
+                plan.take_pages(model, None if policy.whole_models else pages)
             if plan.enough:
                 return plan
     if reach >= Reach.AGREED:
@@ -60,7 +59,7 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
             if model is target or _has_turn(board, target, model, reach, now):
                 continue
             if reach > Reach.AGREED or _hoards(target, model) or policy.may_take(board, target, model, now):
-                plan.take_pages(model, whole=True)
+                plan.take_pages(model, None)
             if plan.enough:
                 return plan
     if reach >= Reach.DUE:

@@ -47,6 +47,8 @@ class ModelState:
         "admitted",
         "agendas",
         "arrivals",
+        "begun",
+        "brought",
         "failures",
         "held_blocks",
         "held_in",
@@ -82,6 +84,8 @@ class ModelState:
         self.steps = Steps(tuning.smoothing)
         self.last_used = -math.inf
         self.stepped = False  # has run since it came in
+        self.begun = False  # the first pieces of a swap-in for its requests have come, and none has left since
+        self.brought = 0  # frames that its swap-in has filled since it was last complete
         self.turn_end = -math.inf  # until then it keeps its frames while it has work
         self.limit = math.inf  # the earliest of its requests' limits; never while it is in a step or has none
         self.failures = 0  # swap-ins that failed since the last one that did not
@@ -118,8 +122,14 @@ class ModelState:
 
     @property
     def loading(self) -> bool:
-        """A transfer of everything that it lacks is under way."""
+        """A transfer of pages that it lacks is under way."""
         return self.residency.swap is not None and not self.residency.swap.cancelled
+
+    @property
+    def completing(self) -> bool:
+        """The transfer under way is of everything that it lacks."""
+        swap = self.residency.swap
+        return swap is not None and not swap.cancelled and swap.rest == 0
 
     def cache_need(self, more_blocks: int = 0) -> int:
         """Frames for the blocks of all admitted sequences, and some more."""

@@ -45,8 +45,8 @@ class Scheduler(Views):
     frames, frame_bytes: the device's memory for parameters and KV caches together.
     link_bandwidth_hint: bytes a second; what is measured replaces it.
     max_wait: seconds; until overload no request waits longer because of others (docs/scheduling.md has the promise).
-    prefetch: use an idle link for a model whose next request can be foretold.
-    max_steps_in_flight: how many steps, of different models, the device takes at once.
+    prefetch: use an idle link for pages that will probably be wanted.
+    max_steps_in_flight: how many steps, of different models, the device takes at once: the stages of its pipeline.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Scheduler(Views):
             link=Link(link_bandwidth_hint, frame_bytes, tuning.smoothing),
             max_wait=max_wait,
             tuning=tuning,
+            stages=max_steps_in_flight,
         )
         super().__init__(board)
         self._decisions = Decisions(board, policy, prefetch=prefetch, max_steps_in_flight=max_steps_in_flight)
@@ -269,9 +270,11 @@ class Scheduler(Views):
         board = self._board
         board.end_swap(model, pages)
         model.last_used = now
+        model.brought += swap.frames if len(pages) == len(swap.pages) else min(swap.frames, len(pages))
         if model.residency.complete:
             model.stepped = False
-            model.turn_end = now + board.tuning.keep * board.link.seconds(swap.frames)
+            model.turn_end = now + board.tuning.keep * board.link.seconds(model.brought)
+            model.brought, model.begun = 0, False
             board.ask(model, load=False, unload=model.unload_asked)
         board.file(model)
 
@@ -336,6 +339,7 @@ class Scheduler(Views):
         model = self._model(event, event.model)
         load = not model.residency.complete and self._fits_alone(model, 0)
         self._board.ask(model, load=load, unload=False)
+        model.arrivals.expect(now)
         return []
 
     def _unload_asked(self, event: UnloadAsked, now: float) -> list[Action]:

@@ -314,9 +314,11 @@ class Driver:
         contents = device.specs[name].pages
         assert name not in device.transfers, "two transfers of one model"
         missing = [page for page in range(len(contents)) if page not in device.mapped[name]]
-        assert list(action.pages) == missing, "a swap-in lists all pages that are not mapped, in image order"
-        assert not {contents[page] for page in missing} & device.in_flight(), "a content is in flight already"
-        new = tuple(dict.fromkeys(contents[page] for page in missing if contents[page] not in device.contents()))
+        assert action.pages
+        assert list(action.pages) == missing[: len(action.pages)], "the first pages that lack, in image order"
+        coming = [contents[page] for page in action.pages]
+        assert not set(coming) & device.in_flight(), "a content is in flight already"
+        new = tuple(dict.fromkeys(content for content in coming if content not in device.contents()))
         assert len(new) <= device.free, "frames are over-committed"
         number = next(self._transfer_number)
         seconds = len(new) * PAGE_SECONDS
