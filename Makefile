@@ -35,6 +35,10 @@ install: $(VENV)/.built  ## Make .venv, install Computron and its tools, build t
 demo: install  ## Fetch three real models and serve them from too little device memory
 	$(BIN)/python examples/demo.py
 
+.PHONY: train
+train: install  ## Train a language model with two workers and the Parameter Service
+	$(BIN)/python examples/train_language_model.py
+
 .PHONY: test
 test: install  ## Lint, type-check and test
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check

@@ -75,6 +75,7 @@ def main() -> None:
     torch.set_num_threads(1)
     url, where, every, pause, least = sys.argv[1:6]
     folder = Path(where)
+    torch.optim.AdamW([torch.empty(1)])  # torch imports more when the first optimizer is made
     print("ready", flush=True)
     rank = int(input())
     network = model()

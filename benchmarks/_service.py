@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from _processes import HOST, free_port, wait_until_ready
 
 START = 60.0  # seconds within which a master has to be ready, and aggregators to have registered
 TICKS = os.sysconf("SC_CLK_TCK")
+STARTED = re.compile(r"aggregator_started aggregator=\S+ pid=(\d+)")  # in what the master says
 
 
 def cpu_seconds(pid: int) -> float:
@@ -38,7 +40,6 @@ class Service:
         self.port = free_port()
         self.url = f"http://{HOST}:{self.port}"
         self._options = tuple(options)
-        self._seen: set[int] = set()
         self.master: subprocess.Popen[bytes]
 
     def start(self) -> None:
@@ -67,9 +68,7 @@ class Service:
 
     def aggregators(self) -> list[dict[str, Any]]:
         """Those that run now."""
-        found: list[dict[str, Any]] = [one for one in self.get("/v1/aggregators")["data"] if one["state"] == "up"]
-        self._seen.update(one["pid"] for one in found)
-        return found
+        return [one for one in self.get("/v1/aggregators")["data"] if one["state"] == "up"]
 
     def until(self, what: Callable[[], bool], seconds: float = START) -> None:
         """Raises RuntimeError with what the master said if it does not become true."""
@@ -81,18 +80,14 @@ class Service:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """With all aggregators that it ever had."""
-        if self.master.poll() is None:
-            try:
-                self.aggregators()
-            except OSError:
-                print(f"the master at {self.url} does not answer any more", file=sys.stderr)
+        """With all aggregators that it ever started and that still run."""
         self.master.terminate()
         self.master.wait()
-        for pid in self._seen:
+        for pid in map(int, STARTED.findall((self.folder / "output").read_text())):
             try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
+                if self.url in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(pid, signal.SIGKILL)
+            except (FileNotFoundError, ProcessLookupError):
                 continue
 
 

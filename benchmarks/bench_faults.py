@@ -1,11 +1,11 @@
 """Random deaths: aggregators, the master and workers of a training job are killed (-9) at random moments, migrations
 included, and the job goes on.
 
-Rows: `faults.kills`; `faults.{aggregator,master,worker}.recovery`, the longest time from such a kill until all workers
-have taken a new step (a worker's successor has its imports done, the master is started again at once, as whoever
-watches it would); `faults.lost_steps`, the most that one kill cost, against `--every`, the steps between snapshots;
-`faults.wrong_parameters`, how many differ at the end from those of one process without faults (none may);
-`faults.loss`, the last, against that of the same process.
+Rows: `faults.kills`; `faults.{aggregator,master,worker}.recovery`, the longest time from such a kill until the master
+has dealt with it and all workers have taken another step (a worker's successor has its imports done, the master is
+started again at once, as whoever watches it would); `faults.lost_steps`, the most that one kill cost, and its share of
+`--every`, the steps that the job allows; `faults.wrong_parameters`, how many differ at the end from those of one
+process without faults (none may); `faults.loss`, the last, against that of the same process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +36,7 @@ PAUSE = 0.005  # seconds that a worker's compute takes longer: kills hit all pha
 QUIET = 0.6  # seconds: the longest time between a recovery and the next kill
 AFTERWARDS = 100  # steps that are taken when all kills are done
 LONGEST = 60.0  # seconds after which a job that does not go on counts as stuck
+JOB = "/v1/jobs/faults"
 TARGETS = ("aggregator", "aggregator", "worker", "master")
 NAMES = (
     "faults.kills", *(f"faults.{target}.recovery" for target in sorted(set(TARGETS))), "faults.lost_steps",
@@ -105,35 +108,56 @@ class Training:
         worker.stdin.flush()
 
 
-def kill(target: str, running: Service, training: Training, chance: random.Random) -> None:
-    """Half of the time while all blocks of the job are being moved."""
+def kill(target: str, running: Service, training: Training, chance: random.Random) -> Callable[[], bool]:
+    """Half of the time while all blocks of the job are being moved. Returns what tells whether the master has dealt
+    with it.
+    """
     up = [one for one in running.aggregators() if one["jobs"] or chance.random() < 0.2] or running.aggregators()
+    epoch = running.get(JOB)["epoch"]
     if chance.random() < 0.5 and len(running.aggregators()) > 1:
         to = chance.choice([one["id"] for one in running.aggregators()])
-        running.post("/v1/jobs/faults/move", {"blocks": "all", "to": to})
+        try:
+            running.post(f"{JOB}/move", {"blocks": "all", "to": to})
+        except urllib.error.HTTPError as error:
+            if error.code >= 500:
+                raise
+            error.close()  # it has just died, or has all blocks
         time.sleep(chance.uniform(0, 0.02))
     if target == "aggregator":
-        os.kill(chance.choice(up)["pid"], signal.SIGKILL)
-    elif target == "master":
+        dead = chance.choice(up)["pid"]
+        os.kill(dead, signal.SIGKILL)
+        return lambda: dead not in {one["pid"] for one in running.aggregators()} and is_whole(running)
+    if target == "master":
         running.master.kill()
         running.master.wait()
         running.start()
-    else:
-        training.replace(chance.randrange(WORKERS))
+        return lambda: is_whole(running)
+    training.replace(chance.randrange(WORKERS))
+    return lambda: running.get(JOB)["epoch"] > epoch and is_whole(running)
 
 
-def recovered(training: Training, running: Service, since: float) -> float:
-    """Seconds from `since` until every worker has taken a step more than any had."""
-    before = max(steps for steps, _, _ in training.progress())
-    goal = before + 1
-    lowest = before
-    while min(steps for steps, _, _ in training.progress()) < goal:
-        steps = min(steps for steps, _, _ in training.progress())
-        if steps < lowest:  # it was rolled back: a new step is one after that
-            lowest, goal = steps, steps + 1
+def is_whole(running: Service) -> bool:
+    """Whether the job runs, with all its workers, on aggregators that are there."""
+    job = running.get(JOB)
+    here = {one["id"] for one in running.aggregators()}
+    return job["state"] == "running" and len(job["connected_workers"]) == WORKERS and set(job["aggregators"]) <= here
+
+
+def recovered(training: Training, running: Service, since: float, dealt_with: Callable[[], bool]) -> float:
+    """Seconds from `since` until it was dealt with and every worker has taken a step after that."""
+
+    def require_time() -> None:
         training.require_alive()
         if time.monotonic() - since > LONGEST:
-            raise RuntimeError(f"the job did not go on:\n{running.said()}")
+            said = (training.folder / "workers").read_text()[-3000:]
+            raise RuntimeError(f"the job did not go on:\n{running.said()}\n{said}\n{running.get(JOB)}")
+
+    while not dealt_with():
+        require_time()
+        time.sleep(0.01)
+    last = [steps for steps, _, _ in training.progress()]
+    while any(steps == before for (steps, _, _), before in zip(training.progress(), last, strict=True)):
+        require_time()
         time.sleep(0.002)
     return time.monotonic() - since
 
@@ -147,16 +171,17 @@ def run(options: argparse.Namespace) -> Report:
     with service(AGGREGATORS, "--hysteresis", "1h", memory="64MiB") as running:
         training = Training(running, options.every, WORKERS)
         try:
-            recovered(training, running, time.monotonic())
+            recovered(training, running, time.monotonic(), lambda: True)
             for number in range(kills):
                 target = TARGETS[number] if number < len(TARGETS) else chance.choice(TARGETS)
                 time.sleep(chance.uniform(0, QUIET))
                 running.until(lambda: len(running.aggregators()) >= 2 and training.spare_is_ready())
-                lost = max(lost for _, lost, _ in training.progress())
+                lost = [lost for _, lost, _ in training.progress()]
                 since = time.monotonic()
-                kill(target, running, training, chance)
-                longest[target] = max(longest[target], recovered(training, running, since))
-                most_lost = max(most_lost, max(lost for _, lost, _ in training.progress()) - lost)
+                dealt_with = kill(target, running, training, chance)
+                longest[target] = max(longest[target], recovered(training, running, since, dealt_with))
+                after = [lost for _, lost, _ in training.progress()]  # a new worker's is 0; the other one knows
+                most_lost = max(most_lost, *(now - before for now, before in zip(after, lost, strict=True)))
             last = training.end()
             found = [torch.load(running.folder / f"parameters-{rank}.pt") for rank in range(WORKERS)]
             loss = training.progress()[0][2]

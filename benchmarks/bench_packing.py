@@ -13,7 +13,15 @@ job, as in the paper. `.cpu_ratio`: CPU seconds, which packing does not change.
 what the jobs lose in an event simulation of the aggregators, at moments of the replay, with 2 % jitter;
 `.simulated_over_limit`: share of jobs and moments at which that is more than the limit; `.moves_per_job`: blocks.
 
-Without --trace, --quick replays synthetic jobs, whose figures mean nothing. `--device` changes nothing.
+Live (`_packing_jobs.py` says where the shapes are from): jobs whose compute is emulated (they sleep) train on the real
+service, whose master decides by itself on how many aggregators; in turn with an aggregator for each, in the same run.
+`packing.{2,3,4}jobs.{shape}.aggregators`: as many as ran when the master had settled, for so many equal jobs; baseline:
+AutoPS's (arXiv 2204.03211), whose jobs would have two parameter servers each. `.loss`, `.worst_loss`: of step time
+against an aggregator each, mean and largest of the jobs; baseline: 0.05. `packing.mixed.*`: 8 unlike jobs;
+`.reserved_ratio` against 8 aggregators; `.cpu_ratio`: CPU seconds of all aggregators in a second.
+
+Without --trace, --quick replays synthetic jobs, whose figures mean nothing, and runs few live ones. `--device` changes
+nothing.
 """
 
 from __future__ import annotations
@@ -21,18 +29,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import _packing_live
 import _packing_trace
 from _common import Report, arguments
 
 from computron.parameter_service.simulation.trace import read_gavel
 
 QUICK_JOBS = 150
-NAMES = _packing_trace.NAMES
+NAMES = (*_packing_trace.NAMES, *_packing_live.names(quick=False))
+PARTS = ("trace", "live")
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=Path, metavar="FILE", help="gavel_msr_seed0.trace; required but for --quick")
     parser.add_argument("--throughputs", type=Path, metavar="FILE", help="gavel_throughputs.json; with --trace")
+    parser.add_argument("--part", choices=PARTS, help="only this one")
     parser.add_argument("--jobs", type=int, default=2, help="processes; they change no figure; default: 2")
 
 
@@ -40,17 +51,27 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(__doc__ or "", flags, argv)
     if (options.trace is None) != (options.throughputs is None):
         raise SystemExit("--trace and --throughputs belong together")
-    if options.trace is None and not options.quick:
-        raise SystemExit("give the trace with --trace FILE and --throughputs FILE, or try --quick")
+    parts = PARTS if options.part is None else (options.part,)
+    if "trace" in parts and options.trace is None and not options.quick:
+        raise SystemExit("give the trace with --trace FILE and --throughputs FILE, or try --quick, or --part live")
+    live, trace = _packing_live.names(quick=options.quick), _packing_trace.NAMES
+    names = [name for part, some in (("trace", trace), ("live", live)) if part in parts for name in some]
+    report = Report("Packing training jobs on aggregators", options, names)
+    if "trace" in parts:
+        replay(report, options)
+    if "live" in parts:
+        _packing_live.measure(report, quick=options.quick, seed=options.seed)
+    report.finish()
+
+
+def replay(report: Report, options: argparse.Namespace) -> None:
     if options.trace is None:
         jobs = _packing_trace.synthetic(options.seed)
     else:
         jobs = read_gavel(options.trace, options.throughputs)
     if options.quick:
         jobs = jobs[:QUICK_JOBS]
-    report = Report("Packing training jobs on aggregators", options, NAMES)
     _packing_trace.measure(report, jobs, quick=options.quick, seed=options.seed, processes=options.jobs)
-    report.finish()
 
 
 if __name__ == "__main__":

@@ -195,6 +195,7 @@ def launch(workers: int, aggregators: int) -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     master, token = f"http://127.0.0.1:{port}", secrets.token_hex()
+    key = {"COMPUTRON_SERVICE_KEY": secrets.token_hex()}
     service = [sys.executable, "-m", "computron", "parameter-service"]
     quietly = ["--log-level", "error"]
     processes: list[subprocess.Popen[bytes]] = []
@@ -204,9 +205,10 @@ def launch(workers: int, aggregators: int) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            start(*service, "master", "--external", "--port", str(port), "--log", f"{folder}/master.log", *quietly)
+            log = f"{folder}/master.log"
+            start(*service, "master", "--external", "--port", str(port), "--log", log, *quietly, **key)
             for _ in range(aggregators):
-                start(*service, "aggregator", "--master", master, *quietly)
+                start(*service, "aggregator", "--master", master, *quietly, **key)
             for rank in range(workers):
                 start(sys.executable, *sys.argv, **environment(master, token, rank, workers))
             while any(worker.poll() is None for worker in processes[-workers:]) and not any(

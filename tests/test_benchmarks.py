@@ -14,10 +14,27 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 PROMISED = {
-    "bench_aggregation": {"aggregation.step_overhead", "aggregation.shm_share", "aggregation.tcp_share"},
+    "bench_aggregation": {
+        *(f"aggregation.{row}" for row in ("step_overhead", "step_over_bound", "small_step_us", "many_step_us")),
+        *(f"aggregation.{row}" for row in ("shm_share", "tcp_share")),
+        *(
+            f"aggregation.{model}.{figure}"
+            for model in ("cnn", "lstm", "transformer", "minilm", "emulated")
+            for figure in ("step_p50", "step_p99", "cpu", "over_own", "over_ddp", "over_alone")
+        ),
+        "aggregation.emulated.reserved_cores",
+    },
     "bench_faults": {
         *("faults.kills", "faults.lost_steps", "faults.wrong_parameters", "faults.loss"),
         *(f"faults.{target}.recovery" for target in ("aggregator", "master", "worker")),
+    },
+    "bench_migration": {
+        *(
+            f"migration.{way}{row}"
+            for way in ("", "tcp.")
+            for row in ("exposed_ms", "worst_exposed_ms", "still_ms", "seconds")
+        ),
+        "migration.restart_ms",
     },
     "bench_transfer": {"transfer.memcpy_share", "transfer.emulated_error"},
     "bench_swap": {"swap.over_bound", "swap.partial.over_bound", "swap.vs_write_back"},
@@ -43,6 +60,13 @@ PROMISED = {
                 *("cyclic_reserved_ratio", "cyclic_simulated_over_limit"),
             )
         ),
+        *(
+            f"packing.{count}jobs.{shape}.{row}"
+            for count in (2, 3, 4)
+            for shape in ("alexnet", "vgg19", "awd_lm", "bert")
+            for row in ("aggregators", "loss", "worst_loss")
+        ),
+        *(f"packing.mixed.{row}" for row in ("reserved_ratio", "worst_loss", "mean_loss", "cpu_ratio")),
     },
     "bench_parallel_swap": {
         *(f"parallel.{grid}.load_speedup" for grid in ("2x1", "4x1", "1x2", "1x4", "2x2")),

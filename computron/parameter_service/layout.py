@@ -10,6 +10,7 @@ bit.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -17,7 +18,9 @@ import msgspec
 ELEMENT = 4  # bytes of an fp32 element
 TENSOR_ALIGNMENT = 16  # elements
 BLOCK_ALIGNMENT = 1024  # elements: 4 KiB
-BLOCK_ELEMENTS = 1 << 20  # of a block, by default and at most
+BLOCK_ELEMENTS = 1 << 20  # of a block at most, by default
+LARGEST_BLOCK = 1 << 24  # elements
+MOST_BLOCKS = 1 << 18
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -63,15 +66,20 @@ class Layout:
     """tensors: in the order in which the forward pass uses them. offsets: where each starts, in elements."""
 
     def __init__(self, tensors: Sequence[TensorSpec], block_elements: int = BLOCK_ELEMENTS) -> None:
-        """Raises ValueError if a tensor is empty, a name comes twice, or `block_elements` is no multiple of 1,024."""
-        if block_elements < BLOCK_ALIGNMENT or block_elements % BLOCK_ALIGNMENT:
-            raise ValueError(f"a block has a multiple of {BLOCK_ALIGNMENT} elements, not {block_elements}")
+        """Raises ValueError if a tensor is empty, a name comes twice, `block_elements` is no multiple of 1,024 up to
+        LARGEST_BLOCK, or there would be more than MOST_BLOCKS.
+        """
+        if not BLOCK_ALIGNMENT <= block_elements <= LARGEST_BLOCK or block_elements % BLOCK_ALIGNMENT:
+            raise ValueError(
+                f"a block has a multiple of {BLOCK_ALIGNMENT} elements, at most {LARGEST_BLOCK}, not {block_elements}"
+            )
         if not tensors:
             raise ValueError("there is no tensor to train")
-        names = [tensor.name for tensor in tensors]
-        if len(set(names)) < len(names):
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"two tensors have the name {twice[0]}")
+        twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
+        if twice:
+            raise ValueError(f"two tensors have the name {min(twice)}")
+        if sum(-(-tensor.elements // block_elements) for tensor in tensors) > MOST_BLOCKS:
+            raise ValueError(f"more than {MOST_BLOCKS} blocks: make block_elements larger")
         self.tensors = tuple(tensors)
         self.block_elements = block_elements
         self.blocks = tuple(_cut(self.tensors, block_elements))

@@ -127,7 +127,7 @@ def test_every_step_of_a_language_model_is_that_of_one_process_whatever_is_moved
 
 
 class Thread(threading.Thread):
-    """A worker of its own thread. Raises in `finish` what went wrong."""
+    """A worker of its own thread."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         super().__init__(daemon=True)
@@ -144,8 +144,13 @@ class Thread(threading.Thread):
     def finish(self) -> None:
         self.join(30)
         assert not self.is_alive()
+        self.check()
+
+    def check(self) -> bool:
+        """Raises what went wrong."""
         if self._error is not None:
             raise self._error
+        return True
 
 
 def test_workers_come_and_go_and_gradients_are_averaged_over_those_that_are_there(service: Callable[..., Any]) -> None:
@@ -168,13 +173,17 @@ def test_workers_come_and_go_and_gradients_are_averaged_over_those_that_are_ther
 
     with service(2, memory="64MiB") as running:
         workers = [Thread(lambda rank=rank: work(running.url, rank)) for rank in (0, 1)]  # type: ignore[misc]
-        running.until(lambda: 1.5 in changes())
+
+        def until_seen(change: float) -> None:
+            running.until(lambda: all(worker.check() for worker in workers) and change in changes())
+
+        until_seen(1.5)
         workers.append(Thread(lambda: work(running.url, 2)))
-        running.until(lambda: 2.333 in changes())
+        until_seen(2.333)
         leave[0].set()
-        running.until(lambda: 3.0 in changes())
+        until_seen(3.0)
         leave[2].set()
-        running.until(lambda: 2.0 in changes())
+        until_seen(2.0)
         leave[1].set()
         for worker in workers:
             worker.finish()
@@ -218,7 +227,7 @@ def test_versions_are_what_the_parameters_were_at_their_step(service: Callable[.
 
     with service(2, memory="64MiB") as running:
         workers = [Thread(lambda rank=rank: work(running.url, rank)) for rank in (0, 1)]  # type: ignore[misc]
-        running.until(lambda: "v1" in expected)
+        running.until(lambda: all(worker.check() for worker in workers) and "v1" in expected)
         job = running.get("/v1/jobs/published")
         (elsewhere,) = {one["id"] for one in running.aggregators()} - set(job["aggregators"])
         running.post("/v1/jobs/published/move", {"to": elsewhere, "blocks": [0, 1]})
@@ -248,33 +257,43 @@ def test_a_job_comes_through_deaths_of_each_kind(service: Callable[..., Any], fa
         job = running.get("/v1/jobs/faults")
         return next(one for one in running.aggregators() if one["id"] in job["aggregators"])
 
-    def kill_aggregator() -> None:
-        os.kill(owner()["pid"], signal.SIGKILL)
+    def kill_one(dying: Any) -> Callable[[], bool]:
+        os.kill(dying["pid"], signal.SIGKILL)
+        return lambda: dying["pid"] not in {one["pid"] for one in running.aggregators()} and faults.is_whole(running)
 
-    def kill_aggregator_that_moves_all() -> None:
+    def kill_aggregator() -> Callable[[], bool]:
+        return kill_one(owner())
+
+    def kill_aggregator_that_moves_all() -> Callable[[], bool]:
         dying = owner()
         to = next(one["id"] for one in running.aggregators() if one["id"] != dying["id"])
         running.post("/v1/jobs/faults/move", {"blocks": "all", "to": to})
-        os.kill(dying["pid"], signal.SIGKILL)
+        return kill_one(dying)
 
-    def kill_master() -> None:
+    def kill_master() -> Callable[[], bool]:
         running.master.kill()
         running.master.wait()
         running.start()
+        return lambda: bool(faults.is_whole(running))
 
-    kills = (kill_aggregator, kill_master, lambda: training.replace(1), kill_aggregator_that_moves_all)
+    def kill_worker() -> Callable[[], bool]:
+        epoch = running.get("/v1/jobs/faults")["epoch"]
+        training.replace(1)
+        return lambda: running.get("/v1/jobs/faults")["epoch"] > epoch and faults.is_whole(running)
+
+    kills = (kill_aggregator, kill_master, kill_worker, kill_aggregator_that_moves_all)
     with service(2, "--hysteresis", "1h", memory="64MiB") as running:
         training = faults.Training(running, every, faults.WORKERS)
         try:
-            faults.recovered(training, running, time.monotonic())
-            lost = 0
+            faults.recovered(training, running, time.monotonic(), lambda: True)
+            lost = [0] * faults.WORKERS
             for kill in kills:
                 time.sleep(chance.uniform(0.1, 0.3))
                 running.until(lambda: len(running.aggregators()) == 2 and training.spare_is_ready())
-                kill()
-                faults.recovered(training, running, time.monotonic())
-                before, lost = lost, max(lost for _, lost, _ in training.progress())
-                assert lost - before <= every
+                dealt_with = kill()
+                faults.recovered(training, running, time.monotonic(), dealt_with)
+                before, lost = lost, [lost for _, lost, _ in training.progress()]
+                assert all(now - then <= every for now, then in zip(lost, before, strict=True))
             last = training.end()
         finally:
             training.stop()
@@ -282,3 +301,9 @@ def test_a_job_comes_through_deaths_of_each_kind(service: Callable[..., Any], fa
         for rank in range(faults.WORKERS):
             found = torch.load(running.folder / f"parameters-{rank}.pt")
             assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_random_moves_of_two_jobs_leave_their_parameters_right(service: Callable[..., Any], one_thread: None) -> None:
+    migration = importlib.import_module("bench_migration")
+    with service(3, "--hysteresis", "1h", memory="64MiB") as running:
+        assert migration.soak(running, 40, random.Random(11)) == 0

@@ -16,6 +16,15 @@ LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(
 ApiKey = Annotated[
     str | None, typer.Option(envvar="COMPUTRON_API_KEY", help="The key that everybody has to show, where there is one.")
 ]
+ServiceKey = Annotated[
+    str | None,
+    typer.Option(
+        "--key",
+        envvar="COMPUTRON_SERVICE_KEY",
+        help="By which the master and aggregators know each other.",
+        show_default="in a file beside the master's log",
+    ),
+]
 DEFAULT_LOG = Path("parameter-service.log")
 
 
@@ -40,6 +49,7 @@ def master(
     hysteresis: Annotated[str, typer.Option(help="How long an aggregator must have been dispensable.")] = "30s",
     idle: Annotated[str, typer.Option(help="After which a job without workers gives its memory back.")] = "10min",
     max_job_memory: Annotated[str | None, typer.Option(help="What one job may have.", show_default="no limit")] = None,
+    key: ServiceKey = None,
     api_key: ApiKey = None,
     log_level: LogLevel = "info",
 ) -> None:
@@ -54,6 +64,7 @@ def master(
         computron parameter-service master --host 0.0.0.0 --external --aggregators 1:20
     """
     from computron.api.logs import set_up_logging  # here: these take long to load, which `computron --help` should not
+    from computron.parameter_service.master.key import key_path
     from computron.parameter_service.master.scaling import ScalingSettings
     from computron.parameter_service.master.server import MasterSettings, run
     from computron.parameter_service.master.state import Limits
@@ -74,10 +85,17 @@ def master(
         ),
         snapshots=None if snapshots is None else snapshots.resolve(),
         aggregator_memory=_size("--memory", memory),
+        key=key,
     )
     set_up_logging(log_level, "text")
+
+    def ready(url: str) -> None:
+        errors.print(f"the master is at {url}")
+        if external and key is None:
+            errors.print(f"aggregators need the key in {key_path(log)}: give it to them with COMPUTRON_SERVICE_KEY")
+
     try:
-        run(settings, lambda url: errors.print(f"the master is at {url}"))
+        run(settings, ready)
     except ComputronError as error:
         fail(error.message, error.exit_code)
     except OSError as error:
@@ -93,6 +111,7 @@ def aggregator(
     memory: Annotated[str, typer.Option(help="For blocks: a size like 4GiB, or bytes.")] = "1GiB",
     snapshots: Annotated[Path | None, typer.Option(help="Folder of snapshots and versions.")] = None,
     identity: Annotated[str | None, typer.Option(help="Its name.", show_default="a new one")] = None,
+    key: ServiceKey = None,
     api_key: ApiKey = None,
     log_level: LogLevel = "info",
 ) -> None:
@@ -100,8 +119,15 @@ def aggregator(
 
     Example:
 
+        export COMPUTRON_SERVICE_KEY=$(ssh 10.0.0.5 cat parameter-service.log.key)
+
         computron parameter-service aggregator --master http://10.0.0.5:8470 --host 10.0.0.7 --memory 8GiB
     """
+    if not key:
+        fail(
+            "the service's key is missing: give it with COMPUTRON_SERVICE_KEY; the master keeps it beside its log",
+            ASKED_WRONGLY,
+        )
     from computron.api.logs import set_up_logging
     from computron.parameter_service.aggregator.process import AggregatorSettings, run
 
@@ -111,6 +137,7 @@ def aggregator(
         host=host,
         port=port,
         memory=int(memory) if memory.isdigit() else _size("--memory", memory),
+        key=key,
         snapshots=snapshots,
         identity=identity,
         api_key=api_key,

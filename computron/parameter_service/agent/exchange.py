@@ -23,9 +23,10 @@ from computron.parameter_service.agent.actions import (
 from computron.parameter_service.agent.change import Change
 from computron.parameter_service.agent.connections import Connections
 from computron.parameter_service.agent.parameters import FlatParameters, close_all
-from computron.parameter_service.agent.progress import PARAMETERS, Progress
+from computron.parameter_service.agent.progress import Progress
 from computron.parameter_service.agent.staging import Staging
 from computron.parameter_service.layout import Layout
+from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.wire.link import Link
 from computron.parameter_service.wire.messages import (
     Applied,
@@ -119,6 +120,17 @@ class Exchange:
         for message, memory, _ in list(self._asked.values()):
             self._send_asked(message, memory)
 
+    def _joined(self, aggregator: str) -> bool:
+        """Whether it knows us in this epoch."""
+        peer = self._progress.peers.get(aggregator)
+        return peer is not None and peer.joined
+
+    def _write_again(self, aggregator: str) -> None:
+        """It has just come to know us in this epoch."""
+        for message, memory, _ in list(self._asked.values()):
+            if isinstance(message, Write) and self._progress.blocks[message.block].owner == aggregator:
+                self._send_asked(message, memory)
+
     @property
     def extras_left(self) -> bool:
         """Some that belong to a version are not where they belong."""
@@ -178,7 +190,11 @@ class Exchange:
         progress = self._progress
         match message:
             case Joined():
-                return progress.joined(sender, message)
+                before = self._joined(sender)
+                actions = progress.joined(sender, message)
+                if not before and self._joined(sender):
+                    self._write_again(sender)
+                return actions
             case Applied():
                 self.skipped = message.skipped
                 return progress.applied(sender, message)
@@ -187,6 +203,8 @@ class Exchange:
                 return progress.read(sender, message.block, message.step)
             case Contents(part=part) if part == PARAMETERS:
                 return progress.read(sender, message.block, message.applied)
+            case Written() if not self._joined(sender):
+                return []  # in an older epoch
             case Contents() | Written() | ExtraTaken():
                 return self._answered(message)
             case Moved():
@@ -202,7 +220,10 @@ class Exchange:
     def placed(self, placement: Placement) -> None:
         def event() -> list[Action]:
             generation = self._progress.generation
+            epoch = self._progress.epoch
             actions = self._progress.placed(placement)
+            if self._progress.epoch != epoch:  # what was to be written belongs to the older one
+                self._asked = {key: asked for key, asked in self._asked.items() if not isinstance(asked[0], Write)}
             if self._progress.generation != generation:  # versions of steps that were taken back come to nothing
                 self._asked = {key: asked for key, asked in self._asked.items() if not isinstance(asked[0], Extra)}
             return actions
@@ -216,6 +237,8 @@ class Exchange:
         return []
 
     def ask(self, message: Question, memory: memoryview, then: Answer) -> list[Action]:
+        if isinstance(message, Write) and message.epoch != self._progress.epoch:
+            return []
         self._asked[_key(message)] = (message, memory, then)
         self._send_asked(message, memory)
         return []
@@ -224,10 +247,13 @@ class Exchange:
         """To the owner, if that knows us; `ask_again` comes later."""
         state = self._progress.blocks[0 if isinstance(message, Extra) else message.block]
         link = self._connections.link(state.owner)
-        if link is None or not state.hosted:
+        known = self._joined(state.owner) if isinstance(message, Write) else state.hosted
+        if link is None or not known:
             return
         if isinstance(message, Read):
             link.send(message)
+        elif isinstance(message, Write):
+            link.send(message, payload=memory)
         else:
             link.send(msgspec.structs.replace(message, epoch=self._progress.epoch), payload=memory)
 

@@ -13,6 +13,7 @@ from computron.parameter_service.wire.messages import (
     Denied,
     Enlist,
     FromMaster,
+    Loaded,
     Placement,
     ToMaster,
     decoder,
@@ -31,7 +32,7 @@ class MasterLink:
     """received: told of placements and denials. It belongs to the event loop's thread."""
 
     def __init__(
-        self, url: str, api_key: str | None, enlist: Enlist, received: Callable[[Placement | Denied], None]
+        self, url: str, api_key: str | None, enlist: Enlist, received: Callable[[Placement | Loaded | Denied], None]
     ) -> None:
         self._url = url.rstrip("/") + PATH
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -75,5 +76,5 @@ class MasterLink:
     def _take(self, message: aiohttp.WSMessage) -> None:
         if message.type is aiohttp.WSMsgType.BINARY:
             decoded = self._decoder.decode(message.data)
-            if isinstance(decoded, Placement | Denied):
+            if isinstance(decoded, Placement | Loaded | Denied):
                 self._received(decoded)

@@ -153,8 +153,8 @@ class ServiceOptimizer(torch.optim.Optimizer):
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of torch's optimizer of this name or of this one. All workers call it; the lowest rank's parameters and state
-        become the job's.
+        """Of torch's optimizer of this name or of this one. All members call it between the same two steps, or it does
+        not return; the lowest rank's parameters and state become the job's, which a failure does not take back.
         """
         super().load_state_dict({**state_dict, "state": {}})
         places = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}

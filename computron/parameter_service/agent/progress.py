@@ -30,6 +30,8 @@ from computron.parameter_service.agent.actions import (
     Wish,
 )
 from computron.parameter_service.agent.ledger import Ledger
+from computron.parameter_service.agent.loads import Loads
+from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.messages import (
     Address,
@@ -49,7 +51,6 @@ from computron.parameter_service.wire.messages import (
 )
 
 RETRIED = {refusals.STALE_EPOCH, refusals.NOT_OWNER, refusals.UNKNOWN_JOB}
-PARAMETERS = "parameters"
 
 
 class Progress:
@@ -60,21 +61,20 @@ class Progress:
 
     def __init__(self, job: str, token: str, incarnation: str, blocks: int, *, eager: bool = False) -> None:
         self.job = job
-        self.rank = -1
-        self.epoch = 0
-        self.generation = 0
-        self.lost_steps = 0
+        self.rank, self.epoch = -1, 0
+        self.generation = self.lost_steps = 0
         self.members: tuple[int, ...] = ()
+        self.loads = Loads()
         self.peers: dict[str, Peer] = {}
         self.ledger = Ledger(blocks)
         self.blocks = self.ledger.blocks
-        self._token = token
-        self._incarnation = incarnation
-        self._eager = eager
+        self._token, self._incarnation, self._eager = token, incarnation, eager
         self._unwritten: set[int] = set()  # blocks whose first parameters this worker brings
+        self._offered: set[tuple[str, int]] = set()  # blocks that an aggregator has, before their owner gave them away
         self._wish: Wish | None = None
         self._wished: set[int] = set()
-        self._norm_scale: float | None = None  # norms are being asked for
+        self._norm_scale: float | None = None  # norms were asked for: again where others may still wait for them
+        self._times_asked = 0  # in this step
         self._asked: set[str] = set()
         self._norms: dict[int, float] = {}
 
@@ -100,7 +100,7 @@ class Progress:
 
     @property
     def wants_norm(self) -> bool:
-        return self._norm_scale is not None and self.squared_norm is None
+        return self._norm_scale is not None and self._wish is None and self.squared_norm is None
 
     # Wishes of the training thread.
 
@@ -121,7 +121,6 @@ class Progress:
         self._wish = wish
         touched = set(range(len(self.blocks)) if blocks is None else blocks)
         self._wished |= touched
-        self._norm_scale = None
         return self._advance(touched)
 
     def ask_norms(self, step: int, scale: float) -> list[Action]:
@@ -129,6 +128,7 @@ class Progress:
         if step != self.step + 1:
             return []
         self._norm_scale = scale
+        self._times_asked += 1
         self._asked.clear()
         self._norms.clear()
         return self._advance(())
@@ -146,13 +146,15 @@ class Progress:
         first, following = self.epoch == 0, self.step + 1
         completes = placement.applied == following and self._wish is not None and not self._eager
         self.epoch, self.rank, self.members = placement.epoch, placement.rank, placement.members
-        self._unwritten = set(range(len(self.blocks))) if placement.initialise else set()
+        self.loads.placed(placement)
+        self._unwritten = set(range(len(self.blocks))) if placement.initialise and not placement.loading else set()
+        self._offered.clear()
         jumps = first or not (placement.applied == self.step or completes)
         for index, block in enumerate(self.blocks):
             block.owner = placement.addresses[placement.owners[index]].aggregator
             block.hosted = block.written = False
             block.forget_sent()
-            if jumps or block.filling or block.applied > placement.applied:
+            if jumps or placement.loading or block.filling or block.applied > placement.applied:
                 block.applied = -1
             block.filling = False
             if jumps:
@@ -205,6 +207,7 @@ class Progress:
         for hosted in message.blocks:
             block = self.blocks[hosted.block]
             if block.hosted and block.owner != sender:
+                self._offered.add((sender, hosted.block))
                 continue
             touched.append(hosted.block)
             block.owner, block.hosted = sender, True
@@ -259,9 +262,9 @@ class Progress:
             return []
         self._asked.clear()
         self._unwritten.difference_update(moving)
-        if message.to.aggregator in self.peers:
-            return self.join(message.to.aggregator)  # it may have answered before we knew
-        return self._know(message.to)
+        offered = self._offered.intersection((message.to.aggregator, index) for index in moving)
+        self._offered -= offered
+        return self._know(message.to) or (self.join(message.to.aggregator) if offered else [])
 
     def pushed(self, sender: str, message: Pushed) -> list[Action]:
         peer = self.peers.get(sender)
@@ -276,9 +279,8 @@ class Progress:
         return self._advance(touched)
 
     def norms(self, sender: str, message: Norms) -> list[Action]:
-        if message.step == self.step + 1 and self._norm_scale is not None:
-            owned = ((block, value) for block, value in message.blocks if self.blocks[block].owner == sender)
-            self._norms.update(owned)
+        if (message.step, message.time) == (self.step + 1, self._times_asked) and self._norm_scale is not None:
+            self._norms.update((block, value) for block, value in message.blocks if self.blocks[block].owner == sender)
         return []
 
     def refused(self, sender: str, message: Refused) -> list[Action]:
@@ -341,7 +343,7 @@ class Progress:
 
     def _ask(self) -> list[Action]:
         assert self._norm_scale is not None
-        asked = AskNorms(self.job, self.epoch, self.step + 1, self._norm_scale)
+        asked = AskNorms(self.job, self.epoch, self.step + 1, self._norm_scale, self._times_asked)
         owners = {block.owner for block in self.blocks if block.hosted} - self._asked
         self._asked |= owners
         return [Send(name, asked) for name in sorted(owners)]
@@ -365,7 +367,7 @@ class Progress:
         return [Send(owner, Write(self.job, self.epoch, index, PARAMETERS, self.step, True)) for index in writes]
 
     def _know(self, address: Address) -> list[Action]:
-        if address.aggregator in self.peers:
+        if address in (peer.address for peer in self.peers.values()):
             return []
         self.peers[address.aggregator] = Peer(address)
         return [Connect(address)]
@@ -379,9 +381,9 @@ class Progress:
             self._begin_step(step)
 
     def _begin_step(self, done: int) -> None:
-        self._wish = None
-        self._wished = set()
+        self._wish, self._wished = None, set()
         self._norm_scale = None
+        self._times_asked = 0
         self._norms.clear()
         self.ledger.begin(done)
 

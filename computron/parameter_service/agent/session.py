@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
@@ -32,6 +33,8 @@ from computron.parameter_service.wire.messages import (
     Extra,
     JobSpec,
     Leave,
+    Load,
+    Loaded,
     Placement,
     Read,
     ToMaster,
@@ -58,11 +61,12 @@ class Session:
         self._eager = spec.optimizer == "sum"
         self.progress = Progress(spec.job, service.token, service.incarnation, len(layout.blocks), eager=self._eager)
         self.changed = Change()
-        self.compute = self.waited = 0.0  # seconds, of the last iteration
+        self._took: deque[tuple[float, float]] = deque()  # compute and wait of the iterations not reported yet
         self.working, self.generation = 1, 0  # the step that gradients are for, as the training thread knows it
         self._error: BaseException | None = None
         self._process = os.getpid()
         self._wish: tuple[int, Wish] | None = None  # with the generation it belongs to
+        self._load = 0  # the number of the load that is wanted
         self.staging = Staging(
             layout,
             spec.gradients,
@@ -108,7 +112,9 @@ class Session:
         with self.changed:
             while not self.changed.wait(lambda: self._error is not None or done(), WAKE):
                 if time.monotonic() - began >= remind:
-                    log.warning("job %s has waited %.0f s for %s", self.spec.job, remind, waits_for(self.progress))
+                    log.warning(
+                        "job %s has waited %.0f s for %s", self.spec.job, remind, waits_for(self.progress, self._load)
+                    )
                     remind += REMINDER
         self.check()
 
@@ -119,6 +125,10 @@ class Session:
             self._calling = True
             self._loop.call_soon_threadsafe(self._do_calls)
 
+    def took(self, compute: float, wait: float) -> None:
+        """An iteration is over: seconds."""
+        self._took.append((compute, wait))
+
     def begin(self, step: int, generation: int) -> None:
         """Gradients that come from now on are for this step."""
         self.working, self.generation = step, generation
@@ -126,13 +136,12 @@ class Session:
 
     def wish(self, wish: Wish) -> None:
         """The step is to be taken, block by block as their gradients come."""
-        generation = self.generation
-        self.call(lambda: self._wished(generation, wish))
+        self._wish = (self.generation, wish)
 
     def finish(self, wish: Wish, last: Iterable[tuple[int, Tensor | None]]) -> None:
         """These are the step's last gradients: it is to be taken."""
         generation = self.generation
-        self.call(lambda: self._wished(generation, wish))
+        self.wish(wish)
         done, untold = self.staging.finish(last)
         if untold:
             self._staged(untold, False)
@@ -148,6 +157,14 @@ class Session:
     def ask(self, message: Read | Write, memory: memoryview, then: Answer) -> None:
         """Read a block's part into `memory`, or write it from there; `then` is called in the loop's thread."""
         self.call(lambda: self._exchange.ask(message, memory, then))
+
+    def want_load(self, number: int) -> None:
+        """Tell the master, and again until it is done: this load is wanted; 0 for none any more."""
+        self._load = number
+        self.say_load()
+
+    def say_load(self) -> None:
+        self._loop.call_soon_threadsafe(self._say_load)
 
     def give(self, extras: Sequence[tuple[Extra, memoryview]]) -> None:
         """These belong to the version that the parameters become after this step."""
@@ -237,13 +254,18 @@ class Session:
         await self._master.run()
 
     async def _report(self) -> None:
+        compute = wait = 0.0
         while True:
             await asyncio.sleep(REPORT)
             progress = self.progress
             self._exchange.ask_again()
+            self._say_load()
+            taken = [self._took.popleft() for _ in range(len(self._took))]
+            if taken:
+                compute, wait = (math.fsum(seconds) / len(taken) for seconds in zip(*taken, strict=True))
             if progress.epoch:
                 await self._master.send(
-                    Report(self.spec.job, progress.rank, progress.epoch, progress.step, self.compute, self.waited)
+                    Report(self.spec.job, progress.rank, progress.epoch, progress.step, compute, wait)
                 )
 
     async def _leave(self, reason: str) -> None:
@@ -274,14 +296,17 @@ class Session:
         actions = self.progress.staged(step, blocks)
         return actions + self._commit(generation, blocks) if final or self._eager else actions
 
-    def _wished(self, generation: int, wish: Wish) -> list[Action]:
-        self._wish = (generation, wish)
-        return []
-
     def _commit(self, generation: int, blocks: Sequence[int]) -> list[Action]:
-        if self._wish is None or generation != self.progress.generation or self._wish[0] != generation:
+        wish = self._wish
+        if wish is None or generation != self.progress.generation or wish[0] != generation:
             return []
-        return self.progress.commit(self._wish[1], blocks)
+        return self.progress.commit(wish[1], blocks)
+
+    def _say_load(self) -> None:
+        progress, number = self.progress, self._load
+        if number:
+            ready = progress.loads.begun >= number and progress.ready
+            self._tell_master(Load(self.spec.job, progress.rank, progress.epoch, number, progress.step, ready))
 
     def _unreachable(self, aggregator: str, reason: str) -> None:
         progress = self.progress
@@ -290,9 +315,14 @@ class Session:
     def _tell_master(self, message: ToMaster) -> None:
         self._start(self._master.send(message))
 
-    def _from_master(self, message: Placement | Denied) -> None:
+    def _from_master(self, message: Placement | Loaded | Denied) -> None:
         if isinstance(message, Denied):
             self._fail(JobRefused(f"job {message.job}: {message.message} ({message.code})"))
+            return
+        if isinstance(message, Loaded):
+            with self.changed:
+                self.progress.loads.loaded(message.number)
+                self.changed.tell()
             return
         log.info("job %s: epoch %d, step %d: %s", message.job, message.epoch, message.applied, message.reason)
         self._exchange.placed(message)

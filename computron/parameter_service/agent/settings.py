@@ -24,11 +24,11 @@ class ParameterService:
     """master: its URL. token: the job's secret; the first worker that comes sets it. rank: None to be given one.
 
     workers: with how many the job starts; min_workers: with fewer it waits for others. gradients: their dtype on the
-    way. average: divide the sum of the workers' gradients by their number. snapshot_every: steps, 0 for never.
-    loss_limit: share of its iteration time that the job may lose by sharing. find_unused_parameters: a parameter that
-    has no gradient in a step counts as one whose gradient is zero, instead of as an error. extras: tensors that are not
-    trained but belong to a published version; of a module, its buffers and frozen parameters. shared_memory: False
-    makes everything go by TCP.
+    way. average: divide the sum of the workers' gradients by their number. snapshot_every: steps that a failure may
+    cost; 0: nothing is saved, and the death of an aggregator ends the job. loss_limit: share of its iteration time that
+    the job may lose by sharing. find_unused_parameters: a parameter that has no gradient in a step counts as one whose
+    gradient is zero, instead of as an error. extras: tensors that are not trained but belong to a published version; of
+    a module, its buffers and frozen parameters. shared_memory: False makes everything go by TCP.
     """
 
     master: str
@@ -39,7 +39,7 @@ class ParameterService:
     min_workers: int = 1
     gradients: str = "float32"
     average: bool = True
-    snapshot_every: int = 0
+    snapshot_every: int = 100
     loss_limit: float = 0.1
     block_elements: int = BLOCK_ELEMENTS
     find_unused_parameters: bool = False

@@ -42,7 +42,7 @@ class Trainer:
         self._zeros = service.find_unused_parameters
         self._extras = extras
         self._pending = 0  # the step that was committed and not waited for
-        self._began = self._committed = 0.0
+        self._committed = self._blocked = 0.0  # when the last step was, and seconds of waiting for the service since
         self._lost = 0
         self._flat = FlatParameters(self.layout, parameters)
         self.session = Session(service, spec, self.layout, self._flat)
@@ -88,13 +88,15 @@ class Trainer:
         if version is not None:
             self._send_extras(version)
         began = time.monotonic()
+        if self._committed:
+            session.took(began - self._committed - self._blocked, self._blocked)
+        self._committed, self._blocked = began, 0.0
         step = session.working
         session.finish(Wish(step, groups, scale, skip, version), last)
         session.wait(lambda: session.staging.idle)
         self._gradients.forget()
         self._pending = step
-        session.compute = began - self._began
-        self._committed = began
+        self._blocked += time.monotonic() - began
         if self.overlapping:
             session.begin(step + 1, session.generation)
             return True
@@ -106,12 +108,13 @@ class Trainer:
             return True
         step, session = self._pending, self.session
         progress = session.progress
+        began = time.monotonic()
         session.wait(lambda: progress.step >= step or progress.generation != session.generation)
         self._pending = 0
         if self._rolled_back():
             return False
-        session.waited = time.monotonic() - self._committed
         self._take(step + 1)
+        self._blocked += time.monotonic() - began
         return True
 
     def wait_for(self, tensors: Iterable[int], blocks: Iterable[int]) -> None:
@@ -120,9 +123,11 @@ class Trainer:
             return
         step, session = self._pending, self.session
         progress, states = session.progress, [session.progress.blocks[block] for block in blocks]
+        began = time.monotonic()
         session.wait(
             lambda: all(state.applied >= step for state in states) or progress.generation != session.generation
         )
+        self._blocked += time.monotonic() - began
         if progress.generation == session.generation:
             self._flat.refresh(tensors)
 
@@ -144,6 +149,10 @@ class Trainer:
         """The flat space takes what the parameters are."""
         self._flat.load()
 
+    def take_loaded(self) -> None:
+        """The parameters are those that were loaded: make them the model's."""
+        self._flat.refresh()
+
     def close(self, reason: str) -> None:
         if self._closer.detach() is not None:
             _leave(self.session, self._gradients, reason)
@@ -153,7 +162,6 @@ class Trainer:
         session = self.session
         self._flat.refresh()
         session.begin(following or session.progress.step + 1, session.progress.generation)
-        self._began = time.monotonic()
 
     def _rolled_back(self) -> bool:
         session = self.session
@@ -165,6 +173,7 @@ class Trainer:
         session.wait(lambda: session.staging.idle and progress.ready)
         self._gradients.forget()
         self._pending = 0
+        self._committed = self._blocked = 0.0
         self._take(None)
         self._lost = progress.lost_steps
         log.warning("job %s goes on from step %d: %d steps are lost", self.spec.job, progress.step, lost)

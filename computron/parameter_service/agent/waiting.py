@@ -6,7 +6,8 @@ from computron.parameter_service.agent.actions import Peer
 from computron.parameter_service.agent.progress import Progress
 
 
-def waits_for(progress: Progress) -> str:
+def waits_for(progress: Progress, load: int) -> str:
+    """load: the number of the load that this worker wants; 0 for none."""
     if progress.epoch == 0:
         return "the master's placement"
     away = {block.owner for block in progress.blocks if not block.hosted}
@@ -16,6 +17,10 @@ def waits_for(progress: Progress) -> str:
     ledger = progress.ledger
     if ledger.stale:
         return f"the parameters of {len(ledger.stale)} blocks"
+    if load > progress.loads.begun:
+        return "the other workers to load a state, too"
+    if load:
+        return "the state that is loaded to be in a snapshot"
     if progress.wants_norm:
         return "the other workers to ask for the gradient's norm"
     if not progress.wants_step:

@@ -12,14 +12,9 @@ from torch import Tensor
 
 from computron.parameter_service.aggregator.kernels import Kernel
 from computron.parameter_service.layout import Block
-from computron.parameter_service.versions.snapshot import PARAMETERS, state_names
+from computron.parameter_service.specs import PARAMETERS, block_bytes, state_names
 from computron.parameter_service.wire.messages import Address, JobSpec
 from computron.parameter_service.wire.segments import Segment
-
-
-def block_bytes(spec: JobSpec, block: Block) -> int:
-    """What it takes in memory: parameters, then each state, one behind the other."""
-    return block.nbytes * (1 + len(state_names(spec)))
 
 
 class Wanted(Protocol):
@@ -33,8 +28,9 @@ class Wanted(Protocol):
 class HeldBlock:
     """memory: names its segment, wherever it goes. applied: the last step it has seen; updates: how many changed it.
 
-    complete: its state is here. scheduled: a step that is being applied, 0 for none. wanted: files that want the state
-    as it is now. moving: who is to have it; expected_there: and knows. lock: held while the state changes or is copied.
+    saved: the step whose state a snapshot got from here last. complete: its state is here. scheduled: a step that is
+    being applied, 0 for none. wanted: files that want the state as it is now. moving: who is to have it;
+    expected_there: and knows. lock: held while the state changes or is copied.
     """
 
     block: Block
@@ -44,6 +40,7 @@ class HeldBlock:
     kernel: Kernel
     applied: int = 0
     updates: int = 0
+    saved: int = 0
     complete: bool = False
     scheduled: int = 0
     wanted: list[Wanted] = field(default_factory=list)
@@ -65,6 +62,14 @@ class HeldBlock:
             for place, name in enumerate(names)
         }
         return cls(block, memory, segment, parts, Kernel(spec, block, parts))
+
+    def copied(self, spec: JobSpec) -> HeldBlock:
+        """The same in memory of its own. Raises OSError."""
+        copy = HeldBlock.create(spec, self.block)
+        for name, part in self.parts.items():
+            copy.parts[name].copy_(part)
+        copy.applied, copy.updates, copy.saved, copy.complete = self.applied, self.updates, self.saved, self.complete
+        return copy
 
     def close(self) -> None:
         self.segment.close()

@@ -37,7 +37,7 @@ class ComputeThread:
     batch was told `batch` seconds ago.
     """
 
-    def __init__(self, deliver: Callable[[list[Work]], None], batch: float = 0.002) -> None:
+    def __init__(self, deliver: Callable[[list[Work]], None], batch: float = 0.005) -> None:
         self.busy = 0.0  # seconds of CPU time, of all work
         self._deliver = deliver
         self._batch = batch
@@ -45,6 +45,7 @@ class ComputeThread:
         self._queue: list[tuple[float, int, Work]] = []
         self._order = itertools.count()
         self._waiting: dict[Hashable, int] = {}
+        self._behind: dict[Hashable, float] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="compute")
 
@@ -67,9 +68,15 @@ class ComputeThread:
                 self._waiting[work.owner] = self._waiting.get(work.owner, 0) + 1
             self._condition.notify()
 
+    def behind(self, owner: Hashable) -> float:
+        """Seconds of CPU time that others' work took while this owner's waited, since this was asked last."""
+        with self._condition:
+            return self._behind.pop(owner, 0.0)
+
     def withdraw(self, owner: Hashable) -> list[Work]:
         """Takes back what waits of this owner's. One may still be running: `submit` something FIRST to wait for it."""
         with self._condition:
+            self._behind.pop(owner, None)
             mine = [entry[2] for entry in self._queue if entry[2].owner == owner]
             if mine:
                 self._queue = [entry for entry in self._queue if entry[2].owner != owner]
@@ -96,10 +103,17 @@ class ComputeThread:
                 last = not self._waiting[work.owner]
                 if last:
                     del self._waiting[work.owner]
+                self._note_behind(work)
                 idle = not self._queue
             if idle or last or work.finished - told >= self._batch:
                 self._deliver(finished)
                 finished, told = [], work.finished
+            del work  # the thread keeps nobody's job while it waits
+
+    def _note_behind(self, work: Work) -> None:
+        for owner, works in self._waiting.items():
+            if works and owner != work.owner:
+                self._behind[owner] = self._behind.get(owner, 0.0) + work.seconds
 
     def _do(self, work: Work) -> None:
         start = time.thread_time()

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.staging import Staging, missing
 from computron.parameter_service.layout import Layout
 from computron.parameter_service.wire.link import Link
 from computron.parameter_service.wire.messages import Address, AskNorms, Commit, HeldCommit, JobSpec
+from computron.parameter_service.wire.segments import Segment
 
 SMOOTHING = 0.1  # of measured times: the weight of the newest
 LEAST_ALLOWANCE = 0.001  # seconds
+
+
+class Guard(Enum):
+    """What tells how far behind the last snapshot steps may be applied."""
+
+    MASTER = auto()
+    BLOCK = auto()
+    NONE = auto()
 
 
 @dataclass(eq=False)
@@ -50,11 +60,13 @@ class Counters:
 
 @dataclass(eq=False)
 class Job:
-    """held: nothing is applied but what the master asks for. expected: blocks that will be handed over to here.
+    """held: nothing is applied but what the master asks for. expected: blocks that will be handed over to here;
+    arriving: memory for them.
 
     leaving: blocks that were announced to be elsewhere, and are kept until they are; given: all that were in this
-    epoch, after which step and to whom. kept: step of the last complete
-    snapshot; guarded: no step is applied that a failure could take back together with more than the job allows.
+    epoch, after which step and to whom. kept: step of the last complete snapshot.
+    guard: what limits the steps after it. asks: the last of each member; unanswered: those that came after the last
+    answer.
     """
 
     spec: JobSpec
@@ -65,15 +77,17 @@ class Job:
     held: bool = False
     blocks: dict[int, HeldBlock] = field(default_factory=dict)
     expected: set[int] = field(default_factory=set)
+    arriving: dict[int, Segment] = field(default_factory=dict)
     leaving: dict[int, HeldBlock] = field(default_factory=dict)
     given: dict[int, tuple[int, Address]] = field(default_factory=dict)
     workers: dict[int, Worker] = field(default_factory=dict)
     commits: dict[int, Committed] = field(default_factory=dict)
     asks: dict[int, AskNorms] = field(default_factory=dict)
+    unanswered: set[int] = field(default_factory=set)
     counters: Counters = field(default_factory=Counters)
     block_seconds: dict[int, float] = field(default_factory=dict)
     kept: int = 0
-    guarded: bool = True
+    guard: Guard = Guard.MASTER
     period: float = 0.0
     last_commit: float = 0.0
 
@@ -103,17 +117,26 @@ class Job:
             if block is None or not block.complete or block.scheduled:
                 continue
             step = block.applied + 1
-            if step > self.last_allowed:
+            if step > self.last_allowed(block):
                 continue
             if all(commit.covers(index, step) for commit in commits) and self._staged(block, step):
                 found.append(block)
         return found
 
-    @property
-    def last_allowed(self) -> float:
-        """The last step that may be applied now."""
+    def last_allowed(self, block: HeldBlock) -> float:
+        """The last step that may be applied to the block now, so that a failure costs no more than the job allows.
+
+        1. The master says which snapshot is complete: no further behind that.
+        2. The master is away: no further behind what a snapshot has of this block, and a step less, because other
+           blocks, which keep to the same, may be a step behind this one.
+        3. Nothing can be saved: no limit. That has been told.
+        """
         every = self.spec.snapshot_every
-        return self.kept + every if every and self.guarded else math.inf
+        if not every or self.guard is Guard.NONE:
+            return math.inf
+        if self.guard is Guard.MASTER:
+            return self.kept + every
+        return max(self.kept, block.saved) + max(1, every - 1)
 
     def wants_snapshot(self, step: int) -> bool:
         """Twice as often as steps may be lost: while one is being written, as many steps may go on."""
@@ -121,11 +144,16 @@ class Job:
         return bool(every) and step % max(1, every // 2) == 0
 
     def free_to_move(self, block: HeldBlock) -> bool:
-        """Nobody has pushed or committed anything of its next step, and no file wants its state."""
+        """Nobody has pushed, committed or asked anything of its next step, and no file wants its state.
+
+        Who has the norms of a step asks for none again: so what was asked is answered by who has the block now.
+        """
         if not block.complete or block.scheduled or block.wanted or self.held:
             return False
         step = block.applied + 1
         if any(worker.staging.staged(block.block) == step for worker in self.workers.values()):
+            return False
+        if any(ask.step == step for ask in self.asks.values()):
             return False
         return not any(commit.covers(block.block.index, step) for commit in self.commits.values())
 
@@ -135,22 +163,39 @@ class Job:
             return True
         return not missing({rank: self.workers[rank].staging for rank in self.members}, block.block, step)
 
-    def asked_norms(self, step: int) -> Sequence[AskNorms] | None:
-        """All members' questions, once all have asked and every block here is complete and at the step before."""
-        asks = [self.asks.get(rank) for rank in self.members]
-        known = [ask for ask in asks if ask is not None and ask.step == step]
-        if len(known) < len(self.members) or self.expected:
-            return None
-        if any(not block.complete or block.applied != step - 1 for block in self.blocks.values()):
-            return None
-        return known
+    def ask(self, rank: int, ask: AskNorms) -> None:
+        self.asks[rank] = ask
+        self.unanswered.add(rank)
+
+    def asked_norms(self) -> list[AskNorms]:
+        """All members' questions, once all have asked the same and every block here has what it takes to answer."""
+        asks = [self.asks[rank] for rank in self.members if rank in self.asks]
+        if not self.unanswered or len(asks) < len(self.members) or len({(ask.step, ask.time) for ask in asks}) > 1:
+            return []
+        stagings = {rank: self.workers[rank].staging for rank in self.members}
+        for block in self.blocks.values():
+            if not block.complete or block.applied != asks[0].step - 1:
+                return []
+            if missing(stagings, block.block, asks[0].step):
+                return []
+        return asks
+
+    def forget_asks(self) -> None:
+        self.asks.clear()
+        self.unanswered.clear()
+
+    def expect_nothing(self) -> None:
+        for segment in self.arriving.values():
+            segment.close()
+        self.arriving, self.expected = {}, set()
 
     def lately(self) -> tuple[HeldCommit, ...]:
         return tuple(commit.said for commit in self.commits.values())
 
     def allowance(self) -> float:
-        """Seconds that a step of this job may take without losing more than its limit."""
-        return max(LEAST_ALLOWANCE, self.spec.loss_limit * self.period)
+        """Seconds that a step of this job may take here: its own work, and what its limit lets others take."""
+        own = sum(self.block_seconds.get(index, 0.0) for index in self.blocks)
+        return max(LEAST_ALLOWANCE, own + self.spec.loss_limit * self.period)
 
     def note_seconds(self, block: int, seconds: float) -> None:
         before = self.block_seconds.get(block)

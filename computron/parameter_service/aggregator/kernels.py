@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from computron.parameter_service.layout import Block
-from computron.parameter_service.versions.snapshot import PARAMETERS
+from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.wire.messages import Hyperparameters, JobSpec
 
-CHUNK = 1 << 16  # elements that are summed at a time: they stay in the core's cache
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -20,35 +19,31 @@ class Summer:
 
     def __init__(self) -> None:
         self._sum = torch.empty(0)
-        self._part = torch.empty(CHUNK)
+        self._part = torch.empty(0)
 
     def sum(self, gradients: Sequence[Tensor], scales: Sequence[float], *, average: bool) -> Tensor:
         """fp32, as long as each of `gradients`, which are flat and of one dtype; valid until the next call.
 
         Each is multiplied with its scale before, and the sum divided by their number if `average`.
         """
-        first = gradients[0]
-        if len(gradients) == 1 and first.dtype == torch.float32 and scales[0] == 1.0:
+        elements = len(gradients[0])
+        if len(self._sum) < elements:
+            self._sum, self._part = torch.empty(elements), torch.empty(elements)
+        total, part = self._sum[:elements], self._part[:elements]
+        first = _scaled(gradients[0], scales[0], total)
+        if len(gradients) == 1:
             return first
-        elements = first.numel()
-        if self._sum.numel() < elements:
-            self._sum = torch.empty(elements)
-        for start in range(0, elements, CHUNK):
-            end = min(elements, start + CHUNK)
-            total = self._sum[start:end]
-            total.copy_(first[start:end])
-            if scales[0] != 1.0:
-                total.mul_(scales[0])
-            for gradient, scale in zip(gradients[1:], scales[1:], strict=True):
-                part = gradient[start:end]
-                if part.dtype != torch.float32 or scale != 1.0:
-                    part = self._part[: end - start].copy_(part)
-                    if scale != 1.0:
-                        part.mul_(scale)
-                total.add_(part)
-            if average and len(gradients) > 1:
-                total.div_(len(gradients))
-        return self._sum[:elements]
+        torch.add(first, _scaled(gradients[1], scales[1], part), out=total)
+        for gradient, scale in zip(gradients[2:], scales[2:], strict=True):
+            total.add_(_scaled(gradient, scale, part))
+        return total.div_(len(gradients)) if average else total
+
+
+def _scaled(gradient: Tensor, scale: float, into: Tensor) -> Tensor:
+    if gradient.dtype == torch.float32 and scale == 1.0:
+        return gradient
+    into.copy_(gradient)
+    return into if scale == 1.0 else into.mul_(scale)
 
 
 class Kernel:
@@ -61,7 +56,10 @@ class Kernel:
     def __init__(self, spec: JobSpec, block: Block, parts: Mapping[str, Tensor]) -> None:
         """parts: flat fp32 tensors of the block's length: PARAMETERS and each of `state_names`."""
         self._spec = spec
-        self._block = block
+        self._sizes: list[int] = []  # of each piece, and of the gap behind it
+        following = [*(piece.offset for piece in block.pieces[1:]), block.elements]
+        for piece, end in zip(block.pieces, following, strict=True):
+            self._sizes += [piece.count, end - piece.offset - piece.count]
         self._views = {name: self._cut(part) for name, part in parts.items()}
         self._step = torch.zeros(())
         kernels: Mapping[str, Callable[[list[Tensor], Hyperparameters, int], None]] = {
@@ -74,7 +72,7 @@ class Kernel:
         self._kernel(self._cut(gradient), hyperparameters, step)
 
     def _cut(self, flat: Tensor) -> list[Tensor]:
-        return [flat[piece.offset : piece.offset + piece.count] for piece in self._block.pieces]
+        return list(flat.split_with_sizes(self._sizes)[::2])
 
     def _sum(self, gradients: list[Tensor], hyper: Hyperparameters, step: int) -> None:
         for parameters, gradient in zip(self._views[PARAMETERS], gradients, strict=True):

@@ -56,9 +56,11 @@ class MasterLink:
                 try:
                     async with session.ws_connect(self._url, heartbeat=HEARTBEAT, max_msg_size=LARGEST) as socket:
                         log.info("connected to the master")
-                        delay = FIRST_RETRY
-                        await self._talk(socket)
+                        if await self._talk(socket):
+                            delay = FIRST_RETRY
                         reason = f"closed ({socket.close_code})"
+                        if socket.close_code == aiohttp.WSCloseCode.POLICY_VIOLATION:
+                            reason += ": is the service's key right?"
                 except (aiohttp.ClientError, OSError, TimeoutError) as error:
                     reason = str(error)
                 finally:
@@ -68,7 +70,9 @@ class MasterLink:
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, LAST_RETRY)
 
-    async def _talk(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+    async def _talk(self, socket: aiohttp.ClientWebSocketResponse) -> bool:
+        """Until the connection ends. Whether the master has said anything."""
+        heard = False
         self._unsent = asyncio.Queue()
         await socket.send_bytes(_encode(self._register()))
         self._socket = socket
@@ -76,10 +80,12 @@ class MasterLink:
         try:
             async for message in socket:
                 if message.type == aiohttp.WSMsgType.BINARY:
+                    heard = True
                     self._take(message.data)
         finally:
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
+        return heard
 
     def _take(self, data: bytes) -> None:
         try:

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from computron.parameter_service.aggregator.block import HeldBlock, block_bytes
-from computron.parameter_service.aggregator.job import Job, versions_of
+from computron.parameter_service.aggregator.block import HeldBlock
+from computron.parameter_service.aggregator.job import Guard, Job, Worker, versions_of
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.steps import Steps
-from computron.parameter_service.layout import Layout
+from computron.parameter_service.specs import block_bytes, layout_of
 from computron.parameter_service.wire.messages import (
+    FRESH,
+    KEEP,
     Adopt,
     BlockState,
     Complete,
@@ -31,8 +33,6 @@ from computron.parameter_service.wire.segments import Segment
 
 log = logging.getLogger(__name__)
 
-KEEP, WORKER = "keep", "worker"  # sources of a block's state; any other is a snapshot's path
-
 
 class NoRoom(Exception):
     """The aggregator may not use so much memory."""
@@ -40,7 +40,7 @@ class NoRoom(Exception):
 
 class Orders:
     """jobs: all that are here, by name. report: sends to the master. arrived: told of a job's blocks that are complete
-    now and may be joined.
+    now and may be joined. leave: ends the connection of a worker that is none of a job's any more.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Orders:
         saver: Saver,
         report: Callable[[Any], None],
         arrived: Callable[[Job, Sequence[HeldBlock]], None],
+        leave: Callable[[Worker], None],
     ) -> None:
         self._jobs = jobs
         self._memory = memory
@@ -60,6 +61,7 @@ class Orders:
         self._saver = saver
         self._report = report
         self._arrived = arrived
+        self._leave = leave
 
     @property
     def used(self) -> int:
@@ -80,7 +82,7 @@ class Orders:
             if job.epoch == order.epoch:
                 blocks = {**job.leaving, **job.blocks}.values()
                 states = tuple(BlockState(b.block.index, b.applied) for b in blocks if b.complete)
-                self._report(Held(order.job, order.epoch, states, job.lately()))
+                self._report(Held(order.job, order.epoch, states, job.lately(), tuple(job.leaving)))
 
         self._steps.quiet(job, quiet)
 
@@ -88,8 +90,12 @@ class Orders:
         job = self._jobs.get(order.job)
         if job is None or order.epoch != job.epoch:
             return
-        known = {**job.leaving, **job.blocks}
-        blocks = [known[index] for index in order.blocks if index in known]
+        try:
+            self._take_back(job, order.blocks)
+        except OSError as error:
+            self._report(Failed(order.job, order.epoch, "complete", str(error)))
+            return
+        blocks = [job.blocks[index] for index in order.blocks if index in job.blocks]
         wrong = [b.block.index for b in blocks if not b.complete or b.applied != order.step - 1]
         unstaged = [commit.rank for commit in order.commits if commit.rank not in job.workers]
         if len(blocks) < len(order.blocks) or wrong or unstaged:
@@ -98,7 +104,9 @@ class Orders:
             return
 
         def done() -> None:
-            lacking = [b.block.index for b in blocks if not b.complete]
+            if job.epoch != order.epoch:
+                return  # it was withdrawn, or is of no use any more
+            lacking = [b.block.index for b in blocks if not b.complete or b.applied != order.step]
             if lacking:
                 self._report(Failed(order.job, order.epoch, "complete", f"blocks {lacking} could not be computed"))
             else:
@@ -137,13 +145,14 @@ class Orders:
         job = self._jobs.get(order.job)
         if job is None:
             return []
-        job.kept, job.guarded = max(job.kept, order.step), True
+        job.kept, job.guard = max(job.kept, order.step), Guard.MASTER
         return [job]
 
     def expect(self, message: Expect) -> Job:
-        """Blocks will be handed over to here. Raises NoRoom, ValueError, or StaleEpoch."""
+        """Blocks will be handed over to here. Raises NoRoom or ValueError."""
         job = self._jobs.get(message.spec.job)
-        if job is not None and message.epoch < job.epoch:
+        here = job is not None and (job.blocks or job.leaving)
+        if job is not None and (message.epoch < job.epoch or (here and message.epoch > job.epoch)):
             raise ValueError(f"the job is in epoch {job.epoch}, not {message.epoch}")
         if job is None:
             job = new_job(message)
@@ -152,7 +161,9 @@ class Orders:
         if message.epoch > job.epoch:
             job.epoch, job.members = message.epoch, message.members
             job.commits.clear()
+            job.forget_asks()
             job.given.clear()
+            job.expect_nothing()
         job.expected.update(blocks)
         self._jobs[message.spec.job] = job
         return job
@@ -160,6 +171,7 @@ class Orders:
     def adopt(self, job: Job, message: Adopt, segment: Segment, memory: str) -> None:
         block = HeldBlock.of(job.spec, job.layout.blocks[message.block], segment, memory)
         block.applied, block.updates, block.complete = message.applied, message.updates, True
+        block.saved = job.kept
         job.blocks[message.block] = block
         job.expected.discard(message.block)
         job.given.pop(message.block, None)
@@ -170,9 +182,8 @@ class Orders:
         block.complete = True
         self._arrived(job, [block])
         self._ready(job, job.epoch, [block])
-        blocks = list(job.blocks.values())
-        if job.spec.snapshot_every and all(b.complete and b.applied == block.applied for b in blocks):
-            self._saver.save(job, blocks, block.applied)
+        if job.spec.snapshot_every:
+            self._saver.save(job, [block], block.applied)
 
     def _enter(self, job: Job, order: Host) -> None:
         """Be what the order says, as soon as nothing of the job is computed any more."""
@@ -186,10 +197,16 @@ class Orders:
         self._steps.quiet(job, lambda: self._entered(job, order) if job.epoch == order.epoch else None)
 
     def _entered(self, job: Job, order: Host) -> None:
+        try:
+            self._take_back(job, order.blocks)
+        except OSError as error:
+            self._report(Failed(order.spec.job, order.epoch, "host", str(error)))
+            return
         known = {**job.leaving, **job.blocks}
-        job.blocks, job.leaving, job.expected, job.given = {}, {}, set(), {}
+        job.blocks, job.leaving, job.given = {}, {}, {}
+        job.expect_nothing()
         job.commits.clear()
-        job.asks.clear()
+        job.forget_asks()
         try:
             for index in order.blocks:
                 block = known.pop(index, None) or HeldBlock.create(job.spec, job.layout.blocks[index])
@@ -201,7 +218,7 @@ class Orders:
         for block in known.values():
             block.close()
         for rank in [rank for rank in job.workers if rank not in job.members]:
-            job.workers.pop(rank).link.close()
+            self._leave(job.workers.pop(rank))
         blocks = list(job.blocks.values())
         if order.source == KEEP:
             wrong = [b.block.index for b in blocks if not b.complete or b.applied != order.applied]
@@ -211,14 +228,23 @@ class Orders:
             self._go(job, order, blocks)
             return
         for block in blocks:
-            block.complete = False
-        if order.source == WORKER:
+            block.complete, block.saved = False, order.kept
+        if order.source == FRESH:
             for block in blocks:
                 block.applied = order.applied
             job.held = False
             self._ready(job, order.epoch, ())
         else:
             self._saver.restore(job, blocks, Path(order.source), lambda: self._go(job, order, blocks))
+
+    def _take_back(self, job: Job, blocks: Sequence[int]) -> None:
+        """Have again what was on its way to somebody. That one may still write to the memory that went with it: these
+        get memory of their own. Raises OSError.
+        """
+        for index in blocks:
+            if index in job.leaving:
+                job.blocks[index] = job.leaving[index].copied(job.spec)
+                job.leaving.pop(index).close()
 
     def _go(self, job: Job, order: Host, blocks: list[HeldBlock]) -> None:
         if job.epoch != order.epoch:
@@ -239,13 +265,13 @@ class Orders:
             raise NoRoom(f"{nbytes} bytes more than the {self.used} in use exceed the {self._memory} that it may use")
 
     def _forget(self, job: Job) -> None:
+        job.expect_nothing()
         for block in (*job.blocks.values(), *job.leaving.values()):
             block.close()
         for worker in job.workers.values():
-            worker.link.close()
+            self._leave(worker)
 
 
 def new_job(order: Host | Expect) -> Job:
-    """Raises ValueError if its blocks cannot be made."""
-    layout = Layout(order.spec.tensors, order.spec.block_elements)
-    return Job(order.spec, order.token, order.epoch, order.members, layout, kept=order.kept)
+    """Raises ValueError if there can be no such job."""
+    return Job(order.spec, order.token, order.epoch, order.members, layout_of(order.spec), kept=order.kept)

@@ -18,7 +18,7 @@ import torch
 import uvloop
 
 from computron.parameter_service.aggregator.block import HeldBlock
-from computron.parameter_service.aggregator.job import Job, versions_of
+from computron.parameter_service.aggregator.job import Guard, Job, versions_of
 from computron.parameter_service.aggregator.master_link import MasterLink
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.orders import Orders
@@ -55,14 +55,15 @@ REPORT_EVERY = 1.0  # seconds
 class AggregatorSettings:
     """master: its URL. host, port: where workers of other machines connect; 0 for any port. memory: bytes of blocks.
 
-    snapshots: folder of snapshots and versions, the same for all aggregators and the master. api_key: of the service,
-    where it has one.
+    snapshots: folder of snapshots and versions, the same for all aggregators and the master. key: by which the master
+    and aggregators know each other. api_key: of the service, where it has one.
     """
 
     master: str
     host: str
     port: int
     memory: int
+    key: str
     snapshots: Path | None = None
     identity: str | None = None
     api_key: str | None = None
@@ -81,12 +82,14 @@ class Aggregator:
     async def run(self) -> None:
         """Until the master or a signal says that it is to stop. Raises OSError if it cannot listen."""
         settings = self._settings
-        key = settings.api_key or ""
+        key = settings.key
         server = Server(key, self._jobs, self._report)
-        server.steps = steps = Steps(self._changed)
+        server.steps = steps = Steps(self._changed, self._step_failed)
         server.moves = moves = Moves(machine_id(), key, server, self._report, self._move_failed)
         server.saver = saver = Saver(settings.snapshots, self._report, self._order_failed, self._free)
-        server.orders = orders = Orders(self._jobs, settings.memory, steps, moves, saver, self._report, server.arrived)
+        server.orders = orders = Orders(
+            self._jobs, settings.memory, steps, moves, saver, self._report, server.arrived, server.leave
+        )
         self._server, self._orders, self._steps, self._saver = server, orders, steps, saver
         path = f"\0computron-{uuid.uuid4().hex}"
         listener = await listen(settings.host, settings.port, path, server)
@@ -130,6 +133,7 @@ class Aggregator:
             case Registered():
                 for name in message.drop:
                     self._orders.drop(Drop(name))
+                self._saver.tell_again()
             case Stop():
                 self._stopped.set()
             case _:
@@ -151,19 +155,22 @@ class Aggregator:
     def _move_failed(self, job: Job, reason: str) -> None:
         self._order_failed(job, "move", reason)
 
+    def _step_failed(self, job: Job, reason: str) -> None:
+        self._order_failed(job, "step", reason)
+
     def _order_failed(self, job: Job, order: str, reason: str) -> None:
         log.error("job %s: %s: %s", job.spec.job, order, reason)
         self._report(Failed(job.spec.job, job.epoch, order, reason))
         if order == "save":
-            self._unguard(job)  # it goes on, and may lose more
+            self._guard(job, Guard.NONE)
 
     def _master_away(self) -> None:
-        """Nobody counts snapshots as complete meanwhile."""
         for job in self._jobs.values():
-            self._unguard(job)
+            if job.guard is Guard.MASTER:
+                self._guard(job, Guard.BLOCK)
 
-    def _unguard(self, job: Job) -> None:
-        job.guarded = False
+    def _guard(self, job: Job, guard: Guard) -> None:
+        job.guard = guard
         self._server.go_on(job, list(job.blocks))
 
     def _register(self) -> Register:
@@ -177,7 +184,7 @@ class Aggregator:
             )
             for job in self._jobs.values()
         )
-        return Register(self._address, self._settings.api_key or "", os.getpid(), self._settings.memory, jobs)
+        return Register(self._address, self._settings.key, os.getpid(), self._settings.memory, jobs)
 
     async def _report_usage(self) -> None:
         while True:
@@ -199,6 +206,7 @@ class Aggregator:
                     memory,
                     job.counters.network,
                     tuple((index, job.block_seconds[index]) for index in job.blocks if index in job.block_seconds),
+                    self._steps.compute.behind(job) if job.counters.steps else 0.0,  # else with the next step's
                 )
             )
             job.counters = type(job.counters)()

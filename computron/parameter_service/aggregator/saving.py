@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Job
+from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.versions.names import snapshot_path, version_path
-from computron.parameter_service.versions.snapshot import PARAMETERS, SnapshotReader, SnapshotWriter
+from computron.parameter_service.versions.snapshot import SnapshotReader, SnapshotWriter
 from computron.parameter_service.versions.version import VersionWriter
 from computron.parameter_service.wire.messages import Extra, Saved
 
 log = logging.getLogger(__name__)
+
+TOLD_AGAIN = 64  # reports of saved blocks: those that a master may have missed
 
 
 class Save:
@@ -31,7 +35,7 @@ class Save:
         self.version = version
         self.path = path
         self.epoch = job.epoch
-        self.cancelled = False
+        self.begun = self.cancelled = False
         self._taken: dict[int, tuple[dict[str, Tensor], int]] = {}
 
     def take(self, block: HeldBlock) -> None:
@@ -56,7 +60,6 @@ class Save:
                 file.write_block(block.block, parts[PARAMETERS])
             else:
                 file.write_block(block.block, parts, updates)
-        file.sync()
 
     def _copy(self, block: HeldBlock) -> tuple[dict[str, Tensor], int]:
         with block.lock:
@@ -89,6 +92,7 @@ class Saver:
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "migration")
         self._pending: set[Save] = set()
+        self._told: deque[Saved] = deque(maxlen=TOLD_AGAIN)
         self._beginning = threading.Lock()
 
     def close(self) -> None:
@@ -97,14 +101,15 @@ class Saver:
     def save(self, job: Job, blocks: Sequence[HeldBlock], step: int, version: str = "") -> None:
         """These blocks as they are now, which is after `step`."""
         if self._directory is None:
-            self._failed(job, "save", "this aggregator was started without a folder for snapshots and versions")
+            self._failed(job, _order(version), "the aggregator was started without a folder for snapshots and versions")
             return
         name = job.spec.job
         path = version_path(self._directory, name, version) if version else None
         save = Save(job, blocks, step, version, path or snapshot_path(self._directory, name, step, job.epoch))
         for block in blocks:
             block.wanted.append(save)
-        self._pending.add(save)
+        with self._beginning:
+            self._pending.add(save)
         self._thread.submit(self._write, save)
 
     def extra(self, job: Job, message: Extra, data: bytearray, then: Callable[[], None]) -> None:
@@ -130,28 +135,52 @@ class Saver:
         """Fill the blocks from a snapshot; `then` is called when they are."""
         self._thread.submit(self._read, job, tuple(blocks), path, then)
 
+    def tell_again(self) -> None:
+        """What was told while the master was away, it has not heard."""
+        for saved in self._told:
+            self._saved(saved)
+
     def _write(self, save: Save) -> None:
+        """With all that has been ordered for the same file meanwhile."""
+        with self._beginning:
+            if save.begun:
+                return
+            alike = [other for other in self._pending if other.path == save.path and not other.begun]
+            together = [other for other in alike if other.cancelled == save.cancelled]
+            for other in together:
+                other.begun = True
         error: Exception | None = None
         try:
             with self._beginning:
                 file = save.begin()
             with file:
-                save.write(file)
+                for other in together:
+                    other.write(file)
+                file.sync()
+                if isinstance(file, SnapshotWriter):
+                    file.mark([block.block.index for other in together for block in other.blocks])
         except Exception as raised:
             error = raised
-        self._loop.call_soon_threadsafe(self._written, save, error)
+        for other in together:
+            self._loop.call_soon_threadsafe(self._written, other, error)
 
     def _written(self, save: Save, error: Exception | None) -> None:
-        self._pending.discard(save)
+        with self._beginning:
+            self._pending.discard(save)
         for block in save.blocks:
             with block.lock:
                 if save in block.wanted:
                     block.wanted.remove(save)
         if error is None and not save.cancelled:
             indices = tuple(block.block.index for block in save.blocks)
-            self._saved(Saved(save.job.spec.job, save.version, save.step, str(save.path), indices))
+            saved = Saved(save.job.spec.job, save.version, save.step, str(save.path), indices)
+            self._told.append(saved)
+            self._saved(saved)
+            if not save.version:
+                for block in save.blocks:
+                    block.saved = max(block.saved, save.step)
         elif error is not None and not isinstance(error, Cancelled):
-            self._failed(save.job, "save", f"{save.path}: {error}")
+            self._failed(save.job, _order(save.version), f"{save.path}: {error}")
         self._free(save.job, save.blocks)
 
     def _write_extra(self, job: Job, message: Extra, data: bytearray, path: Path, then: Callable[[], None]) -> None:
@@ -176,7 +205,7 @@ class Saver:
         if error is None:
             self._saved(Saved(message.job, message.version, message.step, str(path), extras=(message.tensor,)))
         else:
-            self._failed(job, "save", f"{path}: {error}")
+            self._failed(job, _order(message.version), f"{path}: {error}")
         then()
 
     def _read(self, job: Job, blocks: Sequence[HeldBlock], path: Path, then: Callable[[], None]) -> None:
@@ -197,3 +226,8 @@ class Saver:
             self._failed(job, "host", f"the snapshot cannot be taken up: {error}")
         else:
             then()
+
+
+def _order(version: str) -> str:
+    """What cannot be carried out. Without snapshots a failure costs more; without a version it does not."""
+    return "publish" if version else "save"

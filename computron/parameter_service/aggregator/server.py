@@ -12,15 +12,15 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from computron.errors import BadRequest
-from computron.parameter_service.aggregator.block import HeldBlock, block_bytes
+from computron.parameter_service.aggregator.block import HeldBlock
+from computron.parameter_service.aggregator.checks import Refusal, Repeated, check_version, extra_bytes, needs_payload
 from computron.parameter_service.aggregator.job import Job, Worker
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.orders import NoRoom, Orders
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.staging import PushedStaging, SharedStaging, Staging, as_bytes, missing
 from computron.parameter_service.aggregator.steps import Steps
-from computron.parameter_service.versions.names import check_version
+from computron.parameter_service.specs import block_bytes
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.link import FDS_AT_ONCE, Link
 from computron.parameter_service.wire.messages import (
@@ -51,15 +51,6 @@ from computron.parameter_service.wire.segments import Segment
 log = logging.getLogger(__name__)
 
 
-class Refusal(Exception):
-    """What a peer asks for cannot be done. code: one of wire.refusals."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
 class Server:
     """Receiver of all links. key: of the service, which other aggregators must know."""
 
@@ -70,7 +61,8 @@ class Server:
         self._workers: dict[Link, tuple[Job, Worker]] = {}
         self._peers: set[Link] = set()
         self._incoming: dict[Link, bytearray] = {}
-        self._dropped: dict[Link, Any] = {}  # messages that were refused before their payload had come
+        self._dropped: dict[Link, Any] = {}  # messages that were of no use before their payload had come
+        self._directed: dict[Link, Any] = {}  # messages whose payloads have a place
         self.steps: Steps
         self.moves: Moves
         self.saver: Saver
@@ -80,16 +72,17 @@ class Server:
 
     def destination(self, link: Link, message: Any, size: int) -> memoryview | None:
         try:
-            view = self._destination(link, message)
-            if view is None:  # it is kept in memory of its own until it is used
-                buffer = self._incoming[link] = bytearray(size)
-                return memoryview(buffer)
+            view = self._destination(link, message, size)
             if len(view) != size:
                 raise Refusal(refusals.BAD_MESSAGE, f"{size} bytes where {len(view)} belong")
+        except Repeated:
+            self._dropped[link] = message
+            return None
         except Refusal as refusal:
             self._dropped[link] = message
             self._refuse(link, message, refusal)
             return None
+        self._directed[link] = message
         return view
 
     def received(self, link: Link, message: Any, fds: list[int]) -> None:
@@ -101,20 +94,27 @@ class Server:
         except Refusal as refusal:
             self._refuse(link, message, refusal)
         finally:
+            self._directed.pop(link, None)
             for fd in fds:
                 os.close(fd)
 
     def lost(self, link: Link, reason: str) -> None:
-        self._incoming.pop(link, None)
-        self._dropped.pop(link, None)
-        self._peers.discard(link)
-        job, worker = self._workers.pop(link, (None, None))
+        job, worker = self._forget(link)
         if job is not None and worker is not None and job.workers.get(worker.rank) is worker:
             self._report(WorkerLost(job.spec.job, worker.rank, worker.incarnation))
-        to = self.moves.aggregator_of(link)
-        if to is not None:
-            for job in self._jobs.values():
-                self.moves.abandon(job, to, f"the connection to {to} was lost: {reason}")
+        self.moves.lost(link, self._jobs.values(), reason)
+
+    def leave(self, worker: Worker) -> None:
+        """It is none of a job's any more: its connection ends, and nothing keeps what the job had."""
+        self._forget(worker.link)
+        worker.link.close()
+
+    def _forget(self, link: Link) -> tuple[Job, Worker] | tuple[None, None]:
+        self._incoming.pop(link, None)
+        self._directed.pop(link, None)
+        self._dropped.pop(link, None)
+        self._peers.discard(link)
+        return self._workers.pop(link, (None, None))
 
     # What others of this aggregator tell.
 
@@ -128,15 +128,14 @@ class Server:
         """Do what can be done with these blocks now."""
         self.steps.schedule(job, job.ready(blocks))
         self.moves.go_on(job, [job.blocks[index] for index in blocks if index in job.blocks])
-        for step in {ask.step for ask in job.asks.values()}:
-            asks = job.asked_norms(step)
-            if asks is not None:
-                job.asks.clear()
-                self.steps.norms(job, asks)
+        asks = job.asked_norms()
+        if asks:
+            job.unanswered.clear()
+            self.steps.norms(job, asks)
 
     # What messages ask for.
 
-    def _destination(self, link: Link, message: Any) -> memoryview | None:
+    def _destination(self, link: Link, message: Any, size: int) -> memoryview:
         match message:
             case Push():
                 job, worker = self._worker(link, message.epoch)
@@ -145,19 +144,32 @@ class Server:
                 if isinstance(worker.staging, SharedStaging):
                     raise Refusal(refusals.BAD_MESSAGE, "who shares memory pushes nothing")
                 if said is not None and (said.said.step > message.step or said.covers(block, message.step)):
-                    raise Refusal(refusals.BAD_MESSAGE, f"step {message.step} has been committed")
+                    raise Repeated
                 return worker.staging.destination(job.layout.blocks[block])
             case Write():
+                _, _, part = self._to_write(link, message)
+                return self._kept(link, size, part.nbytes)
+            case Adopt():
+                return self._room(link, message)
+            case Extra():
                 job, _ = self._worker(link, message.epoch)
-                held = self._held(job, message.block)
-                if held.scheduled:
-                    raise Refusal(refusals.BAD_MESSAGE, f"step {held.scheduled} is being applied")
-                return as_bytes(self._part(held, message.part))
-            case Adopt() | Extra():
-                return None
+                return self._kept(link, size, extra_bytes(job, message))
         raise Refusal(refusals.BAD_MESSAGE, f"a payload that {type(message).__name__} does not have")
 
+    def _kept(self, link: Link, size: int, nbytes: int) -> memoryview:
+        """Memory in which a payload of `nbytes` is kept until it is used."""
+        if size != nbytes:
+            raise Refusal(refusals.BAD_MESSAGE, f"{size} bytes where {nbytes} belong")
+        try:
+            buffer = self._incoming[link] = bytearray(size)
+        except MemoryError as error:
+            raise Refusal(refusals.QUOTA, f"there is no memory for {size} bytes") from error
+        return memoryview(buffer)
+
     def _received(self, link: Link, message: Any, fds: list[int]) -> None:
+        directed = self._directed.pop(link, None) is message
+        if not directed and needs_payload(link, message):
+            raise Refusal(refusals.BAD_MESSAGE, f"{type(message).__name__} has no payload")
         match message:
             case Commit():
                 self._commit(link, message)
@@ -172,7 +184,7 @@ class Server:
                 self._join(link, message, fds)
             case AskNorms():
                 job, worker = self._worker(link, message.epoch)
-                job.asks[worker.rank] = message
+                job.ask(worker.rank, message)
                 self.go_on(job, ())
             case Read():
                 job, _ = self._worker(link, None)
@@ -180,26 +192,30 @@ class Server:
                 answer = Contents(message.job, message.block, message.part, block.applied, block.updates)
                 link.send(answer, payload=as_bytes(self._part(block, message.part)))
             case Write():
-                job, _ = self._worker(link, message.epoch)
-                block = self._held(job, message.block)
-                if message.complete:
-                    block.applied, block.updates = message.applied, message.updates
-                    self.orders.written(job, block)
+                data = self._incoming.pop(link)
+                job, block, part = self._to_write(link, message)  # an epoch may have begun while it came
+                if not block.complete:  # the answer may have been lost: what is there is the same
+                    with block.lock:
+                        for wanted in block.wanted:
+                            wanted.take(block)
+                        as_bytes(part)[:] = data
+                    if message.complete:
+                        block.applied, block.updates = message.applied, message.updates
+                        self.orders.written(job, block)
                 link.send(Written(message.job, message.block, message.part))
             case Extra():
                 self._extra(link, message)
             case Expect():
-                self._expect(link, message)
+                self._expect(link, message, fds)
             case Expecting():
                 self.moves.expected(self._job(message.job), link, message)
             case Adopt():
-                self._adopt(link, message, fds)
+                self._adopt(link, message)
             case Adopted():
-                self.moves.adopted(self._job(message.job), self.moves.aggregator_of(link) or "", message)
+                self.moves.adopted(self._job(message.job), link, message)
             case Refused():
                 log.warning("another aggregator refused: %s", message.message)
-                for job in self._jobs.values():
-                    self.moves.abandon(job, self.moves.aggregator_of(link) or "", message.message)
+                self.moves.refused(self._job(message.job), link, message.message)
             case _:
                 raise Refusal(refusals.BAD_MESSAGE, f"{type(message).__name__} is not for aggregators")
 
@@ -207,6 +223,7 @@ class Server:
         job = self._job(message.job)
         if not hmac.compare_digest(message.token.encode(), job.token.encode()):
             raise Refusal(refusals.BAD_TOKEN, f"this is not the token of job {message.job}")
+        link.trust()
         self._check_epoch(job, message.epoch)
         if message.rank not in job.members:
             raise Refusal(refusals.BAD_MESSAGE, f"rank {message.rank} is no member of {list(job.members)}")
@@ -217,6 +234,7 @@ class Server:
                 raise Refusal(refusals.BAD_MESSAGE, "a staging segment's file descriptor comes with it")
             try:
                 staging = SharedStaging(job.spec, job.layout, fds.pop())
+                self.moves.touch([staging.segment], lambda: None)
             except (ValueError, OSError) as error:
                 raise Refusal(refusals.BAD_MESSAGE, str(error)) from error
         elif before is not None and before.link is link and isinstance(before.staging, PushedStaging):
@@ -227,13 +245,13 @@ class Server:
         if before is not None and before.staging is not staging and not message.shared:
             job.commits.pop(message.rank, None)  # its gradients went with the old connection
         if before is not None and before.link is not link:
-            self._workers.pop(before.link, None)
-            before.link.close()
+            self.leave(before)
         job.workers[message.rank] = worker
         self._workers[link] = job, worker
         self._joined(job, worker, [block for block in job.blocks.values() if block.complete])
         for index, (step, to) in job.given.items():  # it may have been away when the others were told
-            link.send(Moved(job.spec.job, job.epoch, step, (index,), to))
+            if index not in job.expected:  # what comes back is not there any more
+                link.send(Moved(job.spec.job, job.epoch, step, (index,), to))
 
     def _joined(self, job: Job, worker: Worker, blocks: Sequence[HeldBlock]) -> None:
         fds = [block.segment.fd for block in blocks] if worker.link.shares_memory else []
@@ -246,63 +264,86 @@ class Server:
     def _commit(self, link: Link, message: Commit) -> None:
         job, worker = self._worker(link, message.epoch)
         if message.version is not None:
-            _check_version(message.version)
+            check_version(message.version)
         indices = list(job.blocks)
         if message.blocks is not None:  # those that have just been given away are committed at who has them
             indices = [index for index in message.blocks if index in job.blocks or index in job.expected]
-            message = msgspec.structs.replace(message, blocks=tuple(indices))
         late = [
             i for i in indices if i in job.blocks and job.blocks[i].complete and job.blocks[i].applied >= message.step
         ]
         if not message.skip and not worker.link.shares_memory:
             stagings = {worker.rank: worker.staging}
             lacking = [i for i in indices if i not in late and missing(stagings, job.layout.blocks[i], message.step)]
-            if lacking:
+            if lacking:  # they went with an old connection, or with a block that has come back: they are pushed again
                 text = f"gradients of blocks {lacking} were not pushed before the commit"
                 link.send(Refused(message.job, refusals.NOT_OWNER, text, message.step, tuple(lacking)))
-                return
+                indices = [index for index in indices if index not in lacking]
+        if message.blocks is not None or len(indices) < len(job.blocks):
+            message = msgspec.structs.replace(message, blocks=tuple(indices))
         for index in late:
             self.steps.tell(job, worker, job.blocks[index])
         job.commit(worker.rank, message)
         self.go_on(job, indices)
 
     def _extra(self, link: Link, message: Extra) -> None:
-        data = self._incoming.pop(link)
+        data = self._incoming.pop(link, bytearray())
         job, _ = self._worker(link, message.epoch)
-        _check_version(message.version)
-        if not 0 <= message.tensor < len(job.spec.extras):
-            raise Refusal(refusals.BAD_MESSAGE, f"the job has no tensor {message.tensor} that is not trained")
+        check_version(message.version)
+        if len(data) != (nbytes := extra_bytes(job, message)):
+            raise Refusal(refusals.BAD_MESSAGE, f"{len(data)} bytes where {nbytes} belong")
         taken = ExtraTaken(message.job, message.version, message.tensor)
         self.saver.extra(job, message, data, lambda: link.send(taken))
 
-    def _expect(self, link: Link, message: Expect) -> None:
+    def _expect(self, link: Link, message: Expect, fds: list[int]) -> None:
         if not hmac.compare_digest(message.key.encode(), self._key.encode()):
             raise Refusal(refusals.BAD_TOKEN, "this is not the service's key")
+        link.trust()
+        known = self._jobs.get(message.spec.job)
+        if known is not None and not hmac.compare_digest(message.token.encode(), known.token.encode()):
+            raise Refusal(refusals.BAD_TOKEN, f"this is not the token of job {message.spec.job}")
+        if link.shares_memory and len(fds) != len(message.blocks):
+            raise Refusal(refusals.BAD_MESSAGE, f"{len(fds)} file descriptors came for {len(message.blocks)} blocks")
         try:
-            self.orders.expect(message)
+            job = self.orders.expect(message)
+            self._make_room(job, message.blocks, fds)
         except NoRoom as error:
             raise Refusal(refusals.QUOTA, str(error)) from error
         except ValueError as error:
             raise Refusal(refusals.STALE_EPOCH, str(error)) from error
+        except OSError as error:
+            raise Refusal(refusals.FAILED, str(error)) from error
         self._peers.add(link)
-        link.send(Expecting(message.spec.job, message.epoch, message.blocks))
+        expecting = Expecting(message.spec.job, message.epoch, message.blocks)
+        self.moves.touch(
+            [job.arriving[index] for index in message.blocks if index in job.arriving], lambda: link.send(expecting)
+        )
 
-    def _adopt(self, link: Link, message: Adopt, fds: list[int]) -> None:
-        if link not in self._peers:
-            raise Refusal(refusals.BAD_TOKEN, "nothing was announced on this connection")
+    def _make_room(self, job: Job, blocks: Sequence[int], fds: list[int]) -> None:
+        """Memory for blocks that are to come: of these descriptors, or new. Raises OSError, ValueError."""
+        mapped = dict(zip(blocks, fds, strict=True)) if fds else {}
+        for index in blocks:
+            if index not in job.expected:
+                continue
+            if (before := job.arriving.pop(index, None)) is not None:
+                before.close()
+            nbytes = block_bytes(job.spec, job.layout.blocks[index])
+            if mapped:
+                job.arriving[index] = Segment(os.dup(mapped[index]), nbytes)
+            else:
+                job.arriving[index] = Segment.create(f"computron:{job.spec.job}:{index}", nbytes)
+
+    def _room(self, link: Link, message: Adopt) -> memoryview:
+        """The memory that the block comes into, or is in."""
         job = self._job(message.job)
         self._check_epoch(job, message.epoch)
-        if message.block not in job.expected:
+        if link not in self._peers or message.block not in job.expected or message.block not in job.arriving:
             raise Refusal(refusals.BAD_MESSAGE, f"block {message.block} is not expected")
-        nbytes = block_bytes(job.spec, job.layout.blocks[message.block])
-        try:
-            if fds:
-                segment, memory = Segment(fds.pop(), nbytes), message.memory
-            else:
-                segment, memory = Segment.create(f"computron:{message.job}:{message.block}", nbytes), uuid.uuid4().hex
-                segment.view()[:] = self._incoming.pop(link)
-        except (ValueError, OSError) as error:
-            raise Refusal(refusals.FAILED, str(error)) from error
+        return job.arriving[message.block].view()
+
+    def _adopt(self, link: Link, message: Adopt) -> None:
+        self._room(link, message)
+        job = self._job(message.job)
+        segment, memory = job.arriving.pop(message.block), message.memory if link.shares_memory else uuid.uuid4().hex
         self.orders.adopt(job, message, segment, memory)
         link.send(Adopted(message.job, message.epoch, message.block))
 
@@ -337,6 +378,13 @@ class Server:
             raise Refusal(refusals.NOT_OWNER, f"block {index} is not here")
         return block
 
+    def _to_write(self, link: Link, message: Write) -> tuple[Job, HeldBlock, Tensor]:
+        job, _ = self._worker(link, message.epoch)
+        block = self._held(job, message.block)
+        if block.scheduled:
+            raise Refusal(refusals.BAD_MESSAGE, f"step {block.scheduled} is being applied")
+        return job, block, self._part(block, message.part)
+
     def _part(self, block: HeldBlock, part: str) -> Tensor:
         found = block.parts.get(part)
         if found is None:
@@ -346,11 +394,5 @@ class Server:
     def _refuse(self, link: Link, message: Any, refusal: Refusal) -> None:
         step = getattr(message, "step", 0)
         blocks = (message.block,) if hasattr(message, "block") else ()
-        link.send(Refused(getattr(message, "job", ""), refusal.code, refusal.message, step, blocks))
-
-
-def _check_version(version: str) -> None:
-    try:
-        check_version(version)
-    except BadRequest as error:
-        raise Refusal(refusals.BAD_MESSAGE, error.message) from error
+        job = message.spec.job if isinstance(message, Expect) else getattr(message, "job", "")
+        link.send(Refused(job, refusal.code, refusal.message, step, blocks))

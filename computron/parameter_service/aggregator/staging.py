@@ -24,9 +24,9 @@ class SharedStaging:
     def __init__(self, spec: JobSpec, layout: Layout, fd: int) -> None:
         """Takes over `fd`. Raises ValueError if the segment is too small."""
         dtype = DTYPES[spec.gradients]
-        segment = Segment(fd, layout.elements * dtype.itemsize)
-        self._flat = segment.tensor(dtype, 0, layout.elements)
-        segment.close()
+        self.segment = Segment(fd, layout.elements * dtype.itemsize)
+        self._flat = self.segment.tensor(dtype, 0, layout.elements)
+        self.segment.close()
 
     def gradient(self, block: Block) -> Tensor:
         return self._flat[block.start : block.start + block.elements]

@@ -16,7 +16,7 @@ from computron.parameter_service.aggregator.compute import FIRST, ComputeThread,
 from computron.parameter_service.aggregator.job import Job, Worker
 from computron.parameter_service.aggregator.kernels import Summer
 from computron.parameter_service.aggregator.staging import as_bytes
-from computron.parameter_service.versions.snapshot import PARAMETERS
+from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.wire.messages import Applied, AskNorms, HeldCommit, Norms, Parameters, Refused
 from computron.parameter_service.wire.refusals import FAILED
 
@@ -24,11 +24,18 @@ log = logging.getLogger(__name__)
 
 
 class Steps:
-    """changed: told of a job's blocks that have just seen a step, after the workers have been."""
+    """changed: told of a job's blocks that have just seen a step, after the workers have been. failed: of jobs with
+    which something went wrong that nobody foresaw.
+    """
 
-    def __init__(self, changed: Callable[[Job, list[HeldBlock], int, Sequence[HeldCommit]], None]) -> None:
+    def __init__(
+        self,
+        changed: Callable[[Job, list[HeldBlock], int, Sequence[HeldCommit]], None],
+        failed: Callable[[Job, str], None],
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._changed = changed
+        self._failed = failed
         self._summer = Summer()
         self._fresh: defaultdict[tuple[Job, int], list[HeldBlock]] = defaultdict(list)
         self._by: dict[tuple[Job, int], Sequence[HeldCommit]] = {}
@@ -75,7 +82,7 @@ class Steps:
                 self._refuse(job, step, f"the norms of its gradients could not be computed: {work.error!r}")
             elif len(found) == len(blocks) and not work.withdrawn:
                 for worker in job.workers.values():
-                    worker.link.send(Norms(job.spec.job, step, tuple(sorted(found))))
+                    worker.link.send(Norms(job.spec.job, step, tuple(sorted(found)), asks[0].time))
                 found.clear()
 
         deadline = time.monotonic() + job.allowance()
@@ -84,7 +91,7 @@ class Steps:
     def quiet(self, job: Job, then: Callable[[], None]) -> None:
         """Take back what is scheduled of the job, and call `then` when nothing of it is computed any more."""
         for work in self.compute.withdraw(job):
-            work.done(work)
+            self._guarded(job, partial(work.done, work))
         self.compute.submit(Work(job, FIRST, _nothing, lambda work: then()))
 
     def tell(self, job: Job, worker: Worker, block: HeldBlock, *, skipped: bool = False) -> None:
@@ -158,19 +165,30 @@ class Steps:
 
     def _tell(self, works: list[Work]) -> None:
         for work in works:
-            work.done(work)
+            assert isinstance(work.owner, Job)
+            self._guarded(work.owner, partial(work.done, work))
         while self._fresh:
             (job, step), blocks = self._fresh.popitem()
-            commits = self._by.pop((job, step))
-            skipped = any(commit.skip for commit in commits)
-            indices = tuple(block.block.index for block in blocks)
-            for worker in job.workers.values():
-                if worker.link.shares_memory:
-                    worker.link.send(Applied(job.spec.job, step, indices, skipped))
-                    continue
-                for block in blocks:
-                    self.tell(job, worker, block, skipped=skipped)
-            self._changed(job, blocks, step, commits)
+            self._guarded(job, partial(self._tell_applied, job, step, blocks, self._by.pop((job, step))))
+
+    def _tell_applied(self, job: Job, step: int, blocks: list[HeldBlock], commits: Sequence[HeldCommit]) -> None:
+        skipped = any(commit.skip for commit in commits)
+        indices = tuple(block.block.index for block in blocks)
+        for worker in job.workers.values():
+            if worker.link.shares_memory:
+                worker.link.send(Applied(job.spec.job, step, indices, skipped))
+                continue
+            for block in blocks:
+                self.tell(job, worker, block, skipped=skipped)
+        self._changed(job, blocks, step, commits)
+
+    def _guarded(self, job: Job, tell: Callable[[], None]) -> None:
+        """What goes wrong with one job does not keep the others from hearing of theirs."""
+        try:
+            tell()
+        except Exception as error:
+            log.exception("job %s: what was computed could not be told", job.spec.job)
+            self._failed(job, f"what was computed could not be told: {error!r}")
 
 
 def _nothing() -> None: ...

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from computron.parameter_service.master.events import Discard, Finish, Finished, Prune
 from computron.parameter_service.master.records import SnapshotSaved, VersionSaved
 from computron.parameter_service.master.state import Job, State, Unfinished
+from computron.parameter_service.versions.names import begun_of
 from computron.parameter_service.wire.messages import Kept, Saved
 
 log = logging.getLogger(__name__)
@@ -18,7 +20,7 @@ class Files:
 
     def saved(self, message: Saved, now: float) -> None:
         job = self._state.jobs.get(message.job)
-        if job is None or message.path in job.book.files:
+        if job is None or message.path in job.book.files or not _counts(job, message):
             return
         job.saw(message.step, now)
         key = message.version, message.step, message.path
@@ -39,7 +41,7 @@ class Files:
 
     def finished(self, event: Finished) -> None:
         job = self._state.jobs.get(event.job)
-        if job is None:
+        if job is None or event.path in job.book.files or not _counts(job, event):
             return
         if event.version:
             self._state.write(VersionSaved(event.job, event.version, event.step, event.path, event.at))
@@ -52,6 +54,17 @@ class Files:
         self._state.orders.append(Prune(event.path, tuple(saved.path for saved in job.book.snapshots)))
         for name in sorted(job.holders):
             self._state.tell(name, Kept(job.name, event.step))
+
+
+def _counts(job: Job, file: Saved | Finished) -> bool:
+    """Whether a snapshot is of a state that the job still comes from."""
+    begun = begun_of(Path(file.path))
+    return bool(file.version) or begun is None or job.book.counts(*begun)
+
+
+def newest(job: Job) -> SnapshotSaved:
+    """The complete snapshot of the last step; of two of the same step, that of the later epoch."""
+    return max(job.book.snapshots, key=lambda saved: begun_of(Path(saved.path)) or (saved.step, 0))
 
 
 def discard_unfinished(state: State, job: Job) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from computron.parameter_service.master.state import Change, Job, State
-from computron.parameter_service.wire.messages import BlockState, Held, HeldCommit
+from computron.parameter_service.wire.messages import Held, HeldCommit
 
 
 def silent(state: State, job: Job, change: Change) -> dict[str, tuple[tuple[int, str], ...]]:
@@ -25,21 +25,19 @@ def is_followed(job: Job, members: tuple[tuple[int, str], ...]) -> bool:
 
 
 def best(job: Job, held: dict[str, Held]) -> dict[int, tuple[int, str]]:
-    """Of each block that somebody has: the newest step, and who has it; the owner, if others have it too."""
-    found: dict[int, tuple[int, str]] = {}
+    """Of each block that somebody has: the newest step, and who has it. If several have: not who was giving it away,
+    and rather its owner.
+    """
+    found: dict[int, tuple[tuple[int, bool, bool], str]] = {}
     owners = job.book.owners
     for name, message in sorted(held.items()):
         for state in message.blocks:
             if not 0 <= state.block < len(job.layout.blocks):
                 continue
-            known = found.get(state.block)
-            if known is None or _rank(state, name, owners) > _rank(BlockState(state.block, known[0]), known[1], owners):
-                found[state.block] = (state.applied, name)
-    return found
-
-
-def _rank(state: BlockState, name: str, owners: tuple[str, ...]) -> tuple[int, bool]:
-    return state.applied, owners[state.block] == name
+            rank = state.applied, state.block not in message.leaving, owners[state.block] == name
+            if state.block not in found or rank > found[state.block][0]:
+                found[state.block] = rank, name
+    return {block: (rank[0], name) for block, (rank, name) in found.items()}
 
 
 def commits_of(change: Change, step: int, members: set[int]) -> tuple[HeldCommit, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from computron.parameter_service.layout import Layout
+from computron.parameter_service.master.events import Close
 from computron.parameter_service.master.reconfiguration import Reconfiguration
 from computron.parameter_service.master.records import (
     AggregatorGone,
@@ -15,6 +15,7 @@ from computron.parameter_service.master.records import (
     Placed,
 )
 from computron.parameter_service.master.state import Aggregator, Job, State, Worker
+from computron.parameter_service.specs import layout_of
 from computron.parameter_service.wire.messages import HostedJob, Register, Registered, Stop, Usage
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,10 @@ class Hosts:
         name = message.address.aggregator
         known = self._state.aggregators.get(name)
         if known is not None and known.pid not in (0, message.pid):  # 0: only its name is known
+            if known.link is not None:
+                log.warning("name_taken aggregator=%s pid=%d", name, message.pid)
+                self._state.orders.append(Close(link))
+                return
             self.gone(name, now)
             known = None
         if known is None:
@@ -95,12 +100,19 @@ class Hosts:
             job.late += used.late
             if used.steps:
                 job.progressed = now
+                job.note_behind(name, used.behind / used.steps)
 
     def _expected(self, name: str, hosted: HostedJob, now: float) -> bool:
         """Whether the aggregator shall keep the job. A job that the master has forgotten is taken up again."""
         job = self._state.jobs.get(hosted.spec.job)
         if job is None:
-            job = self._take_up(hosted, now)
+            if hosted.spec.job in self._state.book.dropped:
+                return False
+            try:
+                job = self._take_up(hosted, now)
+            except ValueError as error:
+                log.error("job_not_taken_up job=%s: %s", hosted.spec.job, error)
+                return False
         if not job.mismatch_of_log:
             return name in job.holders
         assert job.book.placed is not None
@@ -115,10 +127,11 @@ class Hosts:
         return True
 
     def _take_up(self, hosted: HostedJob, now: float) -> Job:
+        """Raises ValueError if there can be no such job."""
         spec = hosted.spec
+        layout = layout_of(spec)
         log.warning("job_taken_up job=%s: the log does not have it", spec.job)
         self._state.write(JobCreated(spec, hosted.token))
-        layout = Layout(spec.tensors, spec.block_elements)
         job = self._state.jobs[spec.job] = Job(self._state.book.jobs[spec.job], layout, now)
         job.mismatch_of_log = True
         members = tuple((rank, "") for rank in hosted.members)

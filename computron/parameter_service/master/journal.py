@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -24,7 +26,10 @@ class LogUnusable(ComputronError):
 
 
 class Journal:
-    """Locked against a second master for as long as it is open."""
+    """Locked against a second master for as long as it is open.
+
+    An error is final: what comes behind half a record could not be read again, and nobody may act on what is not there.
+    """
 
     def __init__(self, path: Path) -> None:
         """Reads the log into `book`, and writes it anew as short as it can be.
@@ -35,6 +40,7 @@ class Journal:
         self.path = path
         self._encode = msgspec.json.Encoder().encode
         self._dirty = False
+        self._broken: LogUnusable | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(path)
@@ -48,21 +54,39 @@ class Journal:
             raise LogUnusable(f"{path}: {error.strerror}; give another file with --log") from error
 
     def append(self, record: Record) -> None:
+        """Raises LogUnusable, and does so ever after."""
         line = self._encode(record) + b"\n"
-        while line:
-            line = line[os.write(self._file, line) :]
+        with self._whole():
+            while line:
+                line = line[os.write(self._file, line) :]
         self._dirty = True
 
     def sync(self) -> None:
-        """What was appended outlasts a loss of power."""
-        if self._dirty:
-            os.fdatasync(self._file)
-            self._dirty = False
+        """What was appended outlasts a loss of power. Raises as `append` does."""
+        with self._whole():
+            if self._dirty:
+                os.fdatasync(self._file)
+        self._dirty = False
 
     def close(self) -> None:
-        self.sync()
-        os.close(self._file)
-        os.close(self._lock)
+        """Raises LogUnusable if what was appended last may be lost."""
+        try:
+            if self._broken is None:
+                self.sync()
+        finally:
+            os.close(self._file)
+            os.close(self._lock)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        if self._broken is not None:
+            raise self._broken
+        try:
+            yield
+        except OSError as error:
+            text = f"{self.path} cannot be written: {error.strerror}; the master ends: start it again when it can"
+            self._broken = LogUnusable(text)
+            raise self._broken from error
 
     def _compacted(self) -> int:
         fresh = self.path.with_name(f"{self.path.name}.new")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 
-from computron.parameter_service.master.state import Job, State, memory_of
+from computron.parameter_service.master.state import REPORTS, Job, State, memory_of
 from computron.parameter_service.packing import BlockLoad, Capacity, Fleet, JobLoad
 
 # Seconds of a compute thread for one element of a block, until an aggregator has measured it: torch's fused kernels on
 # one thread, 25 million elements, with one addition of a second worker's gradients.
 SECONDS_PER_ELEMENT = {"sgd": 3.4e-10, "adam": 4.6e-10, "adamw": 4.6e-10, "sum": 2.6e-10}
+UNMEASURED_OVERHEAD = 3e-3  # seconds of an iteration that a job that always shared is not held to lose by that
 UNKNOWN_COMPUTE = 3.0  # of a job not measured yet: seconds of compute for one second of aggregation
 
 
 def load_of(state: State, job: Job) -> JobLoad:
-    """A job's load, relative to one aggregator of its own."""
+    """A job's load, relative to one aggregator of its own: what it waits for the service there counts as compute."""
     each = SECONDS_PER_ELEMENT.get(job.book.spec.optimizer, SECONDS_PER_ELEMENT["adamw"])
     remote = _is_remote(state, job)
     copies = 2 * max(1, len(job.workers))  # of each block in a step: gradients in and parameters out
@@ -30,13 +32,13 @@ def load_of(state: State, job: Job) -> JobLoad:
     )
     cpu = sum(load.cpu for load in blocks)
     compute = compute_of(job)
-    period = cpu + (UNKNOWN_COMPUTE * cpu if compute is None else compute)
+    period = cpu + (UNKNOWN_COMPUTE * cpu if compute is None else compute + overhead_of(job))
     return JobLoad(job.name, period * (1 + 1e-9), blocks, job.book.spec.loss_limit)
 
 
 def compute_of(job: Job) -> float | None:
     """Seconds of an iteration in which the slowest worker computes; None if nobody has said so yet."""
-    times = [worker.compute for worker in job.workers.values() if worker.step]
+    times = [worker.compute for worker in job.workers.values() if worker.compute]
     return max(times) if times else None
 
 
@@ -44,19 +46,43 @@ def iteration_of(job: Job) -> float | None:
     """Seconds from step to step as the slowest worker sees them: it waits for the aggregators only, the others for it,
     too.
     """
-    times = [(worker.compute, worker.wait) for worker in job.workers.values() if worker.step]
+    times = [(worker.compute, worker.wait) for worker in job.workers.values() if worker.compute]
     if not times:
         return None
-    return max(compute for compute, _ in times) + min(wait for _, wait in times) or None
+    return max(compute for compute, _ in times) + min(wait for _, wait in times)
+
+
+def is_measured(job: Job) -> bool:
+    """Have all workers told often enough how fast they are where the job is now, and the aggregators, too?"""
+    return bool(job.cpu and job.workers) and all(len(worker.times) == REPORTS for worker in job.workers.values())
+
+
+def overhead_of(job: Job) -> float:
+    """Seconds of an iteration in which the job waits for the service, but not for work on an aggregator."""
+    return min(UNMEASURED_OVERHEAD, unexplained_wait(job)) if job.overhead is None else job.overhead
+
+
+def unexplained_wait(job: Job) -> float:
+    """Seconds of an iteration for which every worker waits longer than the job's busiest aggregator works."""
+    work: defaultdict[str, float] = defaultdict(float)
+    for block, owner in enumerate(job.book.owners):
+        work[owner] += job.cpu.get(block, 0.0)
+    waits = [worker.wait for worker in job.workers.values() if worker.compute]
+    return max(0.0, min(waits, default=0.0) - max(work.values(), default=0.0))
 
 
 def observed_loss(state: State, job: Job) -> float | None:
-    """Share of its iteration that the job loses against one with an aggregator of its own; None if not measured."""
+    """Share of its iteration that the job loses against one with an aggregator of its own; None if not measured.
+
+    No more than it waits for others' work: where processes are short of cores, other aggregators would not help.
+    """
     iteration = iteration_of(job)
-    compute = compute_of(job)
-    if iteration is None or compute is None or not job.cpu:
+    if iteration is None or not is_measured(job):
         return None
-    return max(0.0, 1.0 - load_of(state, job).period / iteration)
+    period = load_of(state, job).period
+    waited = max(job.behind.get(owner, 0.0) for owner in job.book.owners)
+    lost = min(max(0.0, iteration - period), waited)
+    return lost / (period + lost)
 
 
 def fleet_of(state: State, servers: Iterable[str], *, without: Job | None = None) -> Fleet:

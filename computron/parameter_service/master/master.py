@@ -33,6 +33,7 @@ from computron.parameter_service.wire.messages import (
     Failed,
     Held,
     Leave,
+    Load,
     MovedOut,
     Progress,
     Ready,
@@ -139,6 +140,8 @@ class Master:
                 self._hosts.register(link, message, now)
             case Leave():
                 self._workers.left(link, message)
+            case Load():
+                self._workers.load(link, message)
             case Progress():
                 self._workers.progress(link, message, now)
             case Unreachable():
@@ -170,9 +173,8 @@ class Master:
                 self._reconfiguration.held(job, name, message, now)
             case Ready():
                 self._reconfiguration.ready(job, name, message)
-            case Failed(order="move"):
-                log.warning("move_failed job=%s aggregator=%s reason=%s", job.name, name, message.message)
-                self._moves.failed(job, name, now)
+            case Failed(order="move" | "step"):
+                self._moves.failed(job, name, message, now)
             case Failed(order="host" | "hold" | "complete"):
                 self._reconfiguration.failed(job, name, message, now)
             case Failed():

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from computron.parameter_service.master.records import MoveBegun, MoveEnded
 from computron.parameter_service.master.state import Job, State
-from computron.parameter_service.wire.messages import Move, MovedOut
+from computron.parameter_service.wire.messages import Failed, Move, MovedOut
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,17 @@ class Moves:
         self._state.migrations += len(blocks)
         job.saw(message.applied, now)
 
-    def failed(self, job: Job, aggregator: str, now: float) -> None:
-        """What this aggregator was to move stays, for a while at least. Whoever was to have it may have some of it."""
+    def failed(self, job: Job, aggregator: str, message: Failed, now: float) -> None:
+        """What this aggregator was to move stays, for a while at least. Whoever was to have it may have some of it, and
+        a block may be on its way for ever: a new epoch says where all are.
+        """
+        log.warning(
+            "order_failed job=%s aggregator=%s order=%s reason=%s",
+            job.name, aggregator, message.order, message.message,
+        )  # fmt: skip
+        if message.epoch != job.book.epoch or job.change is not None:
+            return
+        job.broken = f"{aggregator} failed: {message.message}"
         moving = job.book.moving
         ours = tuple(sorted(block for block in moving if job.book.owners[block] == aggregator))
         if ours:

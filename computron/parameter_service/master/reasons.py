@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from computron.parameter_service.master.loading import may_load
 from computron.parameter_service.master.records import JobUnhosted, MemberGone
 from computron.parameter_service.master.state import Job, State
 from computron.parameter_service.wire.messages import Drop
@@ -45,6 +46,8 @@ def reason_to_begin(state: State, job: Job, now: float) -> str | None:
         owners_here = all(state.is_linked(owner) for owner in set(job.book.owners))
         if joining and owners_here and now - max(w.came for w in joining) >= state.limits.join:
             reason = f"rank {', '.join(str(worker.rank) for worker in joining)} joins"
+    if reason is None and may_load(job):
+        reason = "the workers load a state"
     if reason is None or not enough(job):
         return None
     if job.mismatch_of_log and now - job.since < state.limits.hold:
@@ -57,6 +60,26 @@ def reason_to_begin(state: State, job: Job, now: float) -> str | None:
 def enough(job: Job) -> bool:
     """Whether so many workers are there that the job may go on."""
     return len(job.linked) >= max(1, job.book.spec.min_workers)
+
+
+def may_begin_anew(job: Job) -> bool:
+    """Whether nothing is lost when a worker brings the parameters once more: nothing lasts, or nobody can have taken a
+    step, which needs a complete snapshot of the beginning unless none can be written.
+    """
+    spec = job.book.spec
+    if spec.optimizer == "sum" or job.book.placed is None:
+        return True
+    return spec.snapshot_every > 0 and job.step == 0 and not job.trouble
+
+
+def why_nothing_is_left(job: Job) -> str:
+    """Why a job of which blocks are lost cannot go on. The rest of them may be of different steps."""
+    every = job.book.spec.snapshot_every
+    if every == 0:
+        return "and no snapshots are taken of this job: set snapshot_every, and give the service a snapshots folder"
+    if job.trouble:
+        return f"and no snapshot could be written: {job.trouble}"
+    return f"and no snapshot was complete yet: one is taken every {every} steps; take them more often to lose less"
 
 
 def look_for_idleness(state: State, job: Job, now: float) -> None:
@@ -85,6 +108,8 @@ def _pressing(state: State, job: Job) -> str | None:
             return f"{owner or 'an aggregator'} died"
         if owner in job.excluded:
             return f"{owner} cannot be reached"
+    if job.broken:
+        return job.broken
     if book.gone:
         return f"rank {', '.join(map(str, sorted(book.gone)))} left"
     return None

@@ -19,26 +19,32 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from computron.parameter_service.master.files import discard_unfinished
+from computron.parameter_service.master.files import discard_unfinished, newest
 from computron.parameter_service.master.findings import best, commits_of, is_followed, silent
+from computron.parameter_service.master.loading import NOTHING, bringers, look_for_loaded
 from computron.parameter_service.master.placement import Placer
 from computron.parameter_service.master.reasons import (
     enough,
     look_for_doubts,
     look_for_idleness,
     look_for_members,
+    may_begin_anew,
     reason_to_begin,
+    why_nothing_is_left,
 )
 from computron.parameter_service.master.records import (
     EpochBegun,
     JobFailed,
     MemberGone,
     Placed,
+    RolledBack,
     SnapshotBad,
 )
-from computron.parameter_service.master.state import FRESH, KEEP, Change, Job, Phase, State, Worker
+from computron.parameter_service.master.state import Change, Job, Phase, State, Worker
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.messages import (
+    FRESH,
+    KEEP,
     Complete,
     Drop,
     Failed,
@@ -77,6 +83,7 @@ class Reconfiguration:
             reason = reason_to_begin(self._state, job, now)
             if reason is not None:
                 self._begin(job, reason, now)
+            look_for_loaded(self._state, job)
             look_for_idleness(self._state, job, now)
 
     def held(self, job: Job, aggregator: str, message: Held, now: float) -> None:
@@ -156,6 +163,8 @@ class Reconfiguration:
                 lost=placed.lost,
                 initialise=placed.initialise == worker.rank,
                 reason=placed.reason,
+                loads=placed.loads,
+                loading=placed.loads > job.book.loaded,
             ),
         )
 
@@ -170,7 +179,7 @@ class Reconfiguration:
         state.write(EpochBegun(job.name, epoch))
         state.reconfigurations += 1
         job.doubted.clear()
-        job.mismatch = False
+        job.mismatch, job.broken = False, ""
         change = job.change = Change(epoch, reason, now + state.limits.hold)
         log.info("reconfiguration job=%s epoch=%d reason=%s", job.name, epoch, reason)
         if job.book.placed is None:
@@ -214,6 +223,9 @@ class Reconfiguration:
         for held in change.held.values():
             for block in held.blocks:
                 job.saw(block.applied, now)
+        if bringers(job):
+            self._load(job, change, found, now)
+            return
         if len(found) < len(job.layout.blocks):
             self._restore(job, change, now)
             return
@@ -236,24 +248,27 @@ class Reconfiguration:
             blocks = tuple(sorted(block for block in behind if change.owners[block] == name))
             self._state.tell(name, Complete(job.name, change.epoch, applied, blocks, commits))
 
+    def _load(self, job: Job, change: Change, found: dict[int, tuple[int, str]], now: float) -> None:
+        """Go on from a state that workers have, at the step that they are in."""
+        change.loads, change.source = job.book.loaded + 1, FRESH
+        change.applied = max(worker.load.step for worker in bringers(job) if worker.load is not None)
+        if len(found) < len(job.layout.blocks):
+            self._place(job, change, now)
+            return
+        change.owners = [found[block][1] for block in range(len(found))]
+        self._host(job, change, now)
+
     def _restore(self, job: Job, change: Change, now: float) -> None:
-        """Go on from the last complete snapshot, or from what the workers have where that is right."""
-        spec = job.book.spec
+        """Go on from the last complete snapshot, or from the beginning where nothing is lost by that."""
         change.owners = []
         if job.book.snapshots:
-            snapshot = max(job.book.snapshots, key=lambda saved: saved.step)
+            snapshot = newest(job)
             change.source, change.applied = snapshot.path, snapshot.step
             change.lost = max(0, job.step - snapshot.step)
-        elif job.step == 0 or spec.snapshot_every == 0:
+        elif may_begin_anew(job):
             change.source, change.applied = FRESH, job.step
-            if job.step and spec.optimizer != "sum":
-                change.reason += "; it goes on from a worker's parameters with a fresh optimizer state"
         else:
-            self.fail(
-                job,
-                f"{change.reason}, and no snapshot was complete yet: one is taken every {spec.snapshot_every} steps; "
-                "take them more often to lose less",
-            )
+            self.fail(job, f"{change.reason}, {why_nothing_is_left(job)}")
             return
         self._place(job, change, now)
 
@@ -285,6 +300,9 @@ class Reconfiguration:
             change.phase = Phase.COLLECTING  # too few are there to go on: decided again when others are
             job.change = None
             return
+        if change.loads and not bringers(job):
+            self._begin(job, "nobody is left of those who loaded a state", now)
+            return
         change.members = {worker.rank: worker.incarnation for worker in job.workers.values()}
         change.phase = Phase.HOSTING
         change.waiting = set() if change.source == FRESH else set(range(len(change.owners)))
@@ -302,7 +320,7 @@ class Reconfiguration:
                 blocks=blocks,
                 applied=change.applied,
                 source=change.source,
-                kept=max((saved.step for saved in job.book.snapshots), default=-job.book.spec.snapshot_every),
+                kept=self._kept(job, change),
             ))  # fmt: skip
         for name in sorted(job.holders - owners):
             state.tell(name, Drop(job.name))
@@ -310,9 +328,16 @@ class Reconfiguration:
         if not change.waiting:
             self._finish(job, change)  # the worker that brings the parameters needs its placement for that
 
+    def _kept(self, job: Job, change: Change) -> int:
+        every = job.book.spec.snapshot_every
+        if change.loads:
+            return change.applied - every  # no step before there is a snapshot of what was loaded
+        return max((saved.step for saved in job.book.snapshots), default=-every)
+
     def _finish(self, job: Job, change: Change) -> None:
         rolled_back = change.source != KEEP
-        first = min([worker.rank for worker in job.linked] or change.members)
+        bringing = bringers(job) if change.loads else job.linked
+        first = min([worker.rank for worker in bringing] or change.members)
         initialise = first if change.source == FRESH else None
         unheard = silent(self._state, job, change) if job.book.placed is not None else {}
         unfenced = sorted((name, members) for name, members in unheard.items() if name not in change.owners)
@@ -326,6 +351,7 @@ class Reconfiguration:
             initialise=initialise,
             reason=change.reason,
             unfenced=tuple(unfenced),
+            loads=change.loads or job.book.loaded,  # who still wants one that is not done says so again
         ))  # fmt: skip
         job.fenced.clear()
         for rank, incarnation in change.members.items():
@@ -333,10 +359,13 @@ class Reconfiguration:
             if worker is None or worker.incarnation != incarnation:  # it has gone meanwhile
                 self._state.write(MemberGone(job.name, rank, False))
         if rolled_back:
-            self._state.rollbacks += job.step > 0
+            self._state.rollbacks += job.step > 0 and not change.loads
+            self._state.write(RolledBack(job.name, change.epoch, NOTHING if change.loads else change.applied))
             discard_unfinished(self._state, job)
             if change.lost:
                 log.warning("rolled_back job=%s to_step=%d lost=%d", job.name, change.applied, change.lost)
+        if change.loads:
+            job.trouble = ""
         job.step = change.applied
         job.change = None
         job.mismatch_of_log = False

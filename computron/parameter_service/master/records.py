@@ -10,6 +10,7 @@ import msgspec
 from computron.parameter_service.wire.messages import Address, JobSpec
 
 SNAPSHOTS_KEPT = 2
+DROPPED_KEPT = 1000  # names of deleted jobs
 
 
 class JobCreated(msgspec.Struct, tag="job_created", frozen=True):
@@ -27,7 +28,8 @@ class EpochBegun(msgspec.Struct, tag="epoch_begun", frozen=True):
 class Placed(msgspec.Struct, tag="placed", frozen=True):
     """The reconfiguration that began with `epoch` is complete. members: rank and incarnation. owners: of each block.
     lost: steps that this one rolled back. initialise: rank that brings the parameters. unfenced: aggregators that could
-    not be told of this epoch, each with the members of the epoch that it may still be in.
+    not be told of this epoch, each with the members of the epoch that it may still be in. loads: how often the workers
+    have loaded a state.
     """
 
     job: str
@@ -39,6 +41,7 @@ class Placed(msgspec.Struct, tag="placed", frozen=True):
     initialise: int | None = None
     reason: str = ""
     unfenced: tuple[tuple[str, tuple[tuple[int, str], ...]], ...] = ()
+    loads: int = 0
 
 
 class MoveBegun(msgspec.Struct, tag="move_begun", frozen=True):
@@ -69,6 +72,21 @@ class SnapshotSaved(msgspec.Struct, tag="snapshot_saved", frozen=True):
     job: str
     step: int
     path: str
+
+
+class RolledBack(msgspec.Struct, tag="rolled_back", frozen=True):
+    """With this epoch the job went back to step `applied`: what earlier epochs have saved of later steps is void."""
+
+    job: str
+    epoch: int
+    applied: int
+
+
+class StateLoaded(msgspec.Struct, tag="state_loaded", frozen=True):
+    """The job has what its workers loaded, the load of this number."""
+
+    job: str
+    number: int
 
 
 class SnapshotBad(msgspec.Struct, tag="snapshot_bad", frozen=True):
@@ -141,8 +159,8 @@ class CountSet(msgspec.Struct, tag="count_set", frozen=True):
 
 Record = (
     JobCreated | EpochBegun | Placed | MoveBegun | MoveEnded | MemberGone | SnapshotSaved | SnapshotBad | VersionSaved
-    | Totals | JobFailed | JobUnhosted | JobDropped | QuotaSet | AggregatorStarted | AggregatorKnown | AggregatorGone
-    | CountSet
+    | RolledBack | StateLoaded | Totals | JobFailed | JobUnhosted | JobDropped | QuotaSet | AggregatorStarted
+    | AggregatorKnown | AggregatorGone | CountSet
 )  # fmt: skip
 
 
@@ -151,7 +169,8 @@ class JobBook:
     """One job as the log has it. placed: what the last complete reconfiguration came to, with moves since carried on.
 
     epoch: the newest that was ever used; above placed.epoch while a reconfiguration is going on. gone: members of
-    `placed` that are not there any more, and whether that is certain. lost: steps rolled back ever.
+    `placed` that are not there any more, and whether that is certain. lost: steps rolled back ever. loaded: how often a
+    state was loaded, without one that is being loaded.
     """
 
     spec: JobSpec
@@ -162,18 +181,29 @@ class JobBook:
     gone: dict[int, bool] = field(default_factory=dict)
     snapshots: list[SnapshotSaved] = field(default_factory=list)
     versions: dict[str, VersionSaved] = field(default_factory=dict)
+    rollbacks: list[RolledBack] = field(default_factory=list)
     failed: str | None = None
     lost: int = 0
     moves: int = 0
+    loaded: int = 0
 
     @property
     def job(self) -> str:
         return self.spec.job
 
     @property
+    def loads(self) -> int:
+        """How often a state was loaded, with one that is being loaded."""
+        return max(self.loaded, self.placed.loads if self.placed is not None else 0)
+
+    @property
     def files(self) -> set[str]:
         """Paths of all that is complete."""
         return {saved.path for saved in self.snapshots} | {saved.path for saved in self.versions.values()}
+
+    def counts(self, step: int, epoch: int) -> bool:
+        """Whether what was saved in that epoch after that step is of the job's history, and was not rolled back."""
+        return all(step <= back.applied for back in self.rollbacks if epoch < back.epoch)
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -193,14 +223,19 @@ class Book:
         self.known: dict[str, AggregatorKnown] = {}
         self.minimum: int | None = None
         self.quotas: dict[str, int] = {}
+        self.dropped: dict[str, None] = {}  # an aggregator that was away may still have these jobs; the oldest first
 
     def apply(self, record: Record) -> None:
         """Raises KeyError if it is about a job that no earlier record made."""
         match record:
             case JobCreated():
                 self.jobs[record.spec.job] = JobBook(record.spec, record.token)
+                self.dropped.pop(record.spec.job, None)
             case JobDropped():
                 self.jobs.pop(record.job, None)
+                self.dropped[record.job] = None
+                for oldest in list(self.dropped)[:-DROPPED_KEPT]:
+                    del self.dropped[oldest]
             case AggregatorStarted():
                 self.started[record.aggregator] = record
             case AggregatorKnown():
@@ -225,6 +260,8 @@ class Book:
             yield CountSet(self.minimum)
         for name, memory in self.quotas.items():
             yield QuotaSet(name, memory)
+        for name in self.dropped:
+            yield JobDropped(name)
         for job in self.jobs.values():
             yield from _records_of(job)
 
@@ -255,6 +292,10 @@ def _apply_to_job(book: JobBook, record: Record) -> None:
             book.placed = None
             book.moving.clear()
             book.gone.clear()
+        case StateLoaded():
+            book.loaded = record.number
+        case RolledBack():
+            book.rollbacks.append(record)
         case Totals():
             book.lost, book.moves = record.lost, record.moves
         case JobFailed():
@@ -285,6 +326,9 @@ def _records_of(book: JobBook) -> Iterator[Record]:
         yield MoveBegun(book.job, (block,), to)
     for rank, certain in book.gone.items():
         yield MemberGone(book.job, rank, certain)
+    if book.loaded:
+        yield StateLoaded(book.job, book.loaded)
+    yield from book.rollbacks
     yield from book.snapshots
     yield from book.versions.values()
     if book.failed is not None:

@@ -1,6 +1,8 @@
 """How many aggregators there are, and which jobs share them: looked at again every few seconds.
 
-1. A job loses more than its limit: its blocks are moved, to aggregators that are started first if there are none.
+1. A job loses more than its limit, and did so before: its blocks are moved, to aggregators that are started first if
+   there are none. If it should not have lost that much it shares with nobody for a while, the longer the more often
+   that comes about.
 2. Nothing of the kind for a while, and the others can carry the work of the least loaded aggregator: it is drained.
    Where somebody else starts the aggregators, one fewer is wanted, and whoever stops one has it drained first.
 3. An aggregator that is drained and empty is stopped.
@@ -14,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from computron.parameter_service.master.events import Start
-from computron.parameter_service.master.loads import fleet_of, observed_loss
+from computron.parameter_service.master.loads import fleet_of, is_measured, observed_loss, unexplained_wait
 from computron.parameter_service.master.moves import Moves
 from computron.parameter_service.master.placement import LeastMemory
 from computron.parameter_service.master.records import AggregatorGone
@@ -25,8 +27,10 @@ from computron.parameter_service.wire.messages import Stop
 
 log = logging.getLogger(__name__)
 
-SHORT_LIFE = 5.0  # seconds: an aggregator that ends sooner is started again with growing delays
-LONGEST_DELAY = 30.0
+LONGEST_DELAY = 30.0  # seconds until an aggregator that dies at once is started again
+LOOKS = 2  # after one another at which a job loses more than its limit before anything is done
+ALONE = 10.0  # times the hysteresis: for how long a job that was slower than predicted shares with nobody, at first
+CALM = 10.0  # times the hysteresis: for how long no aggregator is given up after a job lost too much
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +55,19 @@ class Scaling:
         self._moves = moves
         self._packer = packer
         self._due = now + settings.interval
-        self._extra = 0  # beyond the minimum
+        self._needed = 0  # for the work there is, whatever the minimum
         self._dispensable_since: float | None = None
+        self._calm_from = now
         self._starting: dict[str, float] = {}
         self._start_after = now
         self._delay = 0.0
+        self._company: dict[str, object] = {}  # where each job was at the last look, and with which others
+        self._losing: dict[str, int] = {}  # looks after one another
         self.predicted: dict[str, float] = {}
 
     @property
     def wanted(self) -> int:
-        return min(self.settings.maximum, self._minimum + self._extra)
+        return min(self.settings.maximum, max(self._minimum, self._needed))
 
     @property
     def _minimum(self) -> int:
@@ -68,7 +75,7 @@ class Scaling:
 
     def recall(self) -> None:
         """As many as the log knows were wanted before."""
-        self._extra = max(0, len(self._state.book.started) - self._minimum)
+        self._needed = len(self._state.book.started)
 
     def started(self, name: str) -> None:
         self._starting.pop(name, None)
@@ -97,7 +104,7 @@ class Scaling:
         )
         linked = sum(known.link is not None for known in self._staying())
         if placeless and linked >= self.wanted < self.settings.maximum:
-            self._extra += 1
+            self._needed = self.wanted + 1
             log.info("scale_out wanted=%d", self.wanted)
 
     def _start(self, now: float) -> None:
@@ -125,13 +132,12 @@ class Scaling:
         usable = [known.id for known in self._staying() if known.link is not None]
         if not usable or any(job.book.moving and job.change is None for job in self._state.jobs.values()):
             return
+        self._state.alone = {name: until for name, until in self._state.alone.items() if now < until}
+        fleet = fleet_of(self._state, usable)
+        self._watch(fleet)
         fleet = fleet_of(self._state, usable)
         self.predicted = self._packer.losses(fleet)
-        observed = {}
-        for name in fleet.jobs:
-            loss = observed_loss(self._state, self._state.jobs[name])
-            if loss is not None:
-                observed[name] = loss
+        observed = self._observed(fleet)
         try:
             change = self._packer.rebalance(fleet, observed)
         except DoesNotFit as error:
@@ -139,29 +145,61 @@ class Scaling:
             return
         if change.moves or change.opened:
             self._dispensable_since = None
+            self._calm_from = now + CALM * self.settings.hysteresis
             self._carry_out(fleet, change.moves, change.opened, change.alone, now)
         else:
             self._look_for_dispensable(fleet, now)
+
+    def _watch(self, fleet: Fleet) -> None:
+        """A job's times count anew where its aggregators or its company have changed."""
+        company: dict[str, object] = {}
+        for name, homes in fleet.homes.items():
+            job = self._state.jobs[name]
+            beside = frozenset(other for home in homes for other in fleet.servers[home])
+            company[name] = fleet.owners[name], beside
+            if self._company.get(name) != company[name]:
+                job.behind.clear()
+                for worker in job.workers.values():
+                    worker.times.clear()
+            elif len(beside) == 1 and is_measured(job):
+                job.overhead = unexplained_wait(job)
+        self._company = company
+
+    def _observed(self, fleet: Fleet) -> dict[str, float]:
+        """Losses of the jobs that have been losing more than they may for long enough, or not at all."""
+        losing = {}
+        observed = {}
+        for name, load in fleet.jobs.items():
+            loss = observed_loss(self._state, self._state.jobs[name])
+            if loss is None:
+                continue
+            if loss > self._packer.limits.loss_of(load):
+                losing[name] = self._losing.get(name, 0) + 1
+            if losing.get(name, LOOKS) >= LOOKS:
+                observed[name] = loss
+        self._losing = losing
+        return observed
 
     def _carry_out(
         self, fleet: Fleet, moves: Iterable[PackedMove], opened: tuple[str, ...], alone: Iterable[str], now: float
     ) -> None:
         empty = sorted(name for name in fleet.servers if not fleet.servers[name])
         if len(opened) > len(empty):
-            room = self.settings.maximum - len(self._staying())
-            self._extra += max(0, min(room, len(opened) - len(empty)))
-            if room > 0:
+            before = self.wanted
+            self._needed = max(self._needed, len(fleet.servers) + len(opened) - len(empty))
+            if self.wanted > before:
                 log.info("scale_out wanted=%d", self.wanted)
-                return  # moved when they have come
-        if len(opened) > len(empty):
-            return
+            return  # moved when they have come
         names = dict(zip(opened, empty, strict=False))
-        self._state.alone |= set(alone)
+        for name in alone:
+            job = self._state.jobs[name]
+            self._state.alone[name] = now + ALONE * 2**job.reverted * self.settings.hysteresis
+            job.reverted += 1
         self._order(moves, names, now)
 
     def _look_for_dispensable(self, fleet: Fleet, now: float) -> None:
         spare = len(fleet.servers) > self._minimum and (self.settings.starts or len(fleet.servers) <= self.wanted)
-        name = self._packer.shrink(fleet) if spare else None
+        name = self._packer.shrink(fleet) if spare and now >= self._calm_from else None
         if name is None:
             self._dispensable_since = None
         elif self._dispensable_since is None:
@@ -169,7 +207,7 @@ class Scaling:
         elif now - self._dispensable_since >= self.settings.hysteresis:
             log.info("scale_in aggregator=%s", name)
             self._dispensable_since = None
-            self._extra = max(0, self._extra - 1)
+            self._needed = len(fleet.servers) - 1
             if self.settings.starts:
                 self._state.aggregators[name].draining = True
 

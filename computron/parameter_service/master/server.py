@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,14 +39,16 @@ from computron.parameter_service.master.events import (
     Started,
     Tick,
 )
-from computron.parameter_service.master.journal import Journal
+from computron.parameter_service.master.journal import Journal, LogUnusable
+from computron.parameter_service.master.key import service_key
 from computron.parameter_service.master.master import Master
 from computron.parameter_service.master.processes import Processes, aggregator_command
 from computron.parameter_service.master.scaling import ScalingSettings
 from computron.parameter_service.master.state import Limits
 from computron.parameter_service.packing import PACKERS
 from computron.parameter_service.versions.files import discard, finish
-from computron.parameter_service.versions.pruning import prune
+from computron.parameter_service.versions.names import job_folder
+from computron.parameter_service.versions.pruning import prune, recover
 from computron.parameter_service.wire import messages
 
 log = logging.getLogger(__name__)
@@ -53,12 +56,16 @@ log = logging.getLogger(__name__)
 TICK = 0.05  # seconds between two looks at what is due
 HEARTBEAT = 5.0  # seconds after which a silent link is asked, and half of which it has to answer
 LARGEST_MESSAGE = 64 << 20  # bytes
+WRONG_KEY = b"this is not the service's key: see --key"
 OPEN_TO_ALL = frozenset({"/health", "/metrics"})
 
 
 @dataclass(frozen=True, slots=True)
 class MasterSettings:
-    """port 0: any. snapshots, aggregator_memory (bytes): of the aggregators that the master starts."""
+    """port 0: any. snapshots, aggregator_memory (bytes): of the aggregators that the master starts.
+
+    key: that aggregators must show; None: the one that is kept beside the log.
+    """
 
     log: Path
     host: str = "127.0.0.1"
@@ -69,6 +76,7 @@ class MasterSettings:
     limits: Limits = field(default_factory=Limits)
     snapshots: Path | None = None
     aggregator_memory: int = 1 << 30
+    key: str | None = None
 
 
 class MasterServer:
@@ -92,6 +100,7 @@ class MasterServer:
         """Raises LogUnusable, OSError if the address cannot be listened on."""
         self._journal = Journal(self.settings.log)
         try:
+            self._service_key = self.settings.key or service_key(self.settings.log)
             packer = PACKERS[self.settings.packer]()
             self.master = Master(
                 self._journal.book, packer, self.settings.scaling, time.monotonic(), limits=self.settings.limits
@@ -103,10 +112,12 @@ class MasterServer:
         self._processes = Processes(
             aggregator_command(self.url, self.settings.host, self.settings.aggregator_memory, self.settings.snapshots),
             lambda name: self.tell(Exited(name)),
-            {} if self.settings.api_key is None else {"COMPUTRON_API_KEY": self.settings.api_key},
+            {"COMPUTRON_SERVICE_KEY": self._service_key}
+            | ({} if self.settings.api_key is None else {"COMPUTRON_API_KEY": self.settings.api_key}),
         )
         for name, started in list(self._journal.book.started.items()):
             self._processes.adopt(name, started.pid, started.began)
+        self._recover()
         self.ticking = asyncio.create_task(self._tick())
         log.info("master_started url=%s jobs=%d", self.url, len(self.master.state.jobs))
         return self
@@ -122,7 +133,10 @@ class MasterServer:
         self._journal.close()
 
     def tell(self, event: Event) -> None:
-        """Let the master decide, and carry out what it orders. Raises ComputronError for what is asked wrongly."""
+        """Let the master decide, and carry out what it orders. Raises ComputronError for what is asked wrongly.
+
+        Raises LogUnusable, once and ever after, if the log cannot be written: then nothing is carried out any more.
+        """
         self._orders.extend(self.master.handle(event, time.monotonic()))
         if self._busy:
             return  # an order brought this about: what it leads to comes after the rest
@@ -133,6 +147,20 @@ class MasterServer:
             self._journal.sync()
         finally:
             self._busy = False
+
+    def _recover(self) -> None:
+        """Take note of snapshots that became complete while no master was there."""
+        if self.settings.snapshots is None:
+            return
+        for name, job in list(self.master.state.jobs.items()):
+            try:
+                found = recover(job_folder(self.settings.snapshots, name), len(job.layout.blocks))
+            except ComputronError as error:
+                log.error("not_recovered job=%s error=%s", name, error)
+                continue
+            newest = max((saved.step for saved in job.book.snapshots), default=-1)
+            for step, path in [entry for entry in found if entry[0] > newest]:
+                self.tell(Finished(name, "", step, str(path), time.time()))
 
     def _carry_out(self, order: Order) -> None:
         if isinstance(order, Log):
@@ -219,16 +247,27 @@ class MasterServer:
         try:
             async for frame in socket:
                 if frame.type is WSMsgType.BINARY:
-                    self.tell(Received(number, self._decode(frame.data)))
+                    message = self._decode(frame.data)
+                    if isinstance(message, messages.Register) and not self._knows_key(message):
+                        log.warning("wrong_key aggregator=%s peer=%s", message.address.aggregator, request.remote)
+                        await socket.close(code=1008, message=WRONG_KEY)
+                        break
+                    self.tell(Received(number, message))
         except msgspec.MsgspecError as error:
             log.warning("bad_message peer=%s error=%s", request.remote, error)
             await socket.close(code=1008, message=str(error).encode()[:100])
+        except LogUnusable as error:  # the ticks end the master
+            await socket.close(message=error.message.encode()[:100])
         finally:
             sender.cancel()
             del self._links[number], self._outboxes[number]
             if not self._leaving:
-                self.tell(Closed(number))
+                with suppress(LogUnusable):
+                    self.tell(Closed(number))
         return socket
+
+    def _knows_key(self, message: messages.Register) -> bool:
+        return hmac.compare_digest(message.key.encode(), self._service_key.encode())
 
 
 def _finished(order: Finish) -> Finished:

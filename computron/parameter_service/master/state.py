@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -9,11 +11,11 @@ from enum import Enum
 from computron.parameter_service.layout import Layout
 from computron.parameter_service.master.events import Close, Log, Order, Send
 from computron.parameter_service.master.records import Book, JobBook, Record
-from computron.parameter_service.wire.messages import Address, Denied, FromMaster, Held, HeldCommit, Usage
+from computron.parameter_service.specs import block_bytes
+from computron.parameter_service.wire.messages import KEEP, Address, Denied, FromMaster, Held, Load, Usage
 
-FRESH = "worker"  # Host.source: the worker that initialises brings the parameters
-KEEP = "keep"  # Host.source: they are where they are
-STATES = {"sgd": 0, "adam": 2, "adamw": 2, "sum": 0}  # tensors of optimizer state for each parameter
+SMOOTHING = 0.2  # of what aggregators report of waits: the weight of the newest
+REPORTS = 5  # of a worker, each of a second or of an iteration, from which its times are taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,10 @@ class Aggregator:
 
 @dataclass(slots=True)
 class Worker:
-    """unlinked: since when it has no link. lost: an aggregator has said that its connection ended."""
+    """unlinked: since when it has no link. lost: an aggregator has said that its connection ended. compute, wait:
+    seconds of an iteration, medians of the last reports. times: these reports, of where the job is now. load: what it
+    last said of a state that it loads.
+    """
 
     rank: int
     incarnation: str
@@ -73,6 +78,16 @@ class Worker:
     step: int = 0
     compute: float = 0.0
     wait: float = 0.0
+    times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=REPORTS))
+    load: Load | None = None
+
+    def lives(self) -> None:
+        """It has been heard."""
+        self.lost = self.lost_for_certain = False
+
+    def took(self, compute: float, wait: float) -> None:
+        self.times.append((compute, wait))
+        self.compute, self.wait = map(statistics.median, zip(*self.times, strict=True))
 
 
 class Phase(Enum):
@@ -84,7 +99,9 @@ class Phase(Enum):
 
 @dataclass(slots=True)
 class Change:
-    """A reconfiguration of a job: see `reconfiguration`. waiting: blocks that are not ready yet."""
+    """A reconfiguration of a job: see `reconfiguration`. waiting: blocks that are not ready yet. loads: number of the
+    load that it is there for, if it is.
+    """
 
     epoch: int
     reason: str
@@ -98,7 +115,7 @@ class Change:
     lost: int = 0
     source: str = KEEP
     waiting: set[int] = field(default_factory=set)
-    commits: tuple[HeldCommit, ...] = ()
+    loads: int = 0
 
 
 @dataclass(slots=True)
@@ -116,7 +133,11 @@ class Job:
     have the job, an aggregator had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute
     thread a step, by block. cpu_total: seconds of it so far. saving: by version ("" for a snapshot), step and
     path. hosts: aggregators that have or had blocks. fenced: those of `Placed.unfenced` that can do no harm any more.
-    still_until: until then nothing is moved. trouble: why the last snapshot or version did not come about.
+    behind: seconds of others' work for which a step waits, by aggregator. still_until: until then nothing is moved.
+    overhead: seconds of an iteration in which it waits for the service though no aggregator works for it or for
+    others, as measured when it shared none; None if it never was. reverted: how often it was slower than predicted
+    where it shared. trouble: why the last snapshot or version did not come about. broken: why it cannot go on in this
+    epoch, as an aggregator said.
     """
 
     book: JobBook
@@ -131,13 +152,17 @@ class Job:
     step: int = 0
     progressed: float = 0.0
     cpu: dict[int, float] = field(default_factory=dict)
+    behind: dict[str, float] = field(default_factory=dict)
     cpu_total: float = 0.0
     late: float = 0.0
     saving: dict[tuple[str, int, str], Unfinished] = field(default_factory=dict)
     hosts: set[str] = field(default_factory=set)
     fenced: set[str] = field(default_factory=set)
     still_until: float = 0.0
+    overhead: float | None = None
+    reverted: int = 0
     trouble: str = ""
+    broken: str = ""
     idle_since: float | None = None
 
     @property
@@ -166,6 +191,10 @@ class Job:
     def exclude(self, aggregators: Iterable[str], until: float) -> None:
         self.excluded.update(dict.fromkeys(aggregators, until))
 
+    def note_behind(self, aggregator: str, seconds: float) -> None:
+        before = self.behind.get(aggregator, seconds)
+        self.behind[aggregator] = before + SMOOTHING * (seconds - before)
+
     def saw(self, step: int, now: float) -> None:
         if step > self.step:
             self.step = step
@@ -174,9 +203,7 @@ class Job:
 
 def memory_of(job: Job, block: int) -> int:
     """Bytes of a block with its optimizer state."""
-    spec = job.book.spec
-    states = STATES.get(spec.optimizer, 0) + spec.amsgrad + (spec.optimizer == "sgd" and spec.momentum)
-    return job.layout.blocks[block].nbytes * (1 + states)
+    return block_bytes(job.book.spec, job.layout.blocks[block])
 
 
 class State:
@@ -187,7 +214,7 @@ class State:
         self.jobs: dict[str, Job] = {}
         self.links: dict[int, str | tuple[str, int]] = {}  # aggregator's name, or job and rank
         self.orders: list[Order] = []
-        self.alone: set[str] = set()  # jobs that are slower than predicted where they share
+        self.alone: dict[str, float] = {}  # jobs that were slower than predicted where they shared; share nothing until
         self.migrations = 0
         self.reconfigurations = 0
         self.rollbacks = 0

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import hmac
 import logging
+from pathlib import Path
 
 import msgspec
 
+from computron.errors import BadRequest
 from computron.parameter_service.layout import Layout
 from computron.parameter_service.master.reconfiguration import Reconfiguration
 from computron.parameter_service.master.records import JobBook, JobCreated, MemberGone
 from computron.parameter_service.master.state import Job, State, Worker, memory_of
+from computron.parameter_service.specs import layout_of
+from computron.parameter_service.versions.names import job_folder
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.messages import (
     Enlist,
     JobSpec,
     Leave,
+    Load,
+    Loaded,
     Progress,
     Unreachable,
     WorkerLost,
 )
 
 log = logging.getLogger(__name__)
-
-LONGEST_NAME = 200
 
 
 class Workers:
@@ -50,7 +54,8 @@ class Workers:
             if worker.link is not None and worker.link != link:
                 self._state.links.pop(worker.link, None)
             worker.incarnation, worker.machine = message.incarnation, message.machine
-            worker.link, worker.lost = link, False
+            worker.link = link
+            worker.lives()
         self._state.links[link] = (job.name, rank)
         self._reconfiguration.placement(job, worker)
 
@@ -85,11 +90,23 @@ class Workers:
         worker = self._speaker(link, message.job, message.rank)
         if job is None or worker is None or message.epoch != job.book.epoch:
             return
-        worker.step, worker.compute, worker.wait, worker.lost = message.step, message.compute, message.wait, False
+        if message.step > worker.step and message.compute:
+            worker.took(message.compute, message.wait)
+        worker.step = message.step
+        worker.lives()
         job.saw(message.step, now)
         if job.change is None:
             follower = worker.rank, worker.incarnation
             job.fenced.update(name for name, members in job.unfenced.items() if follower in members)
+
+    def load(self, link: int, message: Load) -> None:
+        job = self._state.jobs.get(message.job)
+        worker = self._speaker(link, message.job, message.rank)
+        if job is None or worker is None:
+            return
+        worker.load = message
+        if message.number <= job.book.loaded:  # it was not told
+            self._state.send(link, Loaded(job.name, job.book.loaded))
 
     def unreachable(self, link: int, message: Unreachable, now: float) -> None:
         job = self._state.jobs.get(message.job)
@@ -117,11 +134,15 @@ class Workers:
         spec = message.spec
         job = self._state.jobs.get(spec.job)
         try:
-            layout = Layout(spec.tensors, spec.block_elements) if job is None else job.layout
+            layout = layout_of(spec) if job is None else job.layout
         except ValueError as error:
             return self._deny(link, spec.job, refusals.BAD_MESSAGE, str(error))
-        if not 0 < len(spec.job) <= LONGEST_NAME or spec.workers < 1 or (message.rank or 0) < 0:
-            return self._deny(link, spec.job, refusals.BAD_MESSAGE, "a job needs a name, and its ranks count from 0")
+        try:
+            job_folder(Path(), spec.job)  # of its snapshots and versions
+        except BadRequest as error:
+            return self._deny(link, spec.job, refusals.BAD_MESSAGE, error.message)
+        if spec.workers < 1 or (message.rank or 0) < 0:
+            return self._deny(link, spec.job, refusals.BAD_MESSAGE, "a job has workers, and its ranks count from 0")
         if job is None:
             return self._create(link, message, layout, now)
         if not hmac.compare_digest(job.book.token.encode(), message.token.encode()):

@@ -30,7 +30,11 @@ class Cyclic(Packer):
 
     def losses(self, fleet: Fleet) -> dict[str, float]:
         periods = _stretched(fleet, fleet.servers)
-        return {name: 1.0 - fleet.jobs[name].period / periods[name] for name in sorted(fleet.jobs)}
+        full = {server: max(1.0, _busy(fleet, server, periods)) for server in fleet.servers}
+        stretches = {name: max(full[server] for server in fleet.homes[name]) for name in fleet.jobs}
+        return {
+            name: 1.0 - load.period / (periods[name] * stretches[name]) for name, load in sorted(fleet.jobs.items())
+        }
 
     def _settle(
         self, fleet: Fleet, job: JobLoad, blocks: Collection[int], among: Collection[str], share: float
@@ -77,8 +81,7 @@ class Cyclic(Packer):
             periods = _stretched(trial, (server,))
             if self._allowed(trial, job, periods, before, share):
                 run = periods[job.job]
-                busy = math.fsum(held.cpu / periods[name] for name, held in fleet.servers[server].items())
-                free[server] = run * (1.0 - busy)
+                free[server] = run * (1.0 - _busy(fleet, server, periods))
         return free
 
     def _allowed(
@@ -99,6 +102,11 @@ class Cyclic(Packer):
             and fleet.memory(server) + load.memory <= fleet.capacity.memory
             and fleet.network(server) + load.network / job.period <= fleet.capacity.network
         )
+
+
+def _busy(fleet: Fleet, server: str, periods: Mapping[str, float]) -> float:
+    """Share of a cycle."""
+    return math.fsum(held.cpu / periods[name] for name, held in fleet.servers[server].items())
 
 
 def _stretched(fleet: Fleet, start: Iterable[str]) -> dict[str, float]:

@@ -166,9 +166,3 @@ class Fleet:
             paces={other: pace for other, pace in self.paces.items() if other != job},
             alone=self.alone - {job},
         )
-
-    def profiled(self, job: JobLoad) -> Fleet:
-        """The same places with other loads: the job was measured again. Raises ValueError if its blocks are others."""
-        if {load.block for load in job.blocks} != set(self.owners[job.job]):
-            raise ValueError(f"job {job.job} was measured with other blocks than it has")
-        return self.without(job.job).placing(job, self.owners[job.job])

@@ -67,13 +67,15 @@ class Packer(ABC):
         """Few moves for jobs whose observed losses violate their limits, the worst first.
 
         1. It is alone on its aggregators: nothing can be done here.
-        2. The prediction said so too (loads have changed): it goes where it is within its limit, with ease.
-        3. It did not: the assignment is reverted. The job goes to aggregators of its own, for as long as it is here.
+        2. The prediction says so too (loads have changed), also after the moves so far: it goes where it is within its
+           limit, with ease, or to other aggregators that are opened.
+        3. It does not: the assignment is reverted. The job goes to aggregators of its own.
 
         Raises DoesNotFit if a block has become too large for an aggregator of its own.
         """
         change = Change()
         trial = fleet
+        predicted = self.losses(fleet)
         worst = sorted(
             (job for job in observed if self._violates(fleet, job, observed[job])), key=lambda j: (-observed[j], j)
         )
@@ -82,8 +84,10 @@ class Packer(ABC):
                 break
             if name in trial.alone or not self._shares(trial, name):
                 continue
-            step = self._elsewhere(trial, name) if self._violates(trial, name, self.losses(trial)[name]) else None
-            step = step or self._alone(trial, name)
+            foreseen = self._foresees(fleet, name, predicted[name])
+            if foreseen and not self._foresees(trial, name, self.losses(trial)[name]):
+                continue
+            step = (self._elsewhere(trial, name) if foreseen else None) or self._alone(trial, name)
             change = Change(change.moves + step.moves, change.opened + step.opened, change.alone | step.alone)
             trial = trial.changed(step)
         return change
@@ -101,6 +105,10 @@ class Packer(ABC):
 
     def _violates(self, fleet: Fleet, job: str, loss: float) -> bool:
         return loss > self.limits.loss_of(fleet.jobs[job]) * (1.0 + self.limits.tolerance) + LOSS_ERROR
+
+    def _foresees(self, fleet: Fleet, job: str, predicted: float) -> bool:
+        """Is it no wonder that the job loses too much where it is?"""
+        return self._violates(fleet, job, predicted)
 
     @staticmethod
     def _shares(fleet: Fleet, job: str) -> bool:
@@ -128,9 +136,14 @@ class Packer(ABC):
         job = fleet.jobs[name]
         rest = fleet.without(name)
         now = set(fleet.homes[name])
+        blocks = [load.block for load in job.blocks]
         among = [server for server in self._shared(rest) if server not in now]
-        places = self._settle(rest, job, [load.block for load in job.blocks], among, self.limits.shrink)
-        return None if places is None else self._towards(fleet, name, places, ())
+        for count in range(len(blocks) + 1):
+            opened = fleet.fresh(count)
+            places = self._settle(rest.opened(opened), job, blocks, [*among, *opened], self.limits.shrink)
+            if places is not None:
+                return self._towards(fleet, name, places, tuple(new for new in opened if new in places.values()))
+        return None
 
     def _alone(self, fleet: Fleet, name: str) -> Change:
         job = fleet.jobs[name]

@@ -30,6 +30,11 @@ class Utilisation(Packer):
         forecast = _Forecast(fleet, self.limits)
         return {name: forecast.loss(name) for name in sorted(fleet.jobs)}
 
+    def _foresees(self, fleet: Fleet, job: str, predicted: float) -> bool:
+        return super()._foresees(fleet, job, predicted) or any(
+            not self._is_below(fleet, server) for server in fleet.homes[job]
+        )
+
     def _settle(
         self, fleet: Fleet, job: JobLoad, blocks: Collection[int], among: Collection[str], share: float
     ) -> dict[int, str] | None:
@@ -123,7 +128,9 @@ class _Forecast:
                 wait = self._wait(server, name)
                 work = max(work, held.cpu + wait.in_step)
                 drifting += wait.drifting
-            self._losses[name] = 1.0 - job.period / (job.compute + work + drifting)
+            full = max(self.fleet.utilisation(server) for server in self.fleet.homes[name])
+            iteration = max(job.compute + work + drifting, self.fleet.paces[name] * full)
+            self._losses[name] = 1.0 - job.period / iteration
         return self._losses[name]
 
     def _wait(self, server: str, name: str) -> Wait:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,8 @@ from computron.parameter_service.versions.header import DTYPES, Tensor, make_hea
 Buffer = bytes | bytearray | memoryview
 
 PARTIAL = ".partial"
+MARKS = ".blocks"
+MARK = b"\1"
 NEW_MODE = 0o644
 FINISHED_MODE = 0o444
 MAKE_ROOM = "free space on its disk or name a folder on another one"
@@ -80,6 +82,17 @@ class SharedFile:
         with _storage_errors(self.path):
             os.fsync(self._descriptor)
 
+    def mark(self, places: Iterable[int]) -> None:
+        """Note, in a file beside it, that all of these is written and synced. Raises StorageFailed."""
+        with _storage_errors(self.path):
+            descriptor = os.open(marks_path(self.path), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, NEW_MODE)
+            try:
+                for place in places:
+                    os.pwrite(descriptor, MARK, place)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -118,6 +131,19 @@ class SharedFile:
 
 def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}{PARTIAL}")
+
+
+def marks_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}{MARKS}")
+
+
+def is_marked(path: Path, count: int) -> bool:
+    """Whether all places below `count` have been marked. Raises StorageFailed."""
+    with _storage_errors(path):
+        try:
+            return marks_path(path).read_bytes()[:count] == MARK * count
+        except FileNotFoundError:
+            return False
 
 
 def finish(path: Path) -> None:

@@ -30,6 +30,12 @@ def snapshot_path(directory: Path, job: str, step: int, epoch: int) -> Path:
     return job_folder(directory, job) / f"snapshot-{step}-{epoch}{SUFFIX}"
 
 
+def begun_of(path: Path) -> tuple[int, int] | None:
+    """Step and epoch of a snapshot's file; None if it is none."""
+    match = SNAPSHOT.fullmatch(path.name)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
 def version_path(directory: Path, job: str, version: str) -> Path:
     """Raises BadRequest as `check_version` does."""
     check_version(version)

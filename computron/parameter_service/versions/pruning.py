@@ -1,4 +1,4 @@
-"""Snapshots that nobody needs any more are removed."""
+"""Snapshots that nobody needs any more are removed, and those found that are complete though nobody has said so."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from computron.errors import StorageFailed
-from computron.parameter_service.versions.files import PARTIAL, partial_path
-from computron.parameter_service.versions.names import SNAPSHOT
+from computron.parameter_service.versions.files import MARKS, PARTIAL, finish, is_marked, marks_path, partial_path
+from computron.parameter_service.versions.names import begun_of
 
 
 def prune(newest: Path, keep: Iterable[Path]) -> list[Path]:
@@ -16,13 +16,13 @@ def prune(newest: Path, keep: Iterable[Path]) -> list[Path]:
 
     Raises StorageFailed if a file cannot be removed.
     """
-    limit = _begun(newest)
+    limit = begun_of(newest)
     assert limit is not None, f"{newest} is no snapshot's path"
     kept = {path.name for path in keep}
-    kept |= {partial_path(Path(name)).name for name in kept}
+    kept |= {beside(Path(name)).name for name in kept for beside in (partial_path, marks_path)}
     removed = []
     for path in sorted(newest.parent.iterdir()):
-        begun = _begun(path.with_name(path.name.removesuffix(PARTIAL)))
+        begun = begun_of(path.with_name(path.name.removesuffix(PARTIAL).removesuffix(MARKS)))
         if begun is not None and begun < limit and path.name not in kept:
             try:
                 path.unlink(missing_ok=True)
@@ -34,7 +34,15 @@ def prune(newest: Path, keep: Iterable[Path]) -> list[Path]:
     return removed
 
 
-def _begun(path: Path) -> tuple[int, int] | None:
-    """Step and epoch of a snapshot; None if it is none."""
-    match = SNAPSHOT.fullmatch(path.name)
-    return None if match is None else (int(match[1]), int(match[2]))
+def recover(folder: Path, blocks: int) -> list[tuple[int, Path]]:
+    """The steps and paths of the complete snapshots in a job's folder, the oldest first. One that all of the job's
+    `blocks` are marked in, though nobody has finished it, is finished. Raises StorageFailed, CheckpointError.
+    """
+    if not folder.is_dir():
+        return []
+    for partial in sorted(folder.glob(f"*{PARTIAL}")):
+        path = partial.with_name(partial.name.removesuffix(PARTIAL))
+        if begun_of(path) is not None and is_marked(path, blocks):
+            finish(path)
+    found = [(begun, path) for path in folder.iterdir() if (begun := begun_of(path)) is not None]
+    return [(step, path) for (step, _), path in sorted(found)]

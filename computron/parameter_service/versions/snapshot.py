@@ -8,13 +8,14 @@ For each trained tensor the file holds `<name>`, its fp32 parameters, and where 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from computron.errors import CheckpointError
 from computron.parameter_service.layout import Block
+from computron.parameter_service.specs import PARAMETERS, state_names
 from computron.parameter_service.versions.casting import as_bytes
 from computron.parameter_service.versions.files import SharedFile
 from computron.parameter_service.versions.header import Entry, Header, Tensor, make_header, read_header
@@ -22,15 +23,7 @@ from computron.parameter_service.wire.messages import JobSpec
 
 KIND = "computron.snapshot"
 FORMAT = "1"
-PARAMETERS = "parameters"
 STEP = "step"
-
-
-def state_names(spec: JobSpec) -> tuple[str, ...]:
-    """What the optimizer keeps for each element, as torch.optim calls it."""
-    if spec.optimizer in ("adam", "adamw"):
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if spec.amsgrad else ("exp_avg", "exp_avg_sq")
-    return ("momentum_buffer",) if spec.optimizer == "sgd" and spec.momentum else ()
 
 
 class _Places:
@@ -78,6 +71,10 @@ class SnapshotWriter:
         if self._places.has_steps:
             for piece in block.pieces:
                 self._file.write(self._places.of_step(piece.tensor), 0, updates.to_bytes(8, "little"))
+
+    def mark(self, blocks: Iterable[int]) -> None:
+        """These blocks have been written and synced: `recover` counts them. Raises StorageFailed."""
+        self._file.mark(blocks)
 
     def sync(self) -> None:
         """What was written outlasts a loss of power. Raises StorageFailed; the blocks must then be written again."""

@@ -13,6 +13,7 @@ from computron.parameter_service.wire.messages import VERSION, Data, decoder, en
 HEAD = struct.Struct("<2sBBIQ")  # magic, version, file descriptors, bytes of the body, bytes of the payload
 MAGIC = b"PS"
 BODY_LIMIT = 64 << 20
+STRANGERS_BODY = 8 << 20  # a job of 100,000 tensors, as another aggregator describes it
 READ_AHEAD = 64 << 10
 
 _encode = encoder().encode
@@ -45,7 +46,8 @@ class FrameReader:
     Heads and bodies go through a small buffer; what is missing of a payload is read to its destination directly.
     """
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, body_limit: int = BODY_LIMIT) -> None:
+        self.body_limit = body_limit  # bytes
         self.fds: deque[int] = deque()  # that have come and belong to frames still to come
         self._sink = sink
         self._small = bytearray(READ_AHEAD)
@@ -87,8 +89,8 @@ class FrameReader:
             raise FrameError("the other end does not speak the Parameter Service's protocol")
         if version != VERSION:
             raise FrameError(f"the other end speaks version {version} of the protocol, this one {VERSION}")
-        if body > BODY_LIMIT:
-            raise FrameError(f"a message of {body} bytes, more than {BODY_LIMIT}")
+        if body > self.body_limit:
+            raise FrameError(f"a message of {body} bytes, more than {self.body_limit}")
         if have < HEAD.size + body:
             if HEAD.size + body > len(self._small):
                 small, self._small = self._small, bytearray(HEAD.size + body)  # whoever reads may have the old one

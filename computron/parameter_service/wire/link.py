@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 from weakref import WeakSet
 
-from computron.parameter_service.wire.frames import FrameError, FrameReader, frame
+from computron.parameter_service.wire.frames import BODY_LIMIT, STRANGERS_BODY, FrameError, FrameReader, frame
 from computron.parameter_service.wire.messages import Address
 
 Buffer = bytes | bytearray | memoryview
@@ -19,6 +19,8 @@ Buffer = bytes | bytearray | memoryview
 log = logging.getLogger(__name__)
 
 FDS_AT_ONCE = 250  # the kernel takes 253 with one message
+INTRODUCED = 10.0  # seconds within which a stranger must say who it is
+CONNECTED = 2.0  # seconds that a connection may take to come about
 UNANSWERED = 30  # seconds after which the kernel gives up a peer that acknowledges nothing
 RETRY = 1.0  # seconds after which connections are taken again where there was no file descriptor for one
 
@@ -42,6 +44,9 @@ class Link(Protocol):
     closed: bool
     shares_memory: bool
 
+    def trust(self) -> None:
+        """The other end has shown that it belongs here. Until then who connected here gets little room and time."""
+
     def send(self, message: Any, *, payload: Buffer | None = None, fds: Sequence[int] = ()) -> None:
         """Behind what was sent before; dropped if the link has ended. The payload must stay as it is until it is sent.
         Only a link that shares memory carries file descriptors, which are duplicated.
@@ -61,6 +66,28 @@ class _Reading:
         self.closed = False
         self._receiver = receiver
         self._reader = FrameReader(self)
+
+    def trust(self) -> None:
+        self._reader.body_limit = BODY_LIMIT
+
+    def meet_stranger(self) -> None:
+        self._reader.body_limit = STRANGERS_BODY
+        asyncio.get_running_loop().call_later(INTRODUCED, self._part)
+
+    def _part(self) -> None:
+        if not self.closed and self._reader.body_limit == STRANGERS_BODY:
+            self._end(f"it has not said who it is within {INTRODUCED:g} s")
+
+    def _filled(self, count: int) -> None:
+        try:
+            self._reader.filled(count)
+            if len(self._reader.fds) > FDS_AT_ONCE:
+                raise FrameError(f"{len(self._reader.fds)} file descriptors came, more than one message has")
+        except FrameError as error:
+            self._end(str(error))
+
+    def _end(self, reason: str) -> None:
+        raise NotImplementedError
 
     def destination(self, message: Any, size: int) -> memoryview | None:
         return self._receiver.destination(self, message, size)  # type: ignore[arg-type]
@@ -120,12 +147,12 @@ class RemoteLink(_Reading, asyncio.BufferedProtocol):
         return self._reader.buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
-        try:
-            self._reader.filled(nbytes)
-        except FrameError as error:
-            assert self._transport is not None
+        self._filled(nbytes)
+
+    def _end(self, reason: str) -> None:
+        if self._transport is not None:
             self._transport.abort()
-            self._ended(str(error))
+        self._ended(reason)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._ended(str(error) if error else "the other end closed the connection")
@@ -178,10 +205,7 @@ class LocalLink(_Reading):
         if not size or flags & socket.MSG_CTRUNC:
             self._end("this process has no file descriptors left" if size else "the other end closed the connection")
             return
-        try:
-            self._reader.filled(size)
-        except FrameError as error:
-            self._end(str(error))
+        self._filled(size)
 
     def _write(self) -> None:
         while self._unsent:
@@ -216,6 +240,14 @@ class LocalLink(_Reading):
 
 async def connect(address: Address, receiver: Receiver, *, machine: str) -> Link:
     """Through memory that is shared if the aggregator is on this machine, else over TCP. Raises OSError."""
+    try:
+        async with asyncio.timeout(CONNECTED):
+            return await _connect(address, receiver, machine)
+    except TimeoutError as error:
+        raise OSError(f"{address.aggregator} does not answer within {CONNECTED:g} s") from error
+
+
+async def _connect(address: Address, receiver: Receiver, machine: str) -> Link:
     loop = asyncio.get_running_loop()
     if address.machine == machine:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -273,12 +305,16 @@ class Listener:
             self._loop.remove_reader(self._unix)
             self._loop.call_later(RETRY, self._listen)
             return
-        self._links.add(LocalLink(self._receiver, connection))
+        self._met(LocalLink(self._receiver, connection))
 
     def _remote(self) -> RemoteLink:
         link = RemoteLink(self._receiver)
-        self._links.add(link)
+        self._met(link)
         return link
+
+    def _met(self, link: RemoteLink | LocalLink) -> None:
+        link.meet_stranger()
+        self._links.add(link)
 
 
 async def listen(host: str, port: int, path: str, receiver: Receiver) -> Listener:

@@ -5,13 +5,12 @@ side.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 from typing import Any
 
 import torch
-
-ELEMENT = 4  # bytes of an fp32 element
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -19,20 +18,27 @@ _libc.mmap.argtypes = [
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
 ]  # fmt: skip
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MADV_POPULATE_WRITE = 23
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _PROT_NONE = 0
+SIZE_STAYS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Segment:
-    """A file in memory without a name, mapped here. It lives as long as a process has it open or mapped."""
+    """A file in memory without a name, mapped here. It lives as long as a process has it open or mapped.
+
+    Its size is sealed: whoever maps it is killed by SIGBUS where another process has cut it short.
+    """
 
     def __init__(self, fd: int, nbytes: int) -> None:
-        """Takes over `fd`. Raises ValueError if the file is smaller than `nbytes`."""
-        size = os.fstat(fd).st_size
-        if size < nbytes:
+        """Takes over `fd`. Raises ValueError if the file is smaller than `nbytes`, or its size can change."""
+        try:
+            _check(fd, nbytes)
+        except BaseException:
             os.close(fd)
-            raise ValueError(f"a segment of {size} bytes where {nbytes} are needed")
+            raise
         self.fd = fd
         self.nbytes = nbytes
         self._map = mmap.mmap(fd, nbytes)
@@ -40,9 +46,10 @@ class Segment:
     @classmethod
     def create(cls, name: str, nbytes: int) -> Segment:
         """Zeroes. name: what /proc calls it. Raises OSError."""
-        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, nbytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SIZE_STAYS)
         except BaseException:
             os.close(fd)
             raise
@@ -56,11 +63,27 @@ class Segment:
         """A part of it; offset: in bytes."""
         return torch.frombuffer(self._map, dtype=dtype, count=elements, offset=offset)
 
+    def touch(self) -> None:
+        """Map all its pages now, rather than each when it is used first. Linux before 5.14 ignores this."""
+        _libc.madvise(ctypes.addressof(ctypes.c_char.from_buffer(self._map)), self.nbytes, _MADV_POPULATE_WRITE)
+
     def close(self) -> None:
         """Close the file; its memory is given back when nothing views it any more."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _check(fd: int, nbytes: int) -> None:
+    size = os.fstat(fd).st_size
+    if size < nbytes:
+        raise ValueError(f"a segment of {size} bytes where {nbytes} are needed")
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise ValueError(f"what came is no file in memory: {error.strerror}") from error
+    if seals & SIZE_STAYS != SIZE_STAYS:
+        raise ValueError("a segment whose size is not sealed")
 
 
 class Window:

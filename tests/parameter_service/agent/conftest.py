@@ -29,6 +29,8 @@ from computron.parameter_service.wire.messages import (
     Enlist,
     Host,
     Leave,
+    Load,
+    Loaded,
     Move,
     Placement,
     Progress,
@@ -55,11 +57,11 @@ class FakeAggregator:
             self._report(self.name, message)
 
         server = Server("key", self.jobs, report)
-        server.steps = self.steps = Steps(self._changed)
+        server.steps = self.steps = Steps(self._changed, lambda job, why: None)
         server.moves = self.moves = Moves(machine_id(), "key", server, report, lambda job, why: None)
         server.saver = self.saver = Saver(None, report, lambda job, order, why: None, self._free)
         server.orders = self.orders = Orders(
-            self.jobs, MEMORY, server.steps, server.moves, server.saver, report, server.arrived
+            self.jobs, MEMORY, server.steps, server.moves, server.saver, report, server.arrived, server.leave
         )
         self.server = server
         path = f"\0computron-test-{uuid.uuid4().hex}"
@@ -93,6 +95,8 @@ class FakeJob:
     epoch: int = 0
     sockets: dict[int, web.WebSocketResponse] = field(default_factory=dict)
     began: bool = False
+    loads: dict[int, int] = field(default_factory=dict)
+    loaded: int = 0
 
 
 class Cluster:
@@ -115,7 +119,8 @@ class Cluster:
         return future.result(20)
 
     def service(self, job: str = "job", **settings: Any) -> ParameterService:
-        return ParameterService(self.url, job, "secret", **{"block_elements": 1024, "rank": 0, **settings})
+        small = {"block_elements": 1024, "rank": 0, "snapshot_every": 0}
+        return ParameterService(self.url, job, "secret", **{**small, **settings})
 
     def move(self, blocks: list[int], to: str, job: str = "job") -> None:
         """Order it; it happens at a step's end."""
@@ -189,6 +194,8 @@ class Cluster:
             self.heard.append(message)
             if isinstance(message, Enlist):
                 await self._enlist(message, socket)
+            elif isinstance(message, Load):
+                await self._load(message)
             elif isinstance(message, Leave):
                 self.jobs[message.job].sockets.pop(message.rank, None)
         return socket
@@ -203,7 +210,23 @@ class Cluster:
             job.owners = [names[block.index % len(names)] for block in job.layout.blocks]
             await self._reconfigure(spec.job, 0, "worker", 0, None)
 
-    async def _reconfigure(self, name: str, applied: int, source: str, lost: int, at: str | None) -> None:
+    async def _load(self, message: Load) -> None:
+        """An epoch when all say so, and it is done when one has everything."""
+        job = self.jobs[message.job]
+        if message.number <= job.loaded:
+            return
+        if message.ready:
+            job.loaded = message.number
+            for socket in job.sockets.values():
+                await socket.send_bytes(self._encoder.encode(Loaded(message.job, message.number)))
+        elif job.loads.get(message.rank) != message.number:
+            job.loads[message.rank] = message.number
+            if all(job.loads.get(rank) == message.number for rank in job.sockets):
+                await self._reconfigure(message.job, message.step, "worker", 0, None, message.number)
+
+    async def _reconfigure(
+        self, name: str, applied: int, source: str, lost: int, at: str | None, loads: int = 0
+    ) -> None:
         job = self.jobs[name]
         job.epoch += 1
         if at is not None:
@@ -220,7 +243,10 @@ class Cluster:
         owners = tuple(names.index(owner) for owner in job.owners)
         for rank, socket in job.sockets.items():
             first = source == "worker" and rank == members[0]
-            placement = Placement(name, job.epoch, rank, members, owners, addresses, applied, lost, first)
+            placement = Placement(
+                name, job.epoch, rank, members, owners, addresses, applied, lost, first,
+                loads=loads or job.loaded, loading=loads > 0,
+            )  # fmt: skip
             await socket.send_bytes(self._encoder.encode(placement))
 
 

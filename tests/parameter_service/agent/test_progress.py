@@ -18,6 +18,7 @@ from computron.parameter_service.wire.messages import (
     Hyperparameters,
     Join,
     Joined,
+    Moved,
     Norms,
     Placement,
     Push,
@@ -99,6 +100,25 @@ def started(*, members=(0,), owners=(0, 1), shared=True, applied=0, eager=False)
 
 def commit(step, *blocks):
     return Commit("job", 1, step, GROUPS, blocks)
+
+
+def test_an_aggregator_that_has_the_name_of_one_that_has_gone_is_another_one():
+    progress = started()
+    progress.lost("a1")
+    successor = Address("a1", "host", 2, "machine", "")
+    assert progress.moved("a0", Moved("job", 1, 0, (0,), successor)) == [Connect(successor)]
+    assert progress.peers["a1"].address == successor
+    assert progress.moved("a0", Moved("job", 1, 0, (0,), successor)) == []
+
+
+def test_a_new_owner_is_asked_once_if_it_told_of_its_blocks_before_the_old_one_did():
+    progress = started(owners=(0, 0, 1))
+    join = Send("a1", Join("job", "token", 0, "me", 1, True))
+    assert progress.joined("a1", Joined("job", 1, (Hosted(0, 0, "m0"),))) == []
+    assert progress.moved("a0", Moved("job", 1, 0, (1,), address("a1"))) == []
+    assert progress.moved("a0", Moved("job", 1, 0, (0,), address("a1"))) == [join]
+    assert progress.joined("a1", Joined("job", 1, (Hosted(0, 0, "m0"), Hosted(1, 0, "m1")))) == []
+    assert progress.ready
 
 
 def test_a_sum_is_committed_block_by_block():

@@ -53,6 +53,7 @@ from computron.parameter_service.wire.messages import (
 from computron.parameter_service.wire.segments import Segment
 
 TOKEN = "secret"
+KEY = "the service's key"
 MIB = 1 << 20
 NEVER = 1 << 40  # kept: of a job that may go on, whatever has been saved
 
@@ -142,23 +143,37 @@ class RawWorker:
         self._segments: dict[int, Segment] = {}
         self._contents: dict[tuple[int, str], Tensor] = {}
         self._pushed = self._written = 0
+        self._again: Callable[[Sequence[int]], Any] | None = None
         self._changed = asyncio.Event()
+        self._connecting = asyncio.Lock()
+        self._token = TOKEN
 
     async def link(self, who: str) -> Link:
-        if who not in self._links:
-            machine = machine_id() if self.shared else "elsewhere"
-            self._links[who] = await connect(self._master.addresses[who], self, machine=machine)
-        return self._links[who]
+        """One that has been joined through."""
+        async with self._connecting:
+            if who not in self._links:
+                machine = machine_id() if self.shared else "elsewhere"
+                self._links[who] = await connect(self._master.addresses[who], self, machine=machine)
+                self._join(self._links[who])
+            return self._links[who]
+
+    def _join(self, link: Link) -> None:
+        join = Join(self.spec.job, self._token, self.rank, self.incarnation, self.epoch, self.shared)
+        link.send(join, fds=[self._staging.fd] if self.shared else ())
 
     async def join(self, owners: dict[str, Sequence[int]], token: str = TOKEN) -> None:
+        """Again at those that it knows already."""
+        self._token = token
         for who, blocks in owners.items():
             self.owner.update(dict.fromkeys(blocks, who))
-            await self.join_one(who, token)
+            if who in self._links:
+                self._join(self._links[who])
+            await self.link(who)
 
-    async def join_one(self, who: str, token: str = TOKEN) -> None:
-        link = await self.link(who)
-        join = Join(self.spec.job, token, self.rank, self.incarnation, self.epoch, self.shared)
-        link.send(join, fds=[self._staging.fd] if self.shared else ())
+    async def _follow(self, who: str, blocks: Sequence[int]) -> None:
+        await self.link(who)
+        if self._again is not None:
+            await self._again(blocks)
 
     async def initialise(self, parameters: Tensor) -> None:
         """parameters: the flat space."""
@@ -185,10 +200,21 @@ class RawWorker:
         await self.until(lambda: self._pushed == len(owners))
 
     async def commit(self, step: int, *groups: Hyperparameters, **more: Any) -> None:
-        """At all owners that it knows of."""
+        """At all owners that it knows of; again, with the gradient, for blocks that turn out to be elsewhere."""
+        self._again = lambda blocks: self._commit_again(blocks, step, *groups, **more)
         await self.push(step)
         for who in sorted(set(self.owner.values())):
             await self.commit_at(who, step, *groups, **more)
+
+    async def _commit_again(self, blocks: Sequence[int], step: int, *groups: Hyperparameters, **more: Any) -> None:
+        await asyncio.sleep(0.02)  # a `Moved` or a `Joined` is on its way
+        for index in blocks:
+            block, who = self.layout.blocks[index], self.owner[index]
+            if not self.shared:
+                part = self.gradient[block.start : block.start + block.elements]
+                push = Push(self.spec.job, self.epoch, step, index)
+                (await self.link(who)).send(push, payload=part.view(torch.uint8).numpy().data)
+            await self.commit_at(who, step, *groups, **{**more, "blocks": (index,)})
 
     async def commit_at(self, who: str, step: int, *groups: Hyperparameters, **more: Any) -> None:
         (await self.link(who)).send(Commit(self.spec.job, self.epoch, step, groups, **more))
@@ -243,13 +269,15 @@ class RawWorker:
                 if not theirs:
                     return  # it was told again of what others have given away since
                 self.owner.update(dict.fromkeys(theirs, message.to.aggregator))
-                self._joining = asyncio.ensure_future(self.join_one(message.to.aggregator))
+                self._joining = asyncio.ensure_future(self._follow(message.to.aggregator, theirs))
             case Pushed():
                 self._pushed += 1
             case Written():
                 self._written += 1
             case Norms():
                 self.norms.update(message.blocks)
+            case Refused(code="not_owner") if self._again is not None:
+                self._joining = asyncio.ensure_future(self._again(message.blocks))
             case Refused():
                 self.refused.append(message)
         self._changed.set()
@@ -272,7 +300,7 @@ async def cluster(*names: str, folder: Path | None = None, memory: int = 64 * MI
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     running = []
     for name in names:
-        settings = AggregatorSettings(url, "127.0.0.1", 0, memory, folder, name)
+        settings = AggregatorSettings(url, "127.0.0.1", 0, memory, KEY, folder, name)
         running.append(asyncio.create_task(Aggregator(settings).run()))
     try:
         await master.heard(lambda who, m: isinstance(m, Register), len(names))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import uuid
 
 import pytest
 import torch
 
+from computron.parameter_service.aggregator import moves, process
 from computron.parameter_service.wire.messages import Failed, Host, Hyperparameters
 from tests.parameter_service.aggregator.cluster import MIB, RawWorker, Reference, cluster, job
 from tests.parameter_service.aggregator.test_steps import ADAM, assert_equal, one_step, spread, started
@@ -58,6 +60,41 @@ async def test_a_block_whose_step_somebody_committed_leaves_after_that_step() ->
         assert_equal(workers, reference)
         await one_step(workers, reference, 2, ADAM)
         assert_equal(workers, reference)
+
+
+@pytest.mark.parametrize("at_once", [1, MIB])
+async def test_between_machines_states_travel_as_bytes(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(moves, "AT_ONCE", at_once)
+    monkeypatch.setattr(process, "machine_id", lambda: uuid.uuid4().hex)
+    spec = job()
+    reference = Reference(spec, **ADAM)
+    async with cluster("a", "b") as master:
+        workers = await started(master, spec, reference, (False,), spread(reference, "a"))
+        blocks = range(len(reference.layout.blocks))
+        for step, (source, to) in enumerate([("a", "b"), ("b", "a")] * 2, 1):
+            await one_step(workers, reference, step, ADAM)
+            await master.move(spec, source, to, blocks)
+            await master.moved(len(blocks))
+        await one_step(workers, reference, 5, ADAM)
+        assert_equal(workers, reference)
+        state = [reference.optimizer.state[p]["exp_avg_sq"] for p in reference.parameters]
+        assert torch.equal(await workers[0].read("exp_avg_sq"), reference.flat(state))
+
+
+async def test_blocks_that_leave_one_by_one_all_arrive_while_the_job_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moves, "AT_ONCE", 1)
+    monkeypatch.setattr(process, "machine_id", lambda: uuid.uuid4().hex)
+    spec = job()
+    reference = Reference(spec, **ADAM)
+    count = len(reference.layout.blocks)
+    async with cluster("a", "b") as master:
+        workers = await started(master, spec, reference, (False, False), spread(reference, "a"))
+        await master.move(spec, "a", "b", range(count))
+        for step in range(1, count + 1):
+            await one_step(workers, reference, step, ADAM)
+            assert_equal(workers, reference)
+        await master.moved(count)
+        assert set(workers[0].owner.values()) == {"b"}
 
 
 async def test_what_has_no_room_elsewhere_stays() -> None:

@@ -7,8 +7,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from computron.parameter_service.layout import TensorSpec
 from computron.parameter_service.versions.files import finish
-from computron.parameter_service.wire.messages import Host, Hyperparameters, JobSpec, Kept, Saved, WorkerLost
+from computron.parameter_service.wire.messages import (
+    Extra,
+    Failed,
+    Host,
+    Hyperparameters,
+    JobSpec,
+    Kept,
+    Saved,
+    WorkerLost,
+)
 from tests.parameter_service.aggregator.cluster import NEVER, TOKEN, FakeMaster, RawWorker, Reference, cluster, job
 from tests.parameter_service.aggregator.test_steps import ADAM, assert_equal, one_step, spread, started
 
@@ -147,6 +157,27 @@ async def test_no_step_is_applied_that_a_failure_could_take_back_with_too_many(t
         assert set(worker.applied.values()) == {2}
         await kept(master, spec, 2)
         await worker.answered(3)
+
+
+async def test_a_version_that_cannot_be_written_lets_no_more_steps_be_lost(tmp_path: Path) -> None:
+    spec = job(workers=1, snapshot_every=2, extras=(TensorSpec("seen", (), "int64", 0),))
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "taken.safetensors").touch()
+    async with cluster("a", folder=tmp_path) as master:
+        await master.host(spec, owners, kept=0)
+        worker = RawWorker(master, spec)
+        await worker.join(owners)
+        await worker.initialise(reference.flat())
+        await one_step([worker], reference, 1, ADAM, version="taken")
+        (await worker.link("a")).send(Extra(spec.job, 1, "taken", 1, 0), payload=bytes(8))
+        failed = await master.heard(lambda who, m: isinstance(m, Failed), 2)
+        assert {message.order for _, message in failed} == {"publish"}
+        await one_step([worker], reference, 2, ADAM)
+        await worker.commit(3, HYPER)
+        await worker.read("exp_avg")  # the commit has been taken
+        assert set(worker.applied.values()) == {2}
 
 
 async def test_what_a_new_epoch_leaves_unsaved_is_saved_again(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from computron.parameter_service.wire.messages import (
 )
 
 BLOCK = 1024  # elements
+KEY = "the service's key"
 
 
 def job_spec(job: str = "lm", *, blocks: int = 4, **fields: Any) -> JobSpec:
@@ -74,6 +75,11 @@ class Peer:
         await self.socket.close()
         await self._session.close()
 
+    async def ended(self) -> None:
+        """Waits until the master has ended the link."""
+        async with asyncio.timeout(10):
+            await self._reader
+
     async def say(self, message: messages.ToMaster) -> None:
         await self.socket.send_bytes(messages.encoder().encode(message))
 
@@ -113,6 +119,7 @@ class FakeAggregator(Peer):
         pid: int = 1,
         key: str | None = None,
         memory: int = 1 << 30,
+        service_key: str = KEY,
         hosts: tuple[JobSpec, int, dict[int, int]] | None = None,
     ) -> None:
         """hosts: a job that it has when it registers, its epoch, and the step of each block."""
@@ -120,6 +127,7 @@ class FakeAggregator(Peer):
         self.name = name
         self.pid = pid
         self.memory = memory
+        self.service_key = service_key
         self.applied: dict[str, dict[int, int]] = {}
         self.commits: dict[str, tuple[HeldCommit, ...]] = {}
         self.moved: list[Move] = []
@@ -132,7 +140,7 @@ class FakeAggregator(Peer):
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
-        await self.say(Register(address_of(self.name), "", self.pid, self.memory, self._jobs))
+        await self.say(Register(address_of(self.name), self.service_key, self.pid, self.memory, self._jobs))
         await self.heard(messages.Registered)
         return self
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from computron.cli import app
 from computron.parameter_service.master.server import MasterServer, MasterSettings
-from tests.parameter_service.master.fakes import FakeAgent, FakeAggregator, job_spec
+from tests.parameter_service.master.fakes import KEY, FakeAgent, FakeAggregator, job_spec
 
 START = 60.0  # seconds: the machine may be busy
 
@@ -32,7 +32,7 @@ def run(*words: str) -> tuple[int, str]:
 async def beside(tmp_path: Path, look: Callable[[str], Awaitable[None]]) -> None:
     """`look` at a master that has one job, a step, and two aggregators."""
     async with (
-        MasterServer(MasterSettings(log=tmp_path / "log", port=0)) as server,
+        MasterServer(MasterSettings(log=tmp_path / "log", port=0, key=KEY)) as server,
         FakeAggregator(server.url, "one"),
         FakeAggregator(server.url, "two"),
         FakeAgent(server.url) as agent,
@@ -103,6 +103,7 @@ async def test_what_is_asked_wrongly_is_answered_in_one_line(tmp_path: Path, wor
         (["master", "--aggregators", "few"], '"few" is not like 1:4'),
         (["master", "--memory", "much"], "--memory"),
         (["master", "--idle", "long"], "--idle"),
+        (["aggregator", "--master", "127.0.0.1:9"], "the service's key is missing"),
     ],
 )
 def test_a_wrong_option_is_told(words: list[str], said: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,32 @@ def test_two_masters_cannot_use_one_log(tmp_path: Path) -> None:
 def test_nobody_else_can_read_the_tokens(tmp_path: Path) -> None:
     Journal(tmp_path / "log").close()
     assert (tmp_path / "log").stat().st_mode & 0o077 == 0
+
+
+def test_nothing_is_written_behind_half_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    journal = Journal(path)
+    journal.append(CountSet(1))
+    fill_up(monkeypatch)
+    with pytest.raises(LogUnusable, match="No space left on device"):
+        journal.append(CountSet(2))
+    monkeypatch.undo()
+    for again in (lambda: journal.append(CountSet(3)), journal.sync):
+        with pytest.raises(LogUnusable, match="No space left on device"):
+            again()
+    journal.close()
+    read = Journal(path)
+    read.close()
+    assert read.book.minimum == 1
+
+
+def fill_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk has room for ten bytes."""
+    write, room = os.write, [10]
+
+    def nearly_full(file: int, data: bytes) -> int:
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data[: room.pop()])
+
+    monkeypatch.setattr("computron.parameter_service.master.journal.os.write", nearly_full)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from computron.parameter_service.master.events import MoveAsked
+from computron.parameter_service.master.events import Closed, Log, MoveAsked, Received, Tick
+from computron.parameter_service.master.records import MemberGone
+from computron.parameter_service.wire.messages import Progress, WorkerLost
+from tests.parameter_service.master.test_loading import WORKERS, Loading
 from tests.parameter_service.master.world import World
 from tests.parameter_service.master.world_peers import SimPeer, SimWorker
 
@@ -103,3 +106,17 @@ def test_a_move_whose_target_dies_comes_to_nothing_and_the_job_goes_on() -> None
     go_on(world, 10.0)
     assert worker.step > step + 1
     assert world.master.state.jobs["lm"].book.lost == 0
+
+
+def test_a_worker_that_was_heard_again_is_not_known_to_be_dead() -> None:
+    """Its link to an aggregator of its machine broke, it came back, and then it was cut off from the master."""
+    job = Loading()
+    job.tell(Received(1, WorkerLost("lm", 0, "0")))
+    assert job.master.state.jobs["lm"].workers[0].lost_for_certain
+    job.tell(Received(WORKERS[0], Progress("lm", 0, 1, 0, 0.0, 0.0)))
+    job.tell(Closed(WORKERS[0]))
+    job.now += 10.0
+    job.tell(Tick())
+    assert [order.record for order in job.sent if isinstance(order, Log) and isinstance(order.record, MemberGone)] == [
+        MemberGone("lm", 0, False)
+    ]

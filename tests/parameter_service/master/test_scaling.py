@@ -24,12 +24,16 @@ from computron.parameter_service.master.records import Book
 from computron.parameter_service.master.scaling import ScalingSettings
 from computron.parameter_service.packing import PACKERS
 from computron.parameter_service.wire.messages import (
+    BlockState,
     Failed,
+    Held,
+    Host,
     JobUsage,
     Move,
     MovedOut,
     Placement,
     Progress,
+    Ready,
     Register,
     Stop,
     Usage,
@@ -80,12 +84,12 @@ class Bench:
         messages = [order.message for order in self.sent if order.link == self.links[who]]
         return [message for message in messages if isinstance(message, kind)]
 
-    def report(self, job: str, *, compute: float, wait: float, cpu: float, step: int) -> None:
+    def report(self, job: str, *, compute: float, wait: float, cpu: float, step: int, behind: float = 10.0) -> None:
         """What the worker and the aggregators measured."""
         state = self.master.state.jobs[job]
         for owner in set(state.book.owners):
             each = tuple((block, cpu) for block, name in enumerate(state.book.owners) if name == owner)
-            self.say(owner, Usage(owner, 1.0, 0.5, 0.5, 0, (JobUsage(job, cpu, 1, 0.0, 0, 0, each),)))
+            self.say(owner, Usage(owner, 1.0, 0.5, 0.5, 0, (JobUsage(job, cpu, 1, 0.0, 0, 0, each, behind),)))
         self.say(job, Progress(job, 0, state.book.epoch, step, compute, wait))
 
     def carry_out_moves(self) -> None:
@@ -135,7 +139,7 @@ def test_a_job_that_loses_too_much_gets_another_aggregator_and_is_moved_there() 
     bench.train("a")
     bench.train("b")
     started: list[str] = []
-    for step in range(1, 8):
+    for step in range(1, 13):
         for job in "ab":
             bench.report(job, compute=0.010, wait=0.050, cpu=0.010, step=step)
         started += bench.wait(1.0)
@@ -205,14 +209,22 @@ def test_a_move_that_failed_is_tried_again_only_after_a_while() -> None:
     (owner,) = set(bench.master.state.jobs["a"].book.owners)
     bench.tell(DrainAsked(owner))
     bench.wait(0.1)
+    (move,) = bench.heard(owner, Move)
+    states = tuple(BlockState(block, 0) for block in move.blocks)
     bench.say(owner, Failed("a", 1, "move", "no room"))
+    bench.say(move.to.aggregator, Held("a", 2, states[:1], ()))  # one had arrived
+    bench.say(owner, Held("a", 2, states, (), (move.blocks[0],)))
+    assert [host.blocks for host in bench.heard(move.to.aggregator, Host)] == [move.blocks[:1]]
+    bench.say(move.to.aggregator, Ready("a", 2, states[:1]))
+    bench.say(owner, Ready("a", 2, states[1:]))
+    bench.say(owner, Failed("a", 1, "move", "it comes late"))
     for _ in range(4):
         bench.wait(1.0)
     assert len(bench.heard(owner, Move)) == 1
     for _ in range(4):
         bench.wait(1.0)
-    assert len(bench.heard(owner, Move)) == 2
-    assert set(bench.master.state.jobs["a"].book.owners) == {owner}
+    assert [(move.epoch, move.blocks) for move in bench.heard(owner, Move)][1:] == [(2, (states[1].block,))]
+    assert set(bench.master.state.jobs["a"].book.owners) == {owner, move.to.aggregator}
 
 
 def test_the_last_aggregator_is_not_drained() -> None:

@@ -7,33 +7,38 @@ from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 
 from computron.parameter_service.master.events import Exited
 from computron.parameter_service.master.journal import LogUnusable
+from computron.parameter_service.master.key import key_path
 from computron.parameter_service.master.server import MasterServer, MasterSettings
 from computron.parameter_service.master.state import Limits
 from computron.parameter_service.wire.messages import (
     Denied,
     Drop,
+    Failed,
     HeldCommit,
     Host,
     Leave,
     Move,
     Placement,
+    Register,
     Registered,
     Saved,
     Unreachable,
     WorkerLost,
 )
-from tests.parameter_service.master.fakes import FakeAgent, FakeAggregator, job_spec
+from tests.parameter_service.master.fakes import KEY, FakeAgent, FakeAggregator, address_of, job_spec
+from tests.parameter_service.master.test_journal import fill_up
 
 QUICK = Limits(hold=0.3, join=0.01, loss=0.01, absence=0.5, unreachable=0.2)
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> MasterSettings:
-    return MasterSettings(log=tmp_path / "log", port=0, limits=QUICK)
+    return MasterSettings(log=tmp_path / "log", port=0, limits=QUICK, key=KEY)
 
 
 @pytest.fixture
@@ -143,6 +148,30 @@ async def test_a_job_without_a_snapshot_fails_and_says_what_to_do(server: Master
         assert "one is taken every 100 steps" in (await agent.heard(Denied)).message
 
 
+async def test_a_job_of_which_nothing_is_saved_ends_with_its_aggregator(server: MasterServer) -> None:
+    """What is left are blocks of different steps, and what the workers have is no better."""
+    async with FakeAgent(server.url) as agent, FakeAggregator(server.url, "two"):
+        async with FakeAggregator(server.url, "one", memory=1 << 31):
+            await agent.enlist(job_spec())
+            await agent.placed()
+        server.tell(Exited("one"))
+        assert "set snapshot_every" in (await agent.heard(Denied)).message
+
+
+async def test_a_job_whose_snapshots_fail_does_not_begin_anew(server: MasterServer) -> None:
+    """It may have taken steps that the master has not heard of yet."""
+    async with FakeAgent(server.url) as agent, FakeAggregator(server.url, "two"):
+        async with FakeAggregator(server.url, "one", memory=1 << 31) as one:
+            await agent.enlist(job_spec(snapshot_every=10))
+            await agent.placed()
+            await one.say(Failed("lm", 1, "save", "the disk is full"))
+            async with aiohttp.ClientSession() as web:
+                while not (await _json(web, f"{server.url}/v1/jobs/lm"))["reason"]:
+                    pass
+        server.tell(Exited("one"))
+        assert "no snapshot could be written: one: the disk is full" in (await agent.heard(Denied)).message
+
+
 async def test_a_snapshot_that_cannot_be_finished_is_told(server: MasterServer, tmp_path: Path) -> None:
     async with FakeAggregator(server.url, "one") as one, FakeAgent(server.url) as agent, aiohttp.ClientSession() as web:
         await agent.enlist(job_spec(snapshot_every=10))
@@ -157,7 +186,7 @@ async def test_a_snapshot_that_cannot_be_finished_is_told(server: MasterServer, 
 async def test_a_link_that_breaks_is_not_a_death(server: MasterServer) -> None:
     async with FakeAgent(server.url) as agent:
         async with FakeAggregator(server.url, "one"):
-            await agent.enlist(job_spec())
+            await agent.enlist(job_spec(snapshot_every=10))
             await agent.placed()
         assert server.master.state.jobs["lm"].book.epoch == 1
         await agent.say(Unreachable("lm", 0, 1, "one", "refused"))
@@ -179,8 +208,9 @@ async def test_the_next_master_goes_on_where_the_last_one_ended(settings: Master
         await agent.enlist(job_spec())
         again = await agent.placed(epoch=1)
         assert again.addresses[0].aggregator == "one"
-        async with FakeAggregator(second.url, "one") as one:  # with nothing: asked how things stand
-            one.applied["lm"] = dict(blocks)
+        returning = FakeAggregator(second.url, "one")  # it registers with nothing: asked how things stand
+        returning.applied["lm"] = dict(blocks)
+        async with returning:
             placement = await agent.placed(epoch=2)
             assert (placement.applied, placement.reason) == (0, "the master was away")
 
@@ -197,6 +227,25 @@ async def test_a_job_that_the_master_has_forgotten_is_taken_up_again(server: Mas
         assert (placement.epoch, placement.applied, placement.lost) == (7, 5, 0)
         names = [placement.addresses[place].aggregator for place in placement.owners]
         assert names == ["one", "one", "two", "two"]
+
+
+async def test_a_deleted_job_is_not_taken_up_again(settings: MasterSettings) -> None:
+    """An aggregator that was away when it was deleted comes back with it, maybe to the next master."""
+    spec = job_spec(blocks=2)
+    async with MasterServer(settings) as first:
+        async with FakeAggregator(first.url, "one"), FakeAgent(first.url) as agent, aiohttp.ClientSession() as web:
+            await agent.enlist(spec)
+            await agent.placed()
+            async with web.delete(f"{first.url}/v1/jobs/lm") as answer:
+                assert answer.status < 300
+        async with FakeAggregator(first.url, "one", hosts=(spec, 1, {0: 5, 1: 5})) as one:
+            assert (await one.heard(Registered)).drop == ("lm",)
+    async with MasterServer(settings) as second:
+        async with FakeAggregator(second.url, "one", hosts=(spec, 1, {0: 5, 1: 5})) as one:
+            assert (await one.heard(Registered)).drop == ("lm",)
+        async with FakeAggregator(second.url, "one"), FakeAgent(second.url) as agent:
+            await agent.enlist(spec)  # a new one of the same name
+            await agent.placed()
 
 
 async def test_blocks_are_moved_as_asked(server: MasterServer) -> None:
@@ -226,6 +275,7 @@ async def test_blocks_are_moved_as_asked(server: MasterServer) -> None:
         ({"spec": job_spec(blocks=5)}, "different_job"),
         ({"spec": job_spec(snapshot_every=3)}, "different_job"),
         ({"spec": job_spec("new", workers=0)}, "bad_message"),
+        ({"spec": job_spec("ü" * 40)}, "bad_message"),  # 240 bytes where its files are
         ({"spec": job_spec("large", blocks=400)}, "quota"),
     ],
 )
@@ -289,3 +339,55 @@ async def _json(session: aiohttp.ClientSession, url: str) -> dict[str, object]:
         found = await answer.json()
         assert answer.status == 200, found
         return found
+
+
+async def test_a_job_that_cannot_be_is_denied(server: MasterServer) -> None:
+    async with FakeAgent(server.url) as agent:
+        await agent.enlist(msgspec.structs.replace(job_spec(), optimizer="magic"))
+        assert "optimizer is 'magic'" in (await agent.heard(Denied)).message
+    assert not server.master.state.jobs
+
+
+async def test_a_log_that_cannot_be_written_ends_the_master(
+    settings: MasterSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        MasterServer(settings) as server,
+        FakeAggregator(server.url, "one") as one,
+        FakeAgent(server.url) as agent,
+    ):
+        fill_up(monkeypatch)
+        await agent.enlist(job_spec())
+        with pytest.raises(LogUnusable, match="No space left on device"):
+            await server.ticking
+        assert one.applied == {}
+        assert agent.received == []
+
+
+async def test_who_does_not_know_the_key_is_no_aggregator(server: MasterServer) -> None:
+    async with FakeAgent(server.url) as stranger:
+        await stranger.say(Register(address_of("one"), "a guess", 1, 1 << 30, ()))
+        await stranger.ended()
+    assert not server.master.state.aggregators
+
+
+async def test_the_name_of_an_aggregator_that_is_there_is_its_own(server: MasterServer) -> None:
+    async with FakeAggregator(server.url, "one", pid=1), FakeAgent(server.url) as another:
+        await another.say(Register(address_of("one"), KEY, 2, 1 << 30, ()))
+        await another.ended()
+        assert server.master.state.aggregators["one"].pid == 1
+    async with FakeAggregator(server.url, "one", pid=2):
+        assert server.master.state.aggregators["one"].pid == 2
+
+
+async def test_the_key_is_made_once_and_only_its_user_may_read_it(settings: MasterSettings) -> None:
+    kept = replace(settings, key=None)
+    keys = []
+    for _ in range(2):
+        async with MasterServer(kept) as server:
+            path = key_path(settings.log)
+            keys.append(path.read_text())
+            async with FakeAggregator(server.url, "one", service_key=keys[-1]):
+                assert path.stat().st_mode & 0o777 == 0o600
+    assert keys[0] == keys[1]
+    assert len(keys[0]) == 64

@@ -128,6 +128,20 @@ def test_a_job_slower_than_predicted_gets_aggregators_of_its_own_and_keeps_them(
 
 
 @BOTH
+def test_a_job_of_which_too_much_was_foreseen_goes_to_a_new_aggregator_that_others_may_share(name):
+    packer = PACKERS[name]()
+    fleet = Fleet(CAPACITY).opened(["one"])
+    for number in range(4):
+        fleet = fleet.placing(job(f"job-{number}", 1.0, [0.1, 0.2]), {0: "one", 1: "one"})
+    observed = {f"job-{number}": 0.3 for number in range(4)}
+    change = packer.rebalance(fleet, packer.losses(fleet) | observed)
+    after = fleet.changed(change)
+    assert change.alone == frozenset()
+    assert len(after.servers) == 2
+    within_limits(after, packer)
+
+
+@BOTH
 def test_an_empty_aggregator_is_taken_before_another_is_opened(name):
     packer = PACKERS[name]()
     fleet = placed(packer, [job("a", 1.0, [0.1]), job("b", 1.0, [0.1])]).opened(["empty"])

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from computron.parameter_service.layout import Block, Layout, TensorSpec
+from computron.parameter_service.specs import state_names
 from computron.parameter_service.versions.files import finish
 from computron.parameter_service.versions.names import snapshot_path, version_path
-from computron.parameter_service.versions.snapshot import SnapshotReader, SnapshotWriter, state_names
+from computron.parameter_service.versions.snapshot import SnapshotReader, SnapshotWriter
 from computron.parameter_service.versions.version import VersionWriter
 from computron.parameter_service.wire.messages import JobSpec
 

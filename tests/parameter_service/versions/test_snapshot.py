@@ -12,13 +12,10 @@ from safetensors.torch import save_file
 
 from computron.errors import CheckpointError
 from computron.parameter_service.layout import Layout, TensorSpec
+from computron.parameter_service.specs import state_names
 from computron.parameter_service.versions.files import finish
 from computron.parameter_service.versions.names import snapshot_path
-from computron.parameter_service.versions.snapshot import (
-    SnapshotReader,
-    SnapshotWriter,
-    state_names,
-)
+from computron.parameter_service.versions.snapshot import SnapshotReader, SnapshotWriter
 from computron.parameter_service.wire.messages import JobSpec
 
 change = msgspec.structs.replace

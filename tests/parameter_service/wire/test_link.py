@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from computron.parameter_service.wire import frames
+from computron.parameter_service.wire import link as wire
 from computron.parameter_service.wire.link import Link, Listener, connect, listen
 from computron.parameter_service.wire.machine import machine_id
 from computron.parameter_service.wire.messages import Address, Flush, Push, Pushed
@@ -152,3 +154,54 @@ async def test_nobody_there_is_an_error(pair: Pair) -> None:
     for machine in (machine_id(), "elsewhere"):
         with pytest.raises(OSError, match=r"refused|Connect call failed"):
             await connect(pair.address, pair.here, machine=machine)
+
+
+@KINDS
+async def test_a_stranger_gets_little_room(pair: Pair, shared: bool) -> None:
+    long = Push("x" * frames.STRANGERS_BODY, 1, 1, 1)
+    link = await connected(pair, shared)
+    link.send(Flush("job", 1))
+    await pair.there.until(lambda: bool(pair.there.links))
+    pair.there.links[0].trust()
+    link.send(long)
+    await pair.there.until(lambda: len(pair.there.got) == 2)
+    stranger = await connected(pair, shared)
+    stranger.send(long)
+    await pair.there.until(lambda: bool(pair.there.lost_reasons))
+    assert "a message of" in pair.there.lost_reasons[0]
+    link.close()
+    stranger.close()
+
+
+@KINDS
+async def test_a_stranger_gets_little_time(pair: Pair, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "INTRODUCED", 0.3)
+    link, stranger = await connected(pair, shared), await connected(pair, shared)
+    link.send(Flush("job", 1))
+    await pair.there.until(lambda: bool(pair.there.links))
+    pair.there.links[0].trust()
+    await pair.there.until(lambda: bool(pair.there.lost_reasons))
+    await pair.here.until(lambda: bool(pair.here.lost_reasons))
+    assert pair.there.lost_reasons == ["it has not said who it is within 0.3 s"]
+    assert (link.closed, stranger.closed) == (False, True)
+    link.close()
+
+
+async def test_file_descriptors_that_no_message_has_end_the_link(pair: Pair) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hostile, open(os.devnull) as null:
+        hostile.connect(pair.address.path)
+        for byte in frames.MAGIC:
+            socket.send_fds(hostile, [bytes([byte])], [null.fileno()] * 200)
+        await pair.there.until(lambda: bool(pair.there.lost_reasons))
+    assert "400 file descriptors came" in pair.there.lost_reasons[0]
+
+
+async def test_a_peer_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silent(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(wire, "CONNECTED", 0.01)
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", silent, raising=False)
+    with pytest.raises(OSError, match="aggregator does not answer within"):
+        async with asyncio.timeout(5):
+            await connect(Address("aggregator", "host", 1, "elsewhere", ""), End(), machine="here")

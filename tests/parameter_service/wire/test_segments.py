@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,3 +77,26 @@ def test_a_file_that_is_too_small_is_refused() -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
     segment.close()
+
+
+def test_nobody_can_cut_a_segment_short_once_it_is_mapped_elsewhere() -> None:
+    segment = Segment.create("segment", PAGE)
+    other = Segment(os.dup(segment.fd), PAGE)
+    with pytest.raises(PermissionError):
+        os.ftruncate(segment.fd, 0)
+    assert other.tensor(torch.float32, 0, 1024).count_nonzero() == 0
+    segment.close()
+    other.close()
+
+
+def test_a_file_whose_size_can_change_is_refused(tmp_path: Path) -> None:
+    bare = os.memfd_create("bare", os.MFD_ALLOW_SEALING)
+    os.ftruncate(bare, PAGE)
+    fcntl.fcntl(bare, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+    file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(file, PAGE)
+    for fd, said in ((bare, "is not sealed"), (file, "no file in memory")):
+        with pytest.raises(ValueError, match=said):
+            Segment(fd, PAGE)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
