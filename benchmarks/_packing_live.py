@@ -16,6 +16,7 @@ MEMORY = "3GiB"
 INTERVAL, HYSTERESIS = 1.0, 1.0  # seconds between two looks; for which an aggregator must have been dispensable
 CALM = 14.0  # seconds without a change after which the master has settled: longer than it waits after a loss
 SETTLES = 300.0  # seconds within which it must have
+ATTEMPTS = 5  # at a measurement in which aggregators neither come nor leave
 WINDOW, QUICK_WINDOW = 10.0, 4.0  # seconds of one measurement
 MIXED_WINDOW = 30.0
 MIXED_ROUNDS = 2
@@ -26,10 +27,12 @@ EQUAL_ROWS = ("aggregators", "loss", "worst_loss")
 MIXED_ROWS = ("reserved_ratio", "worst_loss", "mean_loss", "cpu_ratio")
 
 
-def names(*, quick: bool) -> tuple[str, ...]:
+def equal_names(*, quick: bool) -> tuple[str, ...]:
     shapes, counts = (EQUAL[:1], QUICK_COUNTS) if quick else (EQUAL, COUNTS)
-    equal = (f"packing.{n}jobs.{shape.name}.{row}" for shape in shapes for n in counts for row in EQUAL_ROWS)
-    return (*equal, *(() if quick else (f"packing.mixed.{row}" for row in MIXED_ROWS)))
+    return tuple(f"packing.{n}jobs.{shape.name}.{row}" for shape in shapes for n in counts for row in EQUAL_ROWS)
+
+
+MIXED_NAMES = tuple(f"packing.mixed.{row}" for row in MIXED_ROWS)
 
 
 @dataclass
@@ -96,11 +99,13 @@ class Live:
 
         self.service.until(there)
 
-    def measure(self, seconds: float) -> tuple[dict[str, float], float]:
-        """Seconds of a step of each job, and of all aggregators' CPU a second."""
+    def measure(self, seconds: float) -> tuple[dict[str, float], float] | None:
+        """Seconds of a step of each job, and of all aggregators' CPU a second; None if one came or left meanwhile."""
         pids = [one["pid"] for one in self.service.aggregators()]
         began, before = time.monotonic(), sum(map(cpu_seconds, pids))
         times = iteration_times(self.jobs, seconds)
+        if [one["pid"] for one in self.service.aggregators()] != pids:
+            return None
         return times, (sum(map(cpu_seconds, pids)) - before) / (time.monotonic() - began)
 
     def compare(self, seconds: float, rounds: int) -> Found:
@@ -109,7 +114,9 @@ class Live:
         for _ in range(rounds):
             self._measure_packed(found, seconds)
             self.spread()
-            times, cpu = self.measure(seconds)
+            measured = self.measure(seconds)
+            assert measured is not None, "the master took an aggregator away that was asked for"
+            times, cpu = measured
             found.own.append(times)
             found.own_cpu.append(cpu)
             self.service.post("/v1/aggregators", {"count": 1})
@@ -117,10 +124,15 @@ class Live:
         return found
 
     def _measure_packed(self, found: Found, seconds: float) -> None:
-        found.aggregators.append(self.settle())
-        times, cpu = self.measure(seconds)
-        found.packed.append(times)
-        found.cpu.append(cpu)
+        for _ in range(ATTEMPTS):
+            used = self.settle()
+            measured = self.measure(seconds)
+            if measured is not None:
+                found.aggregators.append(used)
+                found.packed.append(measured[0])
+                found.cpu.append(measured[1])
+                return
+        raise RuntimeError(f"the master does not settle:\n{self.service.said()}")
 
     def _placement(self) -> object:
         jobs = {one["id"]: (one["aggregators"], one["moving"]) for one in self.service.get("/v1/jobs")["data"]}
@@ -139,7 +151,7 @@ def live(seed: int) -> Iterator[Live]:
                 job.stop()
 
 
-def measure(report: Report, *, quick: bool, seed: int) -> None:
+def measure_equal(report: Report, *, quick: bool, seed: int) -> None:
     shapes, counts = (EQUAL[:1], QUICK_COUNTS) if quick else (EQUAL, COUNTS)
     for shape in shapes:
         with live(seed) as running:
@@ -149,8 +161,9 @@ def measure(report: Report, *, quick: bool, seed: int) -> None:
                 found = running.compare(QUICK_WINDOW if quick else WINDOW, 1)
                 _tell(f"{count} jobs of {shape.name}", found)
                 _add_equal(report, shape, count, found)
-    if quick:
-        return
+
+
+def measure_mixed(report: Report, *, seed: int) -> None:
     with live(seed) as running:
         for shape in MIXED:
             running.arrive(shape)

@@ -27,6 +27,7 @@ nothing.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import _packing_live
@@ -36,8 +37,20 @@ from _common import Report, arguments
 from computron.parameter_service.simulation.trace import read_gavel
 
 QUICK_JOBS = 150
-NAMES = (*_packing_trace.NAMES, *_packing_live.names(quick=False))
-PARTS = ("trace", "live")
+PARTS = ("trace", "equal", "mixed")
+QUICK_PARTS = PARTS[:2]
+
+
+def names(parts: Sequence[str], *, quick: bool) -> list[str]:
+    of = {
+        "trace": _packing_trace.NAMES,
+        "equal": _packing_live.equal_names(quick=quick),
+        "mixed": _packing_live.MIXED_NAMES,
+    }
+    return [name for part in parts for name in of[part]]
+
+
+NAMES = tuple(names(PARTS, quick=False))
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -51,16 +64,16 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(__doc__ or "", flags, argv)
     if (options.trace is None) != (options.throughputs is None):
         raise SystemExit("--trace and --throughputs belong together")
-    parts = PARTS if options.part is None else (options.part,)
+    parts = (QUICK_PARTS if options.quick else PARTS) if options.part is None else (options.part,)
     if "trace" in parts and options.trace is None and not options.quick:
-        raise SystemExit("give the trace with --trace FILE and --throughputs FILE, or try --quick, or --part live")
-    live, trace = _packing_live.names(quick=options.quick), _packing_trace.NAMES
-    names = [name for part, some in (("trace", trace), ("live", live)) if part in parts for name in some]
-    report = Report("Packing training jobs on aggregators", options, names)
+        raise SystemExit("give the trace with --trace FILE and --throughputs FILE, or try --quick, or another --part")
+    report = Report("Packing training jobs on aggregators", options, names(parts, quick=options.quick))
     if "trace" in parts:
         replay(report, options)
-    if "live" in parts:
-        _packing_live.measure(report, quick=options.quick, seed=options.seed)
+    if "equal" in parts:
+        _packing_live.measure_equal(report, quick=options.quick, seed=options.seed)
+    if "mixed" in parts:
+        _packing_live.measure_mixed(report, seed=options.seed)
     report.finish()
 
 

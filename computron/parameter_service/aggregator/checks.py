@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from computron.errors import BadRequest
+from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Job
 from computron.parameter_service.versions import names
 from computron.parameter_service.versions.header import DTYPES
@@ -45,3 +48,11 @@ def check_version(version: str) -> None:
         names.check_version(version)
     except BadRequest as error:
         raise Refusal(refusals.BAD_MESSAGE, error.message) from error
+
+
+def part_of(block: HeldBlock, part: str) -> Tensor:
+    """Raises Refusal if a block has none of this name."""
+    found = block.parts.get(part)
+    if found is None:
+        raise Refusal(refusals.BAD_MESSAGE, f"a block has no {part}; it has {', '.join(block.parts)}")
+    return found

@@ -9,29 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Job
+from computron.parameter_service.aggregator.pages import Pages
 from computron.parameter_service.wire.link import FDS_AT_ONCE, Link, Receiver, connect
 from computron.parameter_service.wire.messages import Address, Adopt, Adopted, Expect, Expecting, Move, Moved, MovedOut
-from computron.parameter_service.wire.segments import Segment
 
 log = logging.getLogger(__name__)
 
-LEAST_PRIORITY = 19
-REST = 3.0  # times as long as it has worked
 AT_ONCE = 16 << 20  # bytes of a job that are on their way to another machine
 CONNECT = 2.0  # seconds that a connection may take
 
 
 class Moves:
-    """What leaves from here, and memory for what comes. moved: told of blocks that somebody else has. failed: of moves
+    """What leaves from here. moved: told of blocks that somebody else has. failed: of moves
     that came to nothing: the master begins an epoch then, in which all is where it says, and nothing is expected.
     """
 
@@ -40,6 +34,7 @@ class Moves:
         machine: str,
         key: str,
         receiver: Receiver,
+        pages: Pages,
         moved: Callable[[MovedOut], None],
         failed: Callable[[Job, str], None],
     ) -> None:
@@ -51,21 +46,13 @@ class Moves:
         self._links: dict[Address, Link] = {}
         self._locks: defaultdict[Address, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._connecting: set[asyncio.Task[None]] = set()
-        self._pages = ThreadPoolExecutor(1, "pages", initializer=_give_way)
+        self._pages = pages
 
     def close(self) -> None:
         for task in self._connecting:
             task.cancel()
         for link in self._links.values():
             link.close()
-        self._pages.shutdown(cancel_futures=True)
-
-    def touch(self, segments: Sequence[Segment], then: Callable[[], None]) -> None:
-        """Have all their pages mapped in another thread; `then` is called when they are."""
-        loop = asyncio.get_running_loop()
-        for segment in segments:
-            self._pages.submit(_and_rest, segment.touch)
-        self._pages.submit(lambda: loop.call_soon_threadsafe(then))
 
     def order(self, job: Job, move: Move) -> None:
         """Announce the blocks to who is to have them; they leave when it expects them."""
@@ -182,7 +169,7 @@ class Moves:
         if message.epoch != job.epoch and not job.held:
             return
         block = job.leaving.pop(message.block)
-        self._pages.submit(_and_rest, block.close)  # with the last reference: its pages are given back there, too
+        self._pages.release(block.close)
         for worker in job.workers.values():
             worker.staging.forget(message.block)
         if message.epoch != job.epoch:
@@ -194,15 +181,3 @@ class Moves:
     def address_of(self, link: Link) -> Address | None:
         """Of a connection that was made from here."""
         return next((to for to, known in self._links.items() if known is link), None)
-
-
-def _give_way() -> None:
-    """This thread takes only what cores the others leave."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
-
-
-def _and_rest(work: Callable[[], None]) -> None:
-    """What is computed meanwhile needs the same memory: it gets most of the time."""
-    began = time.monotonic()
-    work()
-    time.sleep(REST * (time.monotonic() - began))

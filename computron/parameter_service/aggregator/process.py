@@ -22,6 +22,7 @@ from computron.parameter_service.aggregator.job import Guard, Job, versions_of
 from computron.parameter_service.aggregator.master_link import MasterLink
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.orders import Orders
+from computron.parameter_service.aggregator.pages import Pages
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.server import Server
 from computron.parameter_service.aggregator.steps import Steps
@@ -85,7 +86,8 @@ class Aggregator:
         key = settings.key
         server = Server(key, self._jobs, self._report)
         server.steps = steps = Steps(self._changed, self._step_failed)
-        server.moves = moves = Moves(machine_id(), key, server, self._report, self._move_failed)
+        server.pages = pages = Pages()
+        server.moves = moves = Moves(machine_id(), key, server, pages, self._report, self._move_failed)
         server.saver = saver = Saver(settings.snapshots, self._report, self._order_failed, self._free)
         server.orders = orders = Orders(
             self._jobs, settings.memory, steps, moves, saver, self._report, server.arrived, server.leave
@@ -112,6 +114,7 @@ class Aggregator:
             await asyncio.gather(*tasks, return_exceptions=True)
             listener.close()
             moves.close()
+            pages.close()
             steps.close()
             saver.close()
 

@@ -13,10 +13,18 @@ import msgspec
 from torch import Tensor
 
 from computron.parameter_service.aggregator.block import HeldBlock
-from computron.parameter_service.aggregator.checks import Refusal, Repeated, check_version, extra_bytes, needs_payload
+from computron.parameter_service.aggregator.checks import (
+    Refusal,
+    Repeated,
+    check_version,
+    extra_bytes,
+    needs_payload,
+    part_of,
+)
 from computron.parameter_service.aggregator.job import Job, Worker
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.orders import NoRoom, Orders
+from computron.parameter_service.aggregator.pages import Pages
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.staging import PushedStaging, SharedStaging, Staging, as_bytes, missing
 from computron.parameter_service.aggregator.steps import Steps
@@ -64,6 +72,7 @@ class Server:
         self._dropped: dict[Link, Any] = {}  # messages that were of no use before their payload had come
         self._directed: dict[Link, Any] = {}  # messages whose payloads have a place
         self.steps: Steps
+        self.pages: Pages
         self.moves: Moves
         self.saver: Saver
         self.orders: Orders
@@ -122,6 +131,7 @@ class Server:
         """These blocks are complete now: workers may map them, and what they committed meanwhile is applied."""
         for worker in job.workers.values():
             self._joined(job, worker, blocks)
+        self.pages.enlarge([block.segment for block in blocks])
         self.go_on(job, [block.block.index for block in blocks])
 
     def go_on(self, job: Job, blocks: Sequence[int]) -> None:
@@ -190,7 +200,7 @@ class Server:
                 job, _ = self._worker(link, None)
                 block = self._held(job, message.block)
                 answer = Contents(message.job, message.block, message.part, block.applied, block.updates)
-                link.send(answer, payload=as_bytes(self._part(block, message.part)))
+                link.send(answer, payload=as_bytes(part_of(block, message.part)))
             case Write():
                 data = self._incoming.pop(link)
                 job, block, part = self._to_write(link, message)  # an epoch may have begun while it came
@@ -234,7 +244,8 @@ class Server:
                 raise Refusal(refusals.BAD_MESSAGE, "a staging segment's file descriptor comes with it")
             try:
                 staging = SharedStaging(job.spec, job.layout, fds.pop())
-                self.moves.touch([staging.segment], lambda: None)
+                self.pages.touch([staging.segment], lambda: None)
+                self.pages.enlarge([staging.segment])
             except (ValueError, OSError) as error:
                 raise Refusal(refusals.BAD_MESSAGE, str(error)) from error
         elif before is not None and before.link is link and isinstance(before.staging, PushedStaging):
@@ -314,7 +325,7 @@ class Server:
             raise Refusal(refusals.FAILED, str(error)) from error
         self._peers.add(link)
         expecting = Expecting(message.spec.job, message.epoch, message.blocks)
-        self.moves.touch(
+        self.pages.touch(
             [job.arriving[index] for index in message.blocks if index in job.arriving], lambda: link.send(expecting)
         )
 
@@ -383,13 +394,7 @@ class Server:
         block = self._held(job, message.block)
         if block.scheduled:
             raise Refusal(refusals.BAD_MESSAGE, f"step {block.scheduled} is being applied")
-        return job, block, self._part(block, message.part)
-
-    def _part(self, block: HeldBlock, part: str) -> Tensor:
-        found = block.parts.get(part)
-        if found is None:
-            raise Refusal(refusals.BAD_MESSAGE, f"a block has no {part}; it has {', '.join(block.parts)}")
-        return found
+        return job, block, part_of(block, message.part)
 
     def _refuse(self, link: Link, message: Any, refusal: Refusal) -> None:
         step = getattr(message, "step", 0)

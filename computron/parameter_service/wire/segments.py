@@ -19,10 +19,13 @@ _libc.mmap.argtypes = [
 ]  # fmt: skip
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_MADV_POPULATE_WRITE = 23
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14
+_MADV_COLLAPSE = 25  # Linux 6.1
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _PROT_NONE = 0
+HUGE_PAGE = 2 << 20  # bytes
 SIZE_STAYS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -41,7 +44,12 @@ class Segment:
             raise
         self.fd = fd
         self.nbytes = nbytes
-        self._map = mmap.mmap(fd, nbytes)
+        try:
+            self._window = Window(nbytes)
+            self._window.map(0, fd, self._window.nbytes)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def create(cls, name: str, nbytes: int) -> Segment:
@@ -57,15 +65,22 @@ class Segment:
 
     def view(self) -> memoryview:
         """Its bytes. They stay mapped while this or a tensor made of it lives, also after `close`."""
-        return memoryview(self._map)
+        return self._window.view(0, self.nbytes)
 
     def tensor(self, dtype: torch.dtype, offset: int, elements: int) -> torch.Tensor:
         """A part of it; offset: in bytes."""
-        return torch.frombuffer(self._map, dtype=dtype, count=elements, offset=offset)
+        return self._window.tensor(offset, elements, dtype)
 
     def touch(self) -> None:
         """Map all its pages now, rather than each when it is used first. Linux before 5.14 ignores this."""
-        _libc.madvise(ctypes.addressof(ctypes.c_char.from_buffer(self._map)), self.nbytes, _MADV_POPULATE_WRITE)
+        self._window.advise(0, self._window.nbytes, _MADV_POPULATE_WRITE)
+
+    def enlarge(self, offset: int) -> bool:
+        """Make one huge page of the HUGE_PAGE bytes from `offset` on, a multiple of it; False where the machine cannot.
+        They stay what they are, and are used meanwhile.
+        """
+        self._window.advise(offset, mmap.PAGESIZE, _MADV_POPULATE_READ)  # where there is no page, none can grow
+        return self._window.advise(offset, HUGE_PAGE, _MADV_COLLAPSE)
 
     def close(self) -> None:
         """Close the file; its memory is given back when nothing views it any more."""
@@ -87,14 +102,14 @@ def _check(fd: int, nbytes: int) -> None:
 
 
 class Window:
-    """A range of addresses of this process. What is mapped there changes, the addresses do not."""
+    """A range of addresses of this process. What is mapped there changes, the addresses do not. It begins where a huge
+    page may, if one fits.
+    """
 
     def __init__(self, nbytes: int) -> None:
         """Raises OSError if there are no addresses left. A page that nothing is mapped to must not be touched."""
         self.nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.address = _map(
-            None, self.nbytes, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0
-        )
+        self.address = _reserve(self.nbytes)
         # Whatever torch makes of these bytes keeps them alive, and they the window.
         kind: Any = type("WindowBytes", (ctypes.c_char * self.nbytes,), {})
         self._bytes = kind.from_address(self.address)
@@ -105,6 +120,8 @@ class Window:
         self._check(offset, nbytes)
         flags = mmap.MAP_SHARED | _MAP_FIXED
         _map(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, file_offset)
+        if nbytes >= HUGE_PAGE:
+            self.advise(offset, nbytes, _MADV_HUGEPAGE)  # at once, where the machine gives them to files in memory
 
     def map_private(self, offset: int, nbytes: int) -> None:
         """Show zeroed memory of this process at `offset`."""
@@ -112,9 +129,13 @@ class Window:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
         _map(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
 
-    def tensor(self, offset: int, elements: int) -> torch.Tensor:
-        """fp32 elements from byte `offset` on. The window's addresses stay reserved as long as it lives."""
-        return torch.frombuffer(self._bytes, dtype=torch.float32, count=elements, offset=offset)
+    def advise(self, offset: int, nbytes: int, advice: int) -> bool:
+        """madvise; False if the machine does not take it."""
+        return _libc.madvise(self.address + offset, nbytes, advice) == 0
+
+    def tensor(self, offset: int, elements: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Elements from byte `offset` on. The window's addresses stay reserved as long as it lives."""
+        return torch.frombuffer(self._bytes, dtype=dtype, count=elements, offset=offset)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         return memoryview(self._bytes).cast("B")[offset : offset + nbytes]
@@ -132,6 +153,17 @@ class _Mapping:
 
     def __del__(self) -> None:
         _libc.munmap(*self._range)
+
+
+def _reserve(nbytes: int) -> int:
+    """Addresses of which none is mapped. Raises OSError."""
+    room = nbytes + HUGE_PAGE - mmap.PAGESIZE if nbytes >= HUGE_PAGE else nbytes
+    start = _map(None, room, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+    first = -(-start // HUGE_PAGE) * HUGE_PAGE if nbytes >= HUGE_PAGE else start
+    for begin, end in ((start, first), (first + nbytes, start + room)):
+        if begin < end:
+            _libc.munmap(begin, end - begin)
+    return first
 
 
 def _map(address: int | None, nbytes: int, protection: int, flags: int, fd: int, offset: int) -> int:

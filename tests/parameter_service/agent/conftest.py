@@ -18,6 +18,7 @@ from computron.parameter_service import ParameterService
 from computron.parameter_service.aggregator.job import Job
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.orders import Orders
+from computron.parameter_service.aggregator.pages import Pages
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.server import Server
 from computron.parameter_service.aggregator.steps import Steps
@@ -58,7 +59,8 @@ class FakeAggregator:
 
         server = Server("key", self.jobs, report)
         server.steps = self.steps = Steps(self._changed, lambda job, why: None)
-        server.moves = self.moves = Moves(machine_id(), "key", server, report, lambda job, why: None)
+        server.pages = self.pages = Pages()
+        server.moves = self.moves = Moves(machine_id(), "key", server, self.pages, report, lambda job, why: None)
         server.saver = self.saver = Saver(None, report, lambda job, order, why: None, self._free)
         server.orders = self.orders = Orders(
             self.jobs, MEMORY, server.steps, server.moves, server.saver, report, server.arrived, server.leave
@@ -77,6 +79,7 @@ class FakeAggregator:
         self.listener.close()
         self.close_links()
         self.moves.close()
+        self.pages.close()
         self.steps.close()
         self.saver.close()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from computron.parameter_service.wire.segments import Segment, Window
+from computron.parameter_service.wire.segments import HUGE_PAGE, Segment, Window
 
 PAGE = 4096
 
@@ -100,3 +100,41 @@ def test_a_file_whose_size_can_change_is_refused(tmp_path: Path) -> None:
             Segment(fd, PAGE)
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
+
+
+def huge_bytes(address: int) -> int:
+    """Bytes of a mapping that huge pages hold."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    inside = False
+    for line in lines:
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            inside = int(first.split("-")[0], 16) == address
+        elif inside and first == "ShmemPmdMapped:":
+            return int(line.split()[1]) << 10
+    raise AssertionError("nothing is mapped there")
+
+
+def test_pages_become_huge_and_keep_their_contents() -> None:
+    segment = Segment.create("large", 2 * HUGE_PAGE + PAGE)
+    values = segment.tensor(torch.float32, 0, segment.nbytes // 4)
+    values[: HUGE_PAGE // 8] = torch.arange(HUGE_PAGE // 8)
+    assert values.data_ptr() % HUGE_PAGE == 0
+    huge = [segment.enlarge(offset) for offset in (0, HUGE_PAGE)]
+    if all(huge):
+        assert huge_bytes(values.data_ptr()) == 2 * HUGE_PAGE
+    else:
+        pytest.skip("this machine makes no huge pages of files in memory")
+    assert torch.equal(values[: HUGE_PAGE // 8], torch.arange(HUGE_PAGE // 8).float())
+    assert not values[HUGE_PAGE // 8 :].any()
+    assert not segment.enlarge(2 * HUGE_PAGE)
+    segment.close()
+
+
+def test_a_large_window_reserves_no_more_than_its_size() -> None:
+    with open("/proc/self/statm") as statm:
+        before = int(statm.read().split()[0])
+    window = Window(8 * HUGE_PAGE)
+    with open("/proc/self/statm") as statm:
+        assert int(statm.read().split()[0]) - before < 9 * HUGE_PAGE // PAGE
+    assert window.address % HUGE_PAGE == 0
