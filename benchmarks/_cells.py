@@ -55,6 +55,7 @@ ABLATIONS = (
     System(WITHOUT + "prefetch", lambda setup: setup.scheduler("default", prefetch=False)),
     _tuned("pieces", Tuning(piece=math.inf)),
     _tuned("early_start", Tuning(early_start=0.0)),
+    System(WITHOUT + "overlap", _default, surroundings=Surroundings(silent_stages=True)),
     System(WITHOUT + "weighing", lambda setup: setup.scheduler(OldestFirst())),
     System(WITHOUT + "expectation", lambda setup: setup.scheduler(LeastRecent())),
     System(WITHOUT + "dropping_weights", _default, surroundings=Surroundings(write_back=True)),

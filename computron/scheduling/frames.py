@@ -39,7 +39,7 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
     """
     plan = RoomPlan(board, need, board.ledger.wanted_contents(target.residency))
     for model in list(board.cached.values()):
-        if model is not target and model.step is None:
+        if model is not target and not model.under_way:
             plan.take_spare_cache(model)
         if plan.enough:
             return plan
@@ -56,9 +56,7 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
                 return plan
     if reach >= Reach.AGREED:
         for model in sorted(board.busy.values(), key=lambda model: (model.residency.complete, model.last_used)):
-            if model is target or _has_turn(board, target, model, reach, now):
-                continue
-            if reach > Reach.AGREED or _hoards(target, model) or policy.may_take(board, target, model, now):
+            if gives(board, policy, target, model, reach, now):
                 plan.take_pages(model, None)
             if plan.enough:
                 return plan
@@ -68,6 +66,13 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
             if plan.enough:
                 return plan
     return plan
+
+
+def gives(board: Board, policy: Policy, target: ModelState, victim: ModelState, reach: Reach, now: float) -> bool:
+    """Does the victim, which has work, give its pages to the target? While it is in a step: once that has ended."""
+    if victim is target or _has_turn(board, target, victim, reach, now):
+        return False
+    return reach > Reach.AGREED or _hoards(target, victim) or policy.may_take(board, target, victim, now)
 
 
 def _hoards(target: ModelState, victim: ModelState) -> bool:
@@ -96,7 +101,7 @@ def _has_turn(board: Board, target: ModelState, victim: ModelState, reach: Reach
         return False
     if now < victim.turn_end:
         return True
-    return reach == Reach.AGREED and not victim.stepped
+    return reach == Reach.AGREED and not victim.stepped and not victim.under_way
 
 
 def _sequences(board: Board, target: ModelState, reach: Reach, now: float) -> list[Ticket]:
@@ -110,7 +115,7 @@ def _sequences(board: Board, target: ModelState, reach: Reach, now: float) -> li
         for ticket in admitted
         if ticket is not senior
         and ticket.model is not target
-        and ticket.model.step is None
+        and not ticket.model.under_way
         and not _has_turn(board, target, ticket.model, reach, now)
     ]
     return sorted(paused, key=preemption_order)

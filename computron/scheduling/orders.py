@@ -40,7 +40,7 @@ class Orders:
     def swap_in(self, model: ModelState, urgency: Urgency, reach: Reach, now: float) -> bool:
         """Order the swap-in of what the model lacks, or of the next piece of it; False if that cannot be now."""
         board, residency = self._board, model.residency
-        if residency.swap is not None or model.step is not None:
+        if residency.swap is not None or model.under_way:
             return False
         awaited = board.ledger.awaited(residency)
         if awaited is not None:
@@ -122,7 +122,7 @@ class Orders:
             if (
                 reach > Reach.IDLE
                 and other.loading
-                and other.step is None
+                and not other.under_way
                 and swap.urgency > Urgency.DEMAND
                 and plan.gained + swap.frames >= need
             ):
@@ -160,7 +160,7 @@ class Orders:
         """Its pages that have come stay; its frames are its own until the cancellation is confirmed."""
         swap = model.residency.swap
         assert swap is not None
-        assert model.step is None
+        assert not model.under_way
         swap.cancelled = True
         self.actions.append(CancelSwap(model.name))
         self._board.file(model)
@@ -170,18 +170,20 @@ class Orders:
         return any(not model.loading for model in self._board.loading.values())
 
     def start(self, model: ModelState, reach: Reach, now: float) -> bool:
-        """Start a step with everything that is admitted and what may join; False if the cache lacks room."""
+        """Start a step with what may join, and with what is admitted and in no step; False if the cache lacks room."""
         board, residency = self._board, model.residency
         before = model.admitted.copy()
+        in_steps = len(before) if model.under_way else 0
         if model.spec.blocks_per_frame:
             if not self._fit_cache(model, reach, now):
                 return False
         else:
-            while model.waiting and model.free_slots > 0:
+            while model.waiting and model.free_slots + in_steps > 0:
                 board.admit(model.waiting.first(now + board.lead))
         opened = tuple(request for request in model.admitted if request not in before)
-        board.begin_step(model, Step(model.admitted.copy(), early=not residency.complete, opened=opened), now)
-        self.actions.append(Run(model.name, tuple(model.admitted)))
+        tickets = {request: model.admitted[request] for request in opened} if in_steps else model.admitted.copy()
+        board.begin_step(model, Step(tickets, early=not residency.complete, opened=opened), now)
+        self.actions.append(Run(model.name, tuple(tickets)))
         return True
 
     def _fit_cache(self, model: ModelState, reach: Reach, now: float) -> bool:

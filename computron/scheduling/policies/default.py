@@ -48,7 +48,12 @@ class Default:
     def next_to_run(self, board: Board, ready: Sequence[ModelState], now: float) -> ModelState:
         first = ready[0]
         for model in ready:
-            if model.admitted and now < model.slice_end and board.rank(model)[0] == board.rank(first)[0]:
+            if (
+                model.spec.continuous
+                and model.admitted
+                and now < model.slice_end
+                and board.rank(model)[0] == board.rank(first)[0]
+            ):
                 return model
         return first
 
