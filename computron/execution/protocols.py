@@ -15,9 +15,11 @@ from computron.models import Gate
 
 
 class Executor(Protocol):
-    """The leader's half. One step of a model at a time: `plan`, then `finish` or `abandon`.
+    """The leader's half. One step of a model at a time: `plan`, then `finish` or `abandon`. Where one step answers a
+    request, others may be planned before that one has ended.
 
-    `prepare` and `add` may be called at any time, from another thread too; the rest between steps.
+    `prepare` and `add` may be called at any time, from another thread too; the rest between steps, but for `drop` of
+    requests that are in none.
     """
 
     @property

@@ -206,7 +206,7 @@ class Follower:
         except ComputronError as error:
             log.exception("step_failed model=%s", model)
             report = wire.StepFailed(number, "model", error.message)
-        worker.end_step(model)
+        worker.end_step(model, gate)
         try:
             self._send(report)
         except (TypeError, ValueError) as error:  # a custom model's, which is no plain data or too much of it

@@ -338,8 +338,8 @@ class Node:
 
     def _hidden_share(self, outcome: SwapOutcome) -> float:
         now = time.monotonic()
-        gates = [] if self._crew is None else self._crew.worker.gates.values()
-        running = sorted(interval for gate in gates for interval in gate.computing(now))
+        steps = [] if self._crew is None else self._crew.worker.gates.values()
+        running = sorted(interval for gates in steps for gate in gates for interval in gate.computing(now))
         return self._steps.hidden_share(outcome.finished - outcome.seconds, outcome.finished, running)
 
     def failed(self, reason: str) -> None:

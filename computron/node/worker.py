@@ -100,7 +100,7 @@ class Worker:
         )
         self.link_bandwidth_hint = config.device.link_bandwidth or LINK_BANDWIDTH[self.backend.kind]
         self.models: dict[str, HeldModel] = {}
-        self.gates: dict[str, MeasuredGate] = {}  # of the steps that have begun
+        self.gates: dict[str, list[MeasuredGate]] = {}  # of each model's steps that have begun and not ended
         self.needs: tuple[Need, ...] = ()
         self._cache_wanted: dict[str, int] = {}  # frames, as last ordered
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute", initializer=self._use_device)
@@ -251,7 +251,8 @@ class Worker:
         wanted = self._cache_frames(model)
         if wanted > self.swapper.cache_frames(model):
             self.swapper.set_cache(model, wanted)
-        gate = self.gates[model] = MeasuredGate(self.swapper.begin_step(model))
+        gate = MeasuredGate(self.swapper.begin_step(model))
+        self.gates.setdefault(model, []).append(gate)
         return gate
 
     async def run(self, model: str, step: StepInput, gate: MeasuredGate) -> StepOutput | None:
@@ -277,7 +278,7 @@ class Worker:
     async def run_alone(
         self, executor: Executor, model: str, requests: Sequence[int], gate: MeasuredGate
     ) -> StepResult:
-        """A whole step of a model that is whole here, on the compute thread. Raises as `run`, and OutOfMemory."""
+        """A whole step of a model that is whole here. Raises as `run`, and OutOfMemory."""
         held = self.models[model]
         return await self._in_compute(
             self._measured, held, gate, lambda: run_step(executor, held.runner, requests, gate)
@@ -289,7 +290,8 @@ class Worker:
         try:
             result = function()
             self._settle()
-        except BaseException:
+        except BaseException as error:
+            self._leave_group(error)
             with suppress(ExecutionFailed):  # what was raised first is told; `device_error` tells of the device
                 self._synchronize()
             raise
@@ -298,6 +300,11 @@ class Worker:
             return result
         finally:
             gate.end()
+
+    def _leave_group(self, error: BaseException) -> None:
+        """A step that fails here leaves what other stages sent for it. No later one shall take that for its own."""
+        if self._communicator is not None and self.shard.pipeline_parallel > 1:
+            self._communicator.abort(f"a step failed: {error}")
 
     def _settle(self) -> None:
         if self._communicator is not None:
@@ -319,14 +326,20 @@ class Worker:
         if self.backend.kind == "cuda":
             torch.cuda.set_device(self.backend.device_index)
 
-    def end_step(self, model: str) -> None:
-        """The step reads nothing any more."""
-        del self.gates[model]
+    def end_step(self, model: str, gate: MeasuredGate) -> None:
+        """The step that began with this gate reads nothing any more."""
+        self.gates[model].remove(gate)
+        if not self.gates[model]:
+            del self.gates[model]
         self.swapper.end_step(model)
 
     async def compute(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call this on the compute thread, after the steps given to it before."""
         return await self._in_compute(function, *arguments)
+
+    async def beside_compute(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Call this on a thread of no steps."""
+        return await self._in_thread(function, *arguments)
 
     async def _in_compute(self, function: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._compute, function, *arguments)
