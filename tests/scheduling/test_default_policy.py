@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from driver import PAGE_SECONDS, Driver, spec
+from driver import PAGE_SECONDS, Driver
+from virtual_device import spec
 
 from computron.scheduling.actions import CancelSwap, Evict, Preempt, Run, SwapIn, Urgency
 from computron.scheduling.events import UnloadAsked

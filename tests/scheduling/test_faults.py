@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from driver import BANDWIDTH, FRAME_BYTES, Driver, spec
+from driver import BANDWIDTH, FRAME_BYTES, Driver
+from virtual_device import spec
 
 from computron.scheduling.actions import Run, SwapIn
 from computron.scheduling.events import (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from driver import PAGE_SECONDS, Driver, spec
+from driver import PAGE_SECONDS, Driver
+from virtual_device import spec
 
 from computron.scheduling.actions import CancelSwap, Run, SwapIn, Urgency
 from computron.scheduling.events import UnloadAsked

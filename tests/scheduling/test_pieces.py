@@ -6,7 +6,8 @@ import itertools
 import math
 
 import pytest
-from driver import PAGE_SECONDS, Driver, spec
+from driver import PAGE_SECONDS, Driver
+from virtual_device import spec
 
 from computron.scheduling.actions import CancelSwap, Evict, Run, SwapIn, Urgency
 from computron.scheduling.events import LoadAsked, UnloadAsked

@@ -82,7 +82,8 @@ def scenarios(draw, *, caches=True, faults=True, deadlines=True):
             "policy": draw(st.sampled_from(sorted(POLICIES))),
             "max_wait": draw(st.sampled_from([0.2, 1.0, 30.0])),
             "prefetch": draw(st.booleans()),
-            "max_steps_in_flight": draw(st.sampled_from([1, 1, 2])),
+            "max_steps_in_flight": draw(st.sampled_from([1, 1, 2, 3])),
+            "tells_stages": draw(st.booleans()),
             "tuning": Tuning(
                 keep=draw(st.sampled_from([0.0, 1.0])),
                 candidates=draw(st.sampled_from([2, 16])),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from driver import spec
 from hypothesis import given
 from hypothesis import strategies as st
+from virtual_device import spec
 
 from computron.scheduling.actions import Urgency
 from computron.scheduling.agenda import Agenda

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from driver import Driver, spec
+from driver import Driver
 from hypothesis import given
 from hypothesis import strategies as st
+from virtual_device import spec
 
 from computron.scheduling.actions import Urgency
 from computron.scheduling.events import ModelAdded
