@@ -55,6 +55,7 @@ class Board:
         self.load_asked: dict[str, ModelState] = {}
         self.unload_asked: dict[str, ModelState] = {}
         self.complete = 0  # models with every page on the device
+        self.happened = 0  # goes up with everything that may change who should leave, but for the pieces of a swap-in
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._foretold = Agenda()
         self._usual = Mean(tuning.pooled_smoothing, 2.0)  # as of a Poisson process, until requests tell otherwise
@@ -201,6 +202,7 @@ class Board:
         model.under_way.append(step)
         model.stage_free, model.last_used = False, now
         self.steps += 1
+        self.happened += 1
         for ticket in step.tickets.values():
             ticket.started = True
         self.running[model.name] = model
@@ -292,7 +294,7 @@ class Board:
             if model.agendas:
                 self._move(model, ())
             return
-        model.limit, rank = self._keys(model)
+        model.limit, model.rank = self._keys(model)
         agendas: tuple[Agenda, ...] = self._on_resident
         if not model.residency.complete:
             agendas = self._on_coming if model.loading else self._on_absent
@@ -300,7 +302,7 @@ class Board:
             self._move(model, agendas)
         agendas[0].file(model, (model.limit,))
         if agendas is not self._on_coming:
-            agendas[1].file(model, rank)
+            agendas[1].file(model, model.rank)
 
     def _move(self, model: ModelState, agendas: tuple[Agenda, ...]) -> None:
         """Take the model off those agendas that it does not belong on any more."""
@@ -308,10 +310,6 @@ class Board:
             if agenda not in agendas:
                 agenda.drop(model)
         model.agendas = agendas
-
-    def rank(self, model: ModelState) -> tuple[float, float]:
-        """Place of a model with work in the order of `ready` and `absent`; smaller comes first."""
-        return self._keys(model)[1]
 
     def _keys(self, model: ModelState) -> tuple[float, tuple[float, float]]:
         """Its earliest limit, and its rank. What waits for a place in its own full batch does not count in either, and
@@ -360,7 +358,8 @@ class Board:
             assert (model in self.due_ready) == (model in self.ready) == (has_agenda and residency.complete), f"{model}"
             assert (model in self.due_absent) == (has_agenda and not residency.complete), f"{model}"
             assert (model in self.absent) == (has_agenda and not residency.complete and not model.loading), f"{model}"
-            assert model.limit == (self._keys(model)[0] if has_agenda else math.inf), f"{model} has another limit"
+            assert not has_agenda or (model.limit, model.rank) == self._keys(model), f"{model} has another place"
+            assert has_agenda or model.limit == math.inf, f"{model} has no limit"
             assert (model.name in self.loading) == (residency.swap is not None)
             assert (model.name in self.running) == bool(under_way)
             assert (model.name in self.cached) == (residency.cache > 0)

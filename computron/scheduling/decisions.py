@@ -174,7 +174,7 @@ class Decisions:
         if awaited is not None:
             ready = [model for model in ready if self._ends_before(model, awaited, now)]
         if demand is not None and now >= self._early_start_time(demand, alone=not ready):
-            if not ready or demand is awaited or board.rank(demand) < board.rank(ready[0]):
+            if not ready or demand is awaited or demand.rank < ready[0].rank:
                 return demand
         elif due in ready:
             return due

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from computron.scheduling.board import Board
@@ -31,7 +31,39 @@ class Reach(enum.IntEnum):
     ALL = 4
 
 
-def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach: Reach, now: float) -> RoomPlan:
+class Offers:
+    """Whose pages leave for a model, as the policy said before the first piece of its swap-in.
+
+    It is asked again once anything but the pieces has happened, or one of those models has nothing left.
+    """
+
+    __slots__ = ("_board", "_happened", "_kept", "_policy", "_target")
+
+    def __init__(self, board: Board, policy: Policy) -> None:
+        self._board = board
+        self._policy = policy
+        self._target: ModelState | None = None
+        self._happened = -1
+        self._kept: list[tuple[ModelState, int]] = []  # and how many pages each of them keeps
+
+    def of(
+        self, target: ModelState, idle: Sequence[ModelState], now: float, *, ahead: bool
+    ) -> list[tuple[ModelState, int]]:
+        """Models, and at most how many pages of each. idle: those that are weighed if the policy is asked."""
+        board = self._board
+        if ahead:  # whether it pays changes with each page
+            return list(self._policy.offers(board, target, idle, now, ahead=True))
+        known = self._target is target and self._happened == board.happened
+        if not (known and all(model.held_in is board.idle for model, _ in self._kept)):
+            self._target, self._happened = target, board.happened
+            offers = self._policy.offers(board, target, idle, now, ahead=False)
+            self._kept = [(model, model.residency.count - pages) for model, pages in offers]
+        return [(model, pages) for model, kept in self._kept if (pages := model.residency.count - kept) > 0]
+
+
+def plan_room(
+    board: Board, policy: Policy, offers_of: Offers, target: ModelState, need: int, reach: Reach, now: float
+) -> RoomPlan:
     """A plan that frees `need` frames for `target`, or as many as can be had.
 
     Never taken: frames of a model in a step, pages of a pinned model or of one with a transfer under way, contents
@@ -45,8 +77,13 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
             return plan
     if need > plan.gained + board.idle_pages and reach <= Reach.IDLE:
         return plan
-    for group in _groups(board.idle, board.tuning.candidates):
-        offers = policy.offers(board, target, group, now, ahead=reach == Reach.SPARE)
+    for place, group in enumerate(_groups(board.idle, board.tuning.candidates)):
+        ahead = reach == Reach.SPARE
+        offers = (
+            policy.offers(board, target, group, now, ahead=ahead)
+            if place
+            else offers_of.of(target, group, now, ahead=ahead)
+        )
         if not offers:
             break  # from those that were used later still less could be had
         for model, pages in offers:

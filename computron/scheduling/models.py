@@ -64,6 +64,7 @@ class ModelState:
         "load_asked",
         "name",
         "number",
+        "rank",
         "residency",
         "room_alone",
         "shunned",
@@ -96,6 +97,7 @@ class ModelState:
         self.brought = 0  # frames that its swap-in has filled since it was last complete
         self.turn_end = -math.inf  # until then it keeps its frames while it has work
         self.limit = math.inf  # the earliest of those of requests that it could run now; never if there are none
+        self.rank = (0.0, 0.0)  # of the same requests: priority, then how long they wait; smaller comes first
         self.failures = 0  # swap-ins that failed since the last one that did not
         self.agendas: tuple[Agenda, ...] = ()  # those of the board that it is on
         self.held_in: dict[str, ModelState] | None = None  # `idle` or `busy` of the board

@@ -17,7 +17,7 @@ from computron.scheduling.actions import (
     Urgency,
 )
 from computron.scheduling.board import Board
-from computron.scheduling.frames import Reach, plan_room, preemption_order
+from computron.scheduling.frames import Offers, Reach, plan_room, preemption_order
 from computron.scheduling.models import ModelState, Step, frames_for
 from computron.scheduling.policies.policy import Policy
 from computron.scheduling.room import RoomPlan
@@ -36,6 +36,7 @@ class Orders:
         self.actions: list[Action] = []
         self._board = board
         self._policy = policy
+        self._offers = Offers(board, policy)
 
     def swap_in(self, model: ModelState, urgency: Urgency, reach: Reach, now: float) -> bool:
         """Order the swap-in of what the model lacks, or of the next piece of it; False if that cannot be now."""
@@ -133,7 +134,9 @@ class Orders:
         """What to take so that so many frames are free."""
         board = self._board
         need = frames - board.ledger.free
-        return plan_room(board, self._policy, model, need, reach, now) if need > 0 else RoomPlan(board, 0, set())
+        if need <= 0:
+            return RoomPlan(board, 0, set())
+        return plan_room(board, self._policy, self._offers, model, need, reach, now)
 
     def _cache_gap(self, model: ModelState, now: float) -> int:
         """Frames that the model's cache lacks for its next step."""

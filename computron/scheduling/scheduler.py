@@ -106,6 +106,8 @@ class Scheduler(Views):
         if now < self._now:
             raise self._invalid(event, f"time went back from {self._now}")
         actions = self._handlers[type(event)](event, now)
+        if not isinstance(event, SwapFinished) or self._board.models[event.model].residency.complete:
+            self._board.happened += 1
         self._now = now
         self._history.append((now, event))
         if self._changes_nothing(event):

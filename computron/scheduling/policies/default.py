@@ -48,12 +48,7 @@ class Default:
     def next_to_run(self, board: Board, ready: Sequence[ModelState], now: float) -> ModelState:
         first = ready[0]
         for model in ready:
-            if (
-                model.spec.continuous
-                and model.admitted
-                and now < model.slice_end
-                and board.rank(model)[0] == board.rank(first)[0]
-            ):
+            if model.spec.continuous and model.admitted and now < model.slice_end and model.rank[0] == first.rank[0]:
                 return model
         return first
 
@@ -62,7 +57,7 @@ class Default:
             return list(absent)
 
         def place(model: ModelState) -> tuple[float, float]:
-            priority, since = board.rank(model)
+            priority, since = model.rank
             waited = now - since
             if model.begun and waited >= board.tuning.patience * whole_swap_seconds(board, model):
                 return priority, -math.inf
