@@ -30,8 +30,9 @@ from computron.node.group_steps import GroupStep
 from computron.node.group_swaps import GroupSwaps, Merged
 from computron.node.measured_gate import MeasuredGate
 from computron.node.peers import Peers
+from computron.node.progress import Progress
 from computron.node.sizes import check_sizes
-from computron.node.worker import Progress, Worker, load_all
+from computron.node.worker import Worker, load_all
 from computron.scheduling.actions import CancelSwap, Evict, Preempt, RaiseUrgency, Run, SetCache, SwapIn
 from computron.scheduling.events import ModelSpec
 

@@ -22,11 +22,12 @@ from computron.memory.swap import SwapOutcome
 from computron.metrics import Metrics
 from computron.node.crew import Crew, ServedModel, model_spec
 from computron.node.handle import RequestHandle
+from computron.node.progress import Progress
 from computron.node.rejections import RETRY_AFTER, rejection
 from computron.node.requests import Requests
 from computron.node.snapshot import NodeSnapshot, NodeState, model_snapshots
 from computron.node.steps import Steps
-from computron.node.worker import Progress, open_worker
+from computron.node.worker import open_worker
 from computron.scheduling import actions, events
 from computron.scheduling.scheduler import Scheduler
 

@@ -7,7 +7,6 @@ compute thread, transfers on the extension's threads.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -46,28 +45,12 @@ from computron.node.device import (
     page_size,
 )
 from computron.node.measured_gate import MeasuredGate
+from computron.node.progress import LoadProgress, Progress
 from computron.node.sizes import Need, check_sizes, pinned_beside
-
-Progress = Callable[[str, int, int], None]
-"""Called from loading threads with (model id, bytes loaded, bytes in all)."""
 
 SETTLING = 0.002  # seconds between two looks at whether cancelled transfers have ended
 
 Result = TypeVar("Result")
-
-
-class _LoadProgress:
-    def __init__(self, progress: Progress, model: str, total: int) -> None:
-        self._progress = progress
-        self._model = model
-        self._total = total
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def __call__(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            self._progress(self._model, self._done, self._total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +113,7 @@ class Worker:
         """
         self._use_device()
         model_id = plan.config.id
-        report = None if progress is None else _LoadProgress(progress, model_id, plan.image.nbytes)
+        report = None if progress is None else LoadProgress(progress, model_id, plan.image.nbytes)
         image = self.store.add(model_id, plan.image, report)
         registered = self.swapper.register(image, cache_bytes=self._cache_range(plan))
         parameters = from_dlpack(registered.parameters.dlpack())
@@ -291,7 +274,7 @@ class Worker:
             result = function()
             self._settle()
         except BaseException as error:
-            self._leave_group(error)
+            self.leave_stages(error)
             with suppress(ExecutionFailed):  # what was raised first is told; `device_error` tells of the device
                 self._synchronize()
             raise
@@ -301,8 +284,8 @@ class Worker:
         finally:
             gate.end()
 
-    def _leave_group(self, error: BaseException) -> None:
-        """A step that fails here leaves what other stages sent for it. No later one shall take that for its own."""
+    def leave_stages(self, error: BaseException) -> None:
+        """A step has failed here: no later one shall take for its own what other stages have sent for that."""
         if self._communicator is not None and self.shard.pipeline_parallel > 1:
             self._communicator.abort(f"a step failed: {error}")
 

@@ -11,6 +11,7 @@ from virtual_device import spec
 
 from computron.scheduling.actions import CancelSwap, Evict, Run, SwapIn, Urgency
 from computron.scheduling.events import LoadAsked, UnloadAsked
+from computron.scheduling.policies.default import Default
 from computron.scheduling.tuning import Tuning
 
 BEGIN = 100.0  # all models have been served once, and unloaded
@@ -232,3 +233,30 @@ def test_first_piece_waits_until_there_is_room_for_all():
     driver.drain()
     end = max(time for time, action in driver.actions if isinstance(action, Run) and action.model == "long")
     assert swaps(driver, "a")[0][0] >= end, "a page of it would only have kept a frame"
+
+
+class Asked(Default):
+    """How often was it asked who leaves?"""
+
+    def __init__(self):
+        self.times = []
+
+    def offers(self, board, target, idle, now, *, ahead):
+        self.times.append((round(now, 6), target.name))
+        return super().offers(board, target, idle, now, ahead=ahead)
+
+
+def test_who_leaves_is_asked_anew_only_if_something_has_happened():
+    policy = Asked()
+    driver = known(16, [spec("a", 8), spec("b", 8), spec("c", 8)], policy=policy)
+    driver.arrive(1, "b", BEGIN)
+    driver.arrive(2, "c", BEGIN + 2.0)
+    driver.arrive(3, "a", BEGIN + 4.0)
+    driver.arrive(4, "b", BEGIN + 4.35)
+    driver.drain()
+    pieces = [time for time, _ in swaps(driver, "a") if time < BEGIN + 4.9]
+    assert len(pieces) == 8
+    asked = [time for time, name in policy.times if name == "a"]
+    assert asked
+    assert len(asked) <= 3, "before the first piece, and after the request in between"
+    assert {action.model for action in driver.of(Evict)} <= {"b", "c", "a"}
