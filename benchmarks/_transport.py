@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,8 +19,6 @@ from computron.parameter_service.aggregator.staging import PushedStaging
 from computron.parameter_service.layout import Layout, TensorSpec
 from computron.parameter_service.wire.link import Link, connect, listen
 from computron.parameter_service.wire.messages import Address, Flush, JobSpec, Push, Pushed
-
-PATH = "\0computron-benchmark"
 
 
 def job_of(elements: int) -> JobSpec:
@@ -48,7 +47,7 @@ class _Sink:
 
 def _serve_links(elements: int, told: Connection) -> None:
     async def main() -> None:
-        listener = await listen(HOST, 0, PATH, _Sink(elements))
+        listener = await listen(HOST, 0, f"\0computron-benchmark-{uuid.uuid4().hex}", _Sink(elements))
         told.send(listener.port)
         await asyncio.Event().wait()
 
@@ -73,31 +72,39 @@ def _serve_plain(elements: int, told: Connection) -> None:
 
 class _Source:
     def __init__(self) -> None:
-        self.answered = asyncio.Event()
+        self._heard = asyncio.Event()
+        self._lost = ""
+
+    async def answer(self) -> None:
+        """Raises RuntimeError if there will be none."""
+        await self._heard.wait()
+        self._heard.clear()
+        if self._lost:
+            raise RuntimeError(f"the server's link ended: {self._lost}")
 
     def destination(self, link: Link, message: Any, size: int) -> None: ...
 
     def received(self, link: Link, message: Any, fds: list[int]) -> None:
-        self.answered.set()
+        self._heard.set()
 
     def lost(self, link: Link, reason: str) -> None:
-        raise RuntimeError(reason)
+        self._lost = reason
+        self._heard.set()
 
 
 async def _through_links(port: int, elements: int, rounds: int) -> list[float]:
     layout = Layout(job_of(elements).tensors, 1 << 20)
     source = _Source()
-    link = await connect(Address("sink", HOST, port, "", PATH), source, machine="elsewhere")
+    link = await connect(Address("sink", HOST, port, "", ""), source, machine="elsewhere")
     gradient = torch.ones(layout.elements)
     taken = []
     for step in range(1, rounds + 1):
-        source.answered.clear()
         start = time.perf_counter()
         for block in layout.blocks:
             part: Any = gradient[block.start : block.start + block.elements].view(torch.uint8).numpy()
             link.send(Push("benchmark", 1, step, block.index), payload=memoryview(part))
         link.send(Flush("benchmark", step))
-        await source.answered.wait()
+        await source.answer()
         taken.append(time.perf_counter() - start)
     link.close()
     return taken
@@ -111,7 +118,8 @@ def _through_plain(port: int, elements: int, rounds: int) -> list[float]:
         for _ in range(rounds):
             start = time.perf_counter()
             connection.sendall(data)
-            connection.recv(1)
+            if not connection.recv(1):
+                raise RuntimeError("the server ended the connection")
             taken.append(time.perf_counter() - start)
     return taken
 
@@ -120,8 +128,11 @@ def _with(serve: Callable[[int, Connection], None], elements: int, use: Callable
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(elements, there), daemon=True)
     process.start()
+    there.close()  # the process has its own: when that ends, nothing more can come
     try:
         return use(here.recv())
+    except EOFError as error:
+        raise RuntimeError("the server's process ended before it listened") from error
     finally:
         process.terminate()
         process.join()

@@ -49,6 +49,11 @@ def block_bytes(spec: JobSpec, block: Block) -> int:
     return block.nbytes * (1 + len(state_names(spec)))
 
 
+def gradient_bytes(spec: JobSpec, block: Block) -> int:
+    """What a gradient of it takes."""
+    return block.elements * DTYPES[spec.gradients].size
+
+
 def _one_of(what: str, value: str, known: Collection[str]) -> None:
     if value not in known:
         raise ValueError(f"{what} is {value!r:.100}: choose one of {', '.join(known)}")

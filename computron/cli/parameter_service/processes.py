@@ -38,7 +38,7 @@ def master(
     external: Annotated[
         bool, typer.Option("--external", help="Somebody else starts the aggregators: see /v1/wanted.")
     ] = False,
-    memory: Annotated[str, typer.Option(help="Of each aggregator, for blocks.")] = "1GiB",
+    memory: Annotated[str, typer.Option(help="Of each aggregator, for blocks and gradients.")] = "1GiB",
     snapshots: Annotated[
         Path | None, typer.Option(help="Folder of snapshots and versions, the same for all aggregators.")
     ] = None,
@@ -108,7 +108,7 @@ def aggregator(
     ],
     host: Annotated[str, typer.Option(help="Address at which workers of other machines find it.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 0,
-    memory: Annotated[str, typer.Option(help="For blocks: a size like 4GiB, or bytes.")] = "1GiB",
+    memory: Annotated[str, typer.Option(help="For blocks and gradients: a size like 4GiB, or bytes.")] = "1GiB",
     snapshots: Annotated[Path | None, typer.Option(help="Folder of snapshots and versions.")] = None,
     identity: Annotated[str | None, typer.Option(help="Its name.", show_default="a new one")] = None,
     key: ServiceKey = None,

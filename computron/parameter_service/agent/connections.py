@@ -40,7 +40,7 @@ class Connections:
     def open(self, address: Address) -> None:
         self.drop(address.aggregator)
         self._addresses[address.aggregator] = address
-        self._dial(address)
+        self._dial(address, 0.0)
 
     def drop(self, aggregator: str) -> None:
         self._addresses.pop(aggregator, None)
@@ -61,13 +61,13 @@ class Connections:
         return next((name for name, known in self._links.items() if known is link), None)
 
     def lost(self, aggregator: str, reason: str) -> None:
-        """Its link has ended: open another."""
+        """Its link has ended: open another, after a moment, as an aggregator without descriptors ends each at once."""
         log.warning("the link to aggregator %s broke: %s", aggregator, reason)
         del self._links[aggregator]
-        self._dial(self._addresses[aggregator])
+        self._dial(self._addresses[aggregator], QUICK_PAUSE)
 
-    def _dial(self, address: Address) -> None:
-        task = asyncio.get_running_loop().create_task(self._connect(address))
+    def _dial(self, address: Address, pause: float) -> None:
+        task = asyncio.get_running_loop().create_task(self._connect(address, pause))
         self._dialling[address.aggregator] = task
         task.add_done_callback(self._dialled)
 
@@ -75,8 +75,9 @@ class Connections:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failed(error)
 
-    async def _connect(self, address: Address) -> None:
+    async def _connect(self, address: Address, pause: float) -> None:
         name, tries = address.aggregator, 0
+        await asyncio.sleep(pause)
         while True:
             try:
                 link = await connect(address, self._receiver, machine=self._machine)

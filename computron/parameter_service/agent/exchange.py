@@ -24,6 +24,7 @@ from computron.parameter_service.agent.change import Change
 from computron.parameter_service.agent.connections import Connections
 from computron.parameter_service.agent.parameters import FlatParameters, close_all
 from computron.parameter_service.agent.progress import Progress
+from computron.parameter_service.agent.questions import Answer, Question, Questions
 from computron.parameter_service.agent.staging import Staging
 from computron.parameter_service.layout import Layout
 from computron.parameter_service.specs import PARAMETERS
@@ -50,10 +51,6 @@ from computron.parameter_service.wire.messages import (
 
 JOIN_PAUSE = 0.1  # seconds before an aggregator is asked again what it has
 
-Question = Read | Write | Extra
-Key = tuple[int | str, int | str]  # what a question and its answer have in common
-Answer = Callable[[Contents | Written | ExtraTaken], None]
-
 
 class Exchange:
     """Receiver of all links; it belongs to the event loop's thread. changed: held while the progress changes, and
@@ -74,7 +71,7 @@ class Exchange:
         self.skipped = False  # the last step changed nothing
         self._progress, self._layout, self._parameters, self._staging = progress, layout, parameters, staging
         self._changed, self._failed = changed, failed
-        self._asked: dict[Key, tuple[Question, memoryview, Answer]] = {}
+        self._questions = Questions(self._link_for, self._send_question)
         self._connections = Connections(self, machine, self._opened, unreachable, failed)
 
     def handle(self, *events: Callable[[], Iterable[Action]], fds: dict[int, int] | None = None) -> None:
@@ -115,26 +112,15 @@ class Exchange:
             case _:
                 link.send(message)
 
-    def ask_again(self) -> None:
-        """Whoever was asked something and has not answered may be gone."""
-        for message, memory, _ in list(self._asked.values()):
-            self._send_asked(message, memory)
-
     def _joined(self, aggregator: str) -> bool:
         """Whether it knows us in this epoch."""
         peer = self._progress.peers.get(aggregator)
         return peer is not None and peer.joined
 
-    def _write_again(self, aggregator: str) -> None:
-        """It has just come to know us in this epoch."""
-        for message, memory, _ in list(self._asked.values()):
-            if isinstance(message, Write) and self._progress.blocks[message.block].owner == aggregator:
-                self._send_asked(message, memory)
-
     @property
     def extras_left(self) -> bool:
         """Some that belong to a version are not where they belong."""
-        return any(isinstance(message, Extra) for message, _, _ in self._asked.values())
+        return self._questions.extras_left
 
     def close(self) -> None:
         self._connections.close()
@@ -153,8 +139,7 @@ class Exchange:
                 return self._filled(block, size)
             case Contents(block=block, part=part, applied=applied):
                 if part != PARAMETERS:
-                    known = self._asked.get((block, part))
-                    return known[1] if known is not None and len(known[1]) == size else None
+                    return self._questions.place_for(link, message, size)
                 state = self._progress.blocks[block]
                 if state.hosted and state.owner == sender and applied >= state.applied:
                     return self._filled(block, size)
@@ -176,7 +161,7 @@ class Exchange:
                     if isinstance(message, Joined)
                     else {}
                 )
-                self.handle(lambda: self._event(sender, message), fds=with_block)
+                self.handle(lambda: self._event(link, sender, message), fds=with_block)
         finally:
             close_all(fds)
 
@@ -186,14 +171,12 @@ class Exchange:
             self._connections.lost(sender, reason)
             self.handle(lambda: self._progress.lost(sender))
 
-    def _event(self, sender: str, message: Data) -> list[Action]:
+    def _event(self, link: Link, sender: str, message: Data) -> list[Action]:
         progress = self._progress
         match message:
             case Joined():
-                before = self._joined(sender)
                 actions = progress.joined(sender, message)
-                if not before and self._joined(sender):
-                    self._write_again(sender)
+                self._questions.send()
                 return actions
             case Applied():
                 self.skipped = message.skipped
@@ -203,10 +186,8 @@ class Exchange:
                 return progress.read(sender, message.block, message.step)
             case Contents(part=part) if part == PARAMETERS:
                 return progress.read(sender, message.block, message.applied)
-            case Written() if not self._joined(sender):
-                return []  # in an older epoch
             case Contents() | Written() | ExtraTaken():
-                return self._answered(message)
+                self._questions.answered(link, message)
             case Moved():
                 return progress.moved(sender, message)
             case Pushed():
@@ -214,6 +195,7 @@ class Exchange:
             case Norms():
                 return progress.norms(sender, message)
             case Refused():
+                self._questions.refused(link, message)
                 return progress.refused(sender, message)
         return []
 
@@ -222,43 +204,30 @@ class Exchange:
             generation = self._progress.generation
             epoch = self._progress.epoch
             actions = self._progress.placed(placement)
-            if self._progress.epoch != epoch:  # what was to be written belongs to the older one
-                self._asked = {key: asked for key, asked in self._asked.items() if not isinstance(asked[0], Write)}
-            if self._progress.generation != generation:  # versions of steps that were taken back come to nothing
-                self._asked = {key: asked for key, asked in self._asked.items() if not isinstance(asked[0], Extra)}
+            if self._progress.epoch != epoch:
+                self._questions.new_epoch()
+            if self._progress.generation != generation:
+                self._questions.drop_extras()
             return actions
 
         self.handle(event)
 
-    def _answered(self, message: Contents | Written | ExtraTaken) -> list[Action]:
-        known = self._asked.pop(_key(message), None)
-        if known is not None:
-            known[2](message)
-        return []
-
     def ask(self, message: Question, memory: memoryview, then: Answer) -> list[Action]:
-        if isinstance(message, Write) and message.epoch != self._progress.epoch:
-            return []
-        self._asked[_key(message)] = (message, memory, then)
-        self._send_asked(message, memory)
+        if not isinstance(message, Write) or message.epoch == self._progress.epoch:
+            self._questions.ask(message, memory, then)
         return []
 
-    def _send_asked(self, message: Question, memory: memoryview) -> None:
-        """To the owner, if that knows us; `ask_again` comes later."""
+    def _link_for(self, message: Question) -> Link | None:
+        """To the owner, if that knows us."""
         state = self._progress.blocks[0 if isinstance(message, Extra) else message.block]
-        link = self._connections.link(state.owner)
         known = self._joined(state.owner) if isinstance(message, Write) else state.hosted
-        if link is None or not known:
-            return
-        if isinstance(message, Read):
-            link.send(message)
-        elif isinstance(message, Write):
-            link.send(message, payload=memory)
-        else:
-            link.send(msgspec.structs.replace(message, epoch=self._progress.epoch), payload=memory)
+        return self._connections.link(state.owner) if known else None
 
-
-def _key(message: Question | Contents | Written | ExtraTaken) -> Key:
-    if isinstance(message, Extra | ExtraTaken):
-        return message.version, message.tensor
-    return message.block, message.part
+    def _send_question(self, link: Link, message: Question, memory: memoryview) -> None:
+        match message:
+            case Read():
+                link.send(message)
+            case Write():
+                link.send(message, payload=memory)
+            case Extra():
+                link.send(msgspec.structs.replace(message, epoch=self._progress.epoch), payload=memory)

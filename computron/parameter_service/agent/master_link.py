@@ -29,10 +29,16 @@ REFUSALS = {401, 403, 404}
 
 
 class MasterLink:
-    """received: told of placements and denials. It belongs to the event loop's thread."""
+    """enlist: who this worker is and how far, asked for at each connection. received: told of placements and denials.
+    It belongs to the event loop's thread.
+    """
 
     def __init__(
-        self, url: str, api_key: str | None, enlist: Enlist, received: Callable[[Placement | Loaded | Denied], None]
+        self,
+        url: str,
+        api_key: str | None,
+        enlist: Callable[[], Enlist],
+        received: Callable[[Placement | Loaded | Denied], None],
     ) -> None:
         self._url = url.rstrip("/") + PATH
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -57,7 +63,7 @@ class MasterLink:
             while True:
                 try:
                     async with session.ws_connect(self._url, heartbeat=HEARTBEAT, max_msg_size=0) as socket:
-                        await socket.send_bytes(self._encoder.encode(self._enlist))
+                        await socket.send_bytes(self._encoder.encode(self._enlist()))
                         self._socket = socket
                         pause, level = FIRST_PAUSE, logging.WARNING
                         async for message in socket:

@@ -18,10 +18,11 @@ from torch import Tensor
 from computron.errors import JobRefused, ParameterServiceError
 from computron.parameter_service.agent.actions import Action, Wish
 from computron.parameter_service.agent.change import Change
-from computron.parameter_service.agent.exchange import Answer, Exchange
+from computron.parameter_service.agent.exchange import Exchange
 from computron.parameter_service.agent.master_link import MasterLink
 from computron.parameter_service.agent.parameters import FlatParameters
 from computron.parameter_service.agent.progress import Progress
+from computron.parameter_service.agent.questions import Answer
 from computron.parameter_service.agent.settings import ParameterService
 from computron.parameter_service.agent.staging import Staging
 from computron.parameter_service.agent.waiting import waits_for
@@ -76,8 +77,8 @@ class Session:
             failed=self._fail_from_thread,
         )
         machine = machine_id() if service.shared_memory else f"{machine_id()} by TCP"
-        enlist = Enlist(spec, service.token, service.rank, service.incarnation, machine)
-        self._master = MasterLink(service.master, service.api_key, enlist, self._from_master)
+        self._service, self._machine = service, machine
+        self._master = MasterLink(service.master, service.api_key, self._enlist, self._from_master)
         self._exchange = Exchange(
             self.progress, layout, parameters, self.staging, machine, self.changed, self._unreachable, self._fail
         )
@@ -258,7 +259,6 @@ class Session:
         while True:
             await asyncio.sleep(REPORT)
             progress = self.progress
-            self._exchange.ask_again()
             self._say_load()
             taken = [self._took.popleft() for _ in range(len(self._took))]
             if taken:
@@ -314,6 +314,12 @@ class Session:
 
     def _tell_master(self, message: ToMaster) -> None:
         self._start(self._master.send(message))
+
+    def _enlist(self) -> Enlist:
+        service, progress = self._service, self.progress
+        return Enlist(
+            self.spec, service.token, service.rank, service.incarnation, self._machine, progress.epoch, progress.step
+        )
 
     def _from_master(self, message: Placement | Loaded | Denied) -> None:
         if isinstance(message, Denied):

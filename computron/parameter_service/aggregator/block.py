@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import uuid
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class HeldBlock:
     kernel: Kernel
     applied: int = 0
     updates: int = 0
-    saved: int = 0
+    saved: float = -math.inf
     complete: bool = False
     scheduled: int = 0
     wanted: list[Wanted] = field(default_factory=list)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from computron.parameter_service.aggregator.block import HeldBlock
-from computron.parameter_service.aggregator.staging import Staging, missing
+from computron.parameter_service.aggregator.staging import PushedStaging, Staging, missing
 from computron.parameter_service.layout import Layout
+from computron.parameter_service.specs import block_bytes, gradient_bytes
 from computron.parameter_service.wire.link import Link
 from computron.parameter_service.wire.messages import Address, AskNorms, Commit, HeldCommit, JobSpec
 from computron.parameter_service.wire.segments import Segment
@@ -24,7 +25,6 @@ class Guard(Enum):
 
     MASTER = auto()
     BLOCK = auto()
-    NONE = auto()
 
 
 @dataclass(eq=False)
@@ -64,9 +64,9 @@ class Job:
     arriving: memory for them.
 
     leaving: blocks that were announced to be elsewhere, and are kept until they are; given: all that were in this
-    epoch, after which step and to whom. kept: step of the last complete snapshot.
-    guard: what limits the steps after it. asks: the last of each member; unanswered: those that came after the last
-    answer.
+    epoch, after which step and to whom. kept: step of the last complete snapshot, None while none can be written.
+    history: as in `Saved`. guard: what limits the steps after it. trouble: why no snapshot can be written here. asks:
+    the last of each member; unanswered: those that came after the last answer.
     """
 
     spec: JobSpec
@@ -86,8 +86,10 @@ class Job:
     unanswered: set[int] = field(default_factory=set)
     counters: Counters = field(default_factory=Counters)
     block_seconds: dict[int, float] = field(default_factory=dict)
-    kept: int = 0
+    kept: int | None = 0
+    history: int = 0
     guard: Guard = Guard.MASTER
+    trouble: str = ""
     period: float = 0.0
     last_commit: float = 0.0
 
@@ -129,10 +131,10 @@ class Job:
         1. The master says which snapshot is complete: no further behind that.
         2. The master is away: no further behind what a snapshot has of this block, and a step less, because other
            blocks, which keep to the same, may be a step behind this one.
-        3. Nothing can be saved: no limit. That has been told.
+        3. Nothing can be saved, here or elsewhere: no limit. That has been told.
         """
         every = self.spec.snapshot_every
-        if not every or self.guard is Guard.NONE:
+        if not every or self.kept is None:
             return math.inf
         if self.guard is Guard.MASTER:
             return self.kept + every
@@ -179,6 +181,18 @@ class Job:
             if missing(stagings, block.block, asks[0].step):
                 return []
         return asks
+
+    @property
+    def pushing(self) -> int:
+        """How many members push their gradients to here."""
+        return sum(isinstance(worker.staging, PushedStaging) for worker in self.workers.values())
+
+    def state_bytes(self, blocks: Iterable[int]) -> int:
+        return sum(block_bytes(self.spec, self.layout.blocks[index]) for index in blocks)
+
+    def gradient_bytes(self, blocks: Iterable[int]) -> int:
+        """Of one worker."""
+        return sum(gradient_bytes(self.spec, self.layout.blocks[index]) for index in blocks)
 
     def forget_asks(self) -> None:
         self.asks.clear()

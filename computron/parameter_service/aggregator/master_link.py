@@ -14,7 +14,7 @@ from computron.parameter_service.wire.messages import FromMaster, Register, deco
 
 log = logging.getLogger(__name__)
 
-FIRST_RETRY, LAST_RETRY = 0.1, 2.0  # seconds
+FIRST_RETRY, LAST_RETRY = 0.1, 0.5  # seconds; a short break must be over before the master gives up waiting
 HEARTBEAT = 5.0  # seconds
 LARGEST = 64 << 20  # bytes of a message
 
@@ -47,6 +47,14 @@ class MasterLink:
         """Dropped while there is no connection: `register` tells at the next one what is here."""
         if self._socket is not None:
             self._unsent.put_nowait(message)
+
+    async def flush(self) -> bool:
+        """Wait until all has been sent. False if the connection ended before, or there is none."""
+        if self._socket is None:
+            return False
+        sent: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._unsent.put_nowait(sent)
+        return await sent
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -83,8 +91,11 @@ class MasterLink:
                     heard = True
                     self._take(message.data)
         finally:
+            self._socket = None
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
+            while not self._unsent.empty():
+                _answer(self._unsent.get_nowait(), sent=False)
         return heard
 
     def _take(self, data: bytes) -> None:
@@ -97,4 +108,13 @@ class MasterLink:
 
     async def _write(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         while True:
-            await socket.send_bytes(_encode(await self._unsent.get()))
+            message = await self._unsent.get()
+            if not isinstance(message, asyncio.Future):
+                await socket.send_bytes(_encode(message))
+            _answer(message, sent=True)
+
+
+def _answer(message: Any, *, sent: bool) -> None:
+    """To who waits for this place of the queue."""
+    if isinstance(message, asyncio.Future) and not message.done():
+        message.set_result(sent)

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Job
@@ -61,7 +62,12 @@ class Moves:
             block.moving, block.expected_there = move.to, False
         task = asyncio.ensure_future(self._announce(job, move.to, blocks))
         self._connecting.add(task)
-        task.add_done_callback(self._connecting.discard)
+        task.add_done_callback(partial(self._announced, job, move.to))
+
+    def _announced(self, job: Job, to: Address, task: asyncio.Task[None]) -> None:
+        self._connecting.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._abandon(job, to, f"{to.aggregator} could not be told: {error!r}")
 
     async def _announce(self, job: Job, to: Address, blocks: Sequence[HeldBlock]) -> None:
         epoch = job.epoch
@@ -72,11 +78,14 @@ class Moves:
             return
         if job.epoch != epoch:
             return
+        pushing = job.pushing if link.shares_memory else len(job.members)  # who shares memory here pushes to there
         known = [block for block in blocks if job.blocks.get(block.block.index) is block and block.moving == to]
         for start in range(0, len(known), FDS_AT_ONCE):
             some = known[start : start + FDS_AT_ONCE]
             indices = tuple(block.block.index for block in some)
-            expect = Expect(self._key, job.spec, job.token, job.epoch, job.members, indices, job.kept)
+            expect = Expect(
+                self._key, job.spec, job.token, job.epoch, job.members, indices, job.kept, job.history, pushing
+            )
             link.send(expect, fds=[block.segment.fd for block in some] if link.shares_memory else ())
 
     async def _link(self, to: Address) -> Link:
@@ -154,7 +163,8 @@ class Moves:
             index = block.block.index
             job.leaving[index] = job.blocks.pop(index)
             job.given[index] = block.applied, to
-            adopt = Adopt(name, job.epoch, index, block.applied, block.updates, block.memory)
+            limited = job.kept is not None
+            adopt = Adopt(name, job.epoch, index, block.applied, block.updates, block.memory, limited)
             if link.shares_memory:
                 link.send(adopt)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Guard, Job, Worker, versions_of
 from computron.parameter_service.aggregator.moves import Moves
+from computron.parameter_service.aggregator.room import NoRoom, Room
 from computron.parameter_service.aggregator.saving import Saver
+from computron.parameter_service.aggregator.staging import missing
 from computron.parameter_service.aggregator.steps import Steps
-from computron.parameter_service.specs import block_bytes, layout_of
+from computron.parameter_service.specs import layout_of
 from computron.parameter_service.wire.messages import (
     FRESH,
     KEEP,
@@ -25,6 +28,7 @@ from computron.parameter_service.wire.messages import (
     Held,
     Hold,
     Host,
+    Keep,
     Kept,
     Move,
     Ready,
@@ -32,10 +36,6 @@ from computron.parameter_service.wire.messages import (
 from computron.parameter_service.wire.segments import Segment
 
 log = logging.getLogger(__name__)
-
-
-class NoRoom(Exception):
-    """The aggregator may not use so much memory."""
 
 
 class Orders:
@@ -55,19 +55,13 @@ class Orders:
         leave: Callable[[Worker], None],
     ) -> None:
         self._jobs = jobs
-        self._memory = memory
+        self.room = Room(jobs, memory)
         self._steps = steps
         self._moves = moves
         self._saver = saver
         self._report = report
         self._arrived = arrived
         self._leave = leave
-
-    @property
-    def used(self) -> int:
-        """Bytes that blocks take."""
-        jobs = self._jobs.values()
-        return sum(b.segment.nbytes for job in jobs for b in (*job.blocks.values(), *job.leaving.values()))
 
     def hold(self, order: Hold) -> None:
         job = self._jobs.get(order.job)
@@ -82,7 +76,8 @@ class Orders:
             if job.epoch == order.epoch:
                 blocks = {**job.leaving, **job.blocks}.values()
                 states = tuple(BlockState(b.block.index, b.applied) for b in blocks if b.complete)
-                self._report(Held(order.job, order.epoch, states, job.lately(), tuple(job.leaving)))
+                empty = tuple(b.block.index for b in blocks if not b.complete)
+                self._report(Held(order.job, order.epoch, states, job.lately(), tuple(job.leaving), empty))
 
         self._steps.quiet(job, quiet)
 
@@ -97,7 +92,7 @@ class Orders:
             return
         blocks = [job.blocks[index] for index in order.blocks if index in job.blocks]
         wrong = [b.block.index for b in blocks if not b.complete or b.applied != order.step - 1]
-        unstaged = [commit.rank for commit in order.commits if commit.rank not in job.workers]
+        unstaged = _without_gradients(job, blocks, order)
         if len(blocks) < len(order.blocks) or wrong or unstaged:
             what = f"of workers {unstaged} there are no gradients" if unstaged else f"blocks {wrong} are not there"
             self._report(Failed(order.job, order.epoch, "complete", f"step {order.step}: {what}"))
@@ -134,18 +129,33 @@ class Orders:
             return
         self._moves.order(job, order)
 
+    def keep(self, order: Keep) -> None:
+        job = self._jobs.get(order.job)
+        if job is None or order.epoch != job.epoch or job.held:
+            return
+        blocks = [block for block in job.blocks.values() if block.complete and not block.scheduled]
+        for step in {block.applied for block in blocks}:
+            self._saver.save(job, [block for block in blocks if block.applied == step], step)
+
     def drop(self, order: Drop) -> None:
         job = self._jobs.pop(order.job, None)
         if job is not None:
-            self._saver.cancel(job, versions=True)
+            job.held = True
+            if job.blocks or job.leaving:  # else it has moved away, and files get what was copied for them before
+                self._saver.cancel(job, versions=True)
             self._steps.quiet(job, lambda: self._forget(job))
 
     def kept(self, order: Kept) -> list[Job]:
-        """The job, if it is here: more of its steps may be applied now."""
+        """The job, if it is here: others of its steps may be applied now."""
         job = self._jobs.get(order.job)
         if job is None:
             return []
-        job.kept, job.guard = max(job.kept, order.step), Guard.MASTER
+        job.guard = Guard.MASTER
+        if order.step is None:
+            job.kept = None
+        else:
+            job.kept = order.step if job.kept is None else max(job.kept, order.step)
+            job.trouble = ""
         return [job]
 
     def expect(self, message: Expect) -> Job:
@@ -156,23 +166,25 @@ class Orders:
             raise ValueError(f"the job is in epoch {job.epoch}, not {message.epoch}")
         if job is None:
             job = new_job(message)
-        blocks = [index for index in message.blocks if index not in job.blocks]
-        self._check_room(sum(block_bytes(job.spec, job.layout.blocks[index]) for index in blocks))
         if message.epoch > job.epoch:
             job.epoch, job.members = message.epoch, message.members
+            job.kept, job.history = message.kept, message.history
             job.commits.clear()
             job.forget_asks()
             job.given.clear()
             job.expect_nothing()
-        job.expected.update(blocks)
+        blocks = {index for index in message.blocks if index not in job.blocks}
+        self.room.check_blocks(job, blocks - job.expected, message.pushing)
+        job.expected |= blocks
         self._jobs[message.spec.job] = job
         return job
 
     def adopt(self, job: Job, message: Adopt, segment: Segment, memory: str) -> None:
         block = HeldBlock.of(job.spec, job.layout.blocks[message.block], segment, memory)
         block.applied, block.updates, block.complete = message.applied, message.updates, True
-        block.saved = job.kept
         job.blocks[message.block] = block
+        if not message.limited:
+            job.kept = None
         job.expected.discard(message.block)
         job.given.pop(message.block, None)
         self._arrived(job, [block])
@@ -190,9 +202,12 @@ class Orders:
         missing = [index for index in order.blocks if index not in job.blocks and index not in job.leaving]
         if order.source == KEEP and missing:
             raise ValueError(f"blocks {missing} are not here to be kept")
-        self._check_room(sum(block_bytes(job.spec, job.layout.blocks[index]) for index in missing))
+        job.expect_nothing()
+        self.room.check_blocks(job, missing)
         job.epoch, job.members, job.held, job.token = order.epoch, order.members, True, order.token
-        job.kept = order.kept
+        job.kept, job.guard = order.kept, Guard.MASTER
+        if order.kept is not None:
+            job.trouble = ""
         self._saver.cancel(job, versions=order.source != KEEP)
         self._steps.quiet(job, lambda: self._entered(job, order) if job.epoch == order.epoch else None)
 
@@ -204,9 +219,10 @@ class Orders:
             return
         known = {**job.leaving, **job.blocks}
         job.blocks, job.leaving, job.given = {}, {}, {}
-        job.expect_nothing()
         job.commits.clear()
         job.forget_asks()
+        if order.source != KEEP:
+            job.history = order.epoch
         try:
             for index in order.blocks:
                 block = known.pop(index, None) or HeldBlock.create(job.spec, job.layout.blocks[index])
@@ -228,7 +244,7 @@ class Orders:
             self._go(job, order, blocks)
             return
         for block in blocks:
-            block.complete, block.saved = False, order.kept
+            block.complete, block.saved = False, -math.inf
         if order.source == FRESH:
             for block in blocks:
                 block.applied = order.applied
@@ -253,25 +269,35 @@ class Orders:
             block.applied, block.complete = order.applied, True
         job.held = False
         self._ready(job, order.epoch, blocks)
-        if job.spec.snapshot_every and order.applied > job.kept:
+        if job.spec.snapshot_every and (job.kept is None or order.applied > job.kept):
             self._saver.save(job, blocks, order.applied)  # what was being saved in the last epoch will not be complete
         self._arrived(job, blocks)
 
     def _ready(self, job: Job, epoch: int, blocks: Sequence[HeldBlock]) -> None:
         self._report(Ready(job.spec.job, epoch, tuple(BlockState(b.block.index, b.applied) for b in blocks)))
 
-    def _check_room(self, nbytes: int) -> None:
-        if self.used + nbytes > self._memory:
-            raise NoRoom(f"{nbytes} bytes more than the {self.used} in use exceed the {self._memory} that it may use")
-
     def _forget(self, job: Job) -> None:
         job.expect_nothing()
+        self._steps.compute.behind(job)  # nothing of it is left there
         for block in (*job.blocks.values(), *job.leaving.values()):
             block.close()
         for worker in job.workers.values():
             self._leave(worker)
 
 
+def _without_gradients(job: Job, blocks: Sequence[HeldBlock], order: Complete) -> list[int]:
+    """Ranks that committed the step elsewhere, and of which not all gradients that it takes here are here."""
+    ranks = [commit.rank for commit in order.commits]
+    gone = [rank for rank in ranks if rank not in job.workers]
+    if gone or any(commit.skip for commit in order.commits):
+        return gone
+    stagings = {rank: job.workers[rank].staging for rank in ranks}
+    return sorted({rank for block in blocks for rank in missing(stagings, block.block, order.step)})
+
+
 def new_job(order: Host | Expect) -> Job:
     """Raises ValueError if there can be no such job."""
-    return Job(order.spec, order.token, order.epoch, order.members, layout_of(order.spec), kept=order.kept)
+    job = Job(order.spec, order.token, order.epoch, order.members, layout_of(order.spec), kept=order.kept)
+    if isinstance(order, Expect):
+        job.history = order.history
+    return job

@@ -39,6 +39,7 @@ from computron.parameter_service.wire.messages import (
     Host,
     HostedJob,
     JobUsage,
+    Keep,
     Kept,
     Move,
     Register,
@@ -76,6 +77,7 @@ class Aggregator:
         self._identity = settings.identity or f"aggregator-{uuid.uuid4().hex[:8]}"
         self._jobs: dict[str, Job] = {}
         self._stopped = asyncio.Event()
+        self._told_to_stop = asyncio.Event()
         self._told = time.monotonic()
         self._busy = 0.0
         self._cpu = time.process_time()
@@ -102,7 +104,7 @@ class Aggregator:
             loop.add_signal_handler(number, self._stopped.set)
         tasks: list[asyncio.Task[Any]]
         tasks = [asyncio.create_task(self._master.run()), asyncio.create_task(self._report_usage())]
-        tasks.append(asyncio.create_task(self._stopped.wait()))
+        tasks += [asyncio.create_task(self._stopped.wait()), asyncio.create_task(self._leave())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
@@ -128,26 +130,42 @@ class Aggregator:
                 self._orders.complete(message)
             case Move():
                 self._orders.move(message)
+            case Keep():
+                self._orders.keep(message)
             case Drop():
                 self._orders.drop(message)
             case Kept():
+                if message.step is not None:
+                    self._saver.kept(message.job, message.step)
                 for job in self._orders.kept(message):
                     self._server.go_on(job, list(job.blocks))
             case Registered():
                 for name in message.drop:
                     self._orders.drop(Drop(name))
                 self._saver.tell_again()
+                for job in self._jobs.values():
+                    if job.trouble:
+                        self._tell_failed(job, "save", job.trouble)
             case Stop():
-                self._stopped.set()
+                self._told_to_stop.set()
             case _:
                 log.error("%s is not for aggregators", type(message).__name__)
 
     def _changed(self, job: Job, blocks: list[HeldBlock], step: int, commits: Sequence[HeldCommit]) -> None:
-        if job.wants_snapshot(step):
+        if job.wants_snapshot(step) and not job.held:  # else this may be no step of the epoch that has begun
             self._saver.save(job, blocks, step)
         for version in versions_of(commits):
             self._saver.save(job, blocks, step, version)
         self._server.go_on(job, [block.block.index for block in blocks])
+
+    async def _leave(self) -> None:
+        """When the master says so, all that was to be in files is there, and the master has been told."""
+        told = False
+        while not told:
+            await self._told_to_stop.wait()
+            self._told_to_stop.clear()
+            await self._saver.written()
+            told = await self._master.flush()  # if not, the master says it again
 
     def _free(self, job: Job, blocks: Sequence[HeldBlock]) -> None:
         self._server.go_on(job, [block.block.index for block in blocks])
@@ -163,18 +181,20 @@ class Aggregator:
 
     def _order_failed(self, job: Job, order: str, reason: str) -> None:
         log.error("job %s: %s: %s", job.spec.job, order, reason)
-        self._report(Failed(job.spec.job, job.epoch, order, reason))
+        self._tell_failed(job, order, reason)
         if order == "save":
-            self._guard(job, Guard.NONE)
+            job.kept, job.trouble = None, reason
+            self._server.go_on(job, list(job.blocks))
+
+    def _tell_failed(self, job: Job, order: str, reason: str) -> None:
+        step = max((block.applied for block in job.blocks.values()), default=0)
+        self._report(Failed(job.spec.job, job.epoch, order, reason, step))
 
     def _master_away(self) -> None:
         for job in self._jobs.values():
             if job.guard is Guard.MASTER:
-                self._guard(job, Guard.BLOCK)
-
-    def _guard(self, job: Job, guard: Guard) -> None:
-        job.guard = guard
-        self._server.go_on(job, list(job.blocks))
+                job.guard = Guard.BLOCK
+                self._server.go_on(job, list(job.blocks))
 
     def _register(self) -> Register:
         jobs = tuple(
@@ -213,7 +233,7 @@ class Aggregator:
                 )
             )
             job.counters = type(job.counters)()
-        usage = Usage(self._identity, seconds, busy - self._busy, cpu - self._cpu, self._orders.used, tuple(jobs))
+        usage = Usage(self._identity, seconds, busy - self._busy, cpu - self._cpu, self._orders.room.used, tuple(jobs))
         self._busy, self._cpu = busy, cpu
         return usage
 

@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 from torch import Tensor
 
+from computron.errors import CheckpointError
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Job
 from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.versions.names import snapshot_path, version_path
-from computron.parameter_service.versions.snapshot import SnapshotReader, SnapshotWriter
+from computron.parameter_service.versions.snapshot import SnapshotMissing, SnapshotReader, SnapshotWriter
 from computron.parameter_service.versions.version import VersionWriter
 from computron.parameter_service.wire.messages import Extra, Saved
 
 log = logging.getLogger(__name__)
 
-TOLD_AGAIN = 64  # reports of saved blocks: those that a master may have missed
+TOLD_AGAIN = 64  # files of a job, the newest: a master may have missed what was told of them
 
 
 class Save:
@@ -35,8 +36,14 @@ class Save:
         self.version = version
         self.path = path
         self.epoch = job.epoch
+        self.history = job.history if version else 0
         self.begun = self.cancelled = False
         self._taken: dict[int, tuple[dict[str, Tensor], int]] = {}
+
+    @property
+    def file(self) -> tuple[Path, int]:
+        """What it goes into, together with others."""
+        return self.path, self.history
 
     def take(self, block: HeldBlock) -> None:
         index = block.block.index
@@ -49,7 +56,7 @@ class Save:
         if self.cancelled:
             raise Cancelled
         if self.version:
-            return VersionWriter(self.path, self.job.spec, version=self.version, step=self.step)
+            return VersionWriter(self.path, self.job.spec, version=self.version, step=self.step, history=self.history)
         return SnapshotWriter(self.path, self.job.spec, step=self.step, epoch=self.epoch)
 
     def write(self, file: VersionWriter | SnapshotWriter) -> None:
@@ -92,7 +99,7 @@ class Saver:
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "migration")
         self._pending: set[Save] = set()
-        self._told: deque[Saved] = deque(maxlen=TOLD_AGAIN)
+        self._told: dict[str, dict[tuple[str, int], Saved]] = {}  # by job and file
         self._beginning = threading.Lock()
 
     def close(self) -> None:
@@ -120,12 +127,14 @@ class Saver:
             then()  # those who save its blocks say why
             return
         path = version_path(self._directory, job.spec.job, message.version)
-        self._thread.submit(self._write_extra, job, message, data, path, then)
+        self._thread.submit(self._write_extra, job, message, data, path, job.history, then)
 
     def cancel(self, job: Job, *, versions: bool) -> None:
         """The job's state will be another one: what has not been copied yet must not be, and no file that was ordered
-        before is begun when this returns. versions: those too, not only snapshots.
+        before is begun when this returns. versions: those too, not only snapshots, and nothing of it is told again.
         """
+        if versions:
+            self._told.pop(job.spec.job, None)
         with self._beginning:
             for save in self._pending:
                 if save.job is job and (versions or not save.version):
@@ -133,19 +142,32 @@ class Saver:
 
     def restore(self, job: Job, blocks: Sequence[HeldBlock], path: Path, then: Callable[[], None]) -> None:
         """Fill the blocks from a snapshot; `then` is called when they are."""
-        self._thread.submit(self._read, job, tuple(blocks), path, then)
+        self._thread.submit(self._read, job, tuple(blocks), path, job.epoch, then)
+
+    def kept(self, job: str, step: int) -> None:
+        """The job's snapshot of this step is complete: it and those before it need not be told again."""
+        told = self._told.get(job, {})
+        for file in [file for file, saved in told.items() if not saved.version and saved.step <= step]:
+            del told[file]
 
     def tell_again(self) -> None:
-        """What was told while the master was away, it has not heard."""
-        for saved in self._told:
-            self._saved(saved)
+        """What was told while the master was away, it has not heard; and what it heard before it was started again of
+        files that were not complete, it has forgotten.
+        """
+        for told in self._told.values():
+            for saved in told.values():
+                self._saved(saved)
+
+    async def written(self) -> None:
+        """Wait until all that was ordered has been written, or cannot be, and was told."""
+        await self._loop.run_in_executor(self._thread, _nothing)
 
     def _write(self, save: Save) -> None:
         """With all that has been ordered for the same file meanwhile."""
         with self._beginning:
             if save.begun:
                 return
-            alike = [other for other in self._pending if other.path == save.path and not other.begun]
+            alike = [other for other in self._pending if other.file == save.file and not other.begun]
             together = [other for other in alike if other.cancelled == save.cancelled]
             for other in together:
                 other.begun = True
@@ -173,9 +195,7 @@ class Saver:
                     block.wanted.remove(save)
         if error is None and not save.cancelled:
             indices = tuple(block.block.index for block in save.blocks)
-            saved = Saved(save.job.spec.job, save.version, save.step, str(save.path), indices)
-            self._told.append(saved)
-            self._saved(saved)
+            self._tell(Saved(save.job.spec.job, save.version, save.step, str(save.path), indices, (), save.history))
             if not save.version:
                 for block in save.blocks:
                     block.saved = max(block.saved, save.step)
@@ -183,32 +203,56 @@ class Saver:
             self._failed(save.job, _order(save.version), f"{save.path}: {error}")
         self._free(save.job, save.blocks)
 
-    def _write_extra(self, job: Job, message: Extra, data: bytearray, path: Path, then: Callable[[], None]) -> None:
+    def _tell(self, saved: Saved) -> None:
+        told = self._told.setdefault(saved.job, {})
+        before = told.pop((saved.path, saved.history), None)
+        whole = saved
+        if before is not None:
+            blocks, extras = {*before.blocks, *saved.blocks}, {*before.extras, *saved.extras}
+            whole = msgspec.structs.replace(saved, blocks=tuple(sorted(blocks)), extras=tuple(sorted(extras)))
+        told[saved.path, saved.history] = whole
+        for oldest in list(told)[:-TOLD_AGAIN]:
+            del told[oldest]
+        self._saved(saved)
+
+    def _write_extra(
+        self, job: Job, message: Extra, data: bytearray, path: Path, history: int, then: Callable[[], None]
+    ) -> None:
         error: Exception | None = None
         try:
             with self._beginning:
                 if job.epoch != message.epoch:
                     return
-                version = VersionWriter(path, job.spec, version=message.version, step=message.step)
+                if path.exists():  # it is in there, or whoever saves the blocks says why not
+                    self._loop.call_soon_threadsafe(then)
+                    return
+                version = VersionWriter(path, job.spec, version=message.version, step=message.step, history=history)
             with version:
                 version.write_extra(message.tensor, data)
                 version.sync()
         except Exception as raised:
             error = raised
-        self._loop.call_soon_threadsafe(self._extra_written, job, message, path, then, error)
+        self._loop.call_soon_threadsafe(self._extra_written, job, message, path, history, then, error)
 
     def _extra_written(
-        self, job: Job, message: Extra, path: Path, then: Callable[[], None], error: Exception | None
+        self,
+        job: Job,
+        message: Extra,
+        path: Path,
+        history: int,
+        then: Callable[[], None],
+        error: Exception | None,
     ) -> None:
         if job.epoch != message.epoch:
             return  # it may have been discarded: whoever sent it sends it again, if it still belongs there
         if error is None:
-            self._saved(Saved(message.job, message.version, message.step, str(path), extras=(message.tensor,)))
+            saved = Saved(message.job, message.version, message.step, str(path), (), (message.tensor,), history)
+            self._tell(saved)
         else:
             self._failed(job, _order(message.version), f"{path}: {error}")
         then()
 
-    def _read(self, job: Job, blocks: Sequence[HeldBlock], path: Path, then: Callable[[], None]) -> None:
+    def _read(self, job: Job, blocks: Sequence[HeldBlock], path: Path, epoch: int, then: Callable[[], None]) -> None:
         error: Exception | None = None
         try:
             with SnapshotReader(path, job.spec) as snapshot:
@@ -219,15 +263,27 @@ class Saver:
                         block.updates = snapshot.read_updates(block.block)
         except Exception as raised:
             error = raised
-        self._loop.call_soon_threadsafe(self._restored, job, path, then, error)
+        self._loop.call_soon_threadsafe(self._restored, job, epoch, then, error)
 
-    def _restored(self, job: Job, path: Path, then: Callable[[], None], error: Exception | None) -> None:
+    def _restored(self, job: Job, epoch: int, then: Callable[[], None], error: Exception | None) -> None:
+        if job.epoch != epoch:
+            return
         if error is not None:
-            self._failed(job, "host", f"the snapshot cannot be taken up: {error}")
+            self._failed(job, _restoring(error), f"the snapshot cannot be taken up: {error}")
         else:
             then()
+
+
+def _nothing() -> None: ...
 
 
 def _order(version: str) -> str:
     """What cannot be carried out. Without snapshots a failure costs more; without a version it does not."""
     return "publish" if version else "save"
+
+
+def _restoring(error: Exception) -> str:
+    """What cannot be carried out: whether the snapshot is bad, or there is none, or it cannot be read here."""
+    if isinstance(error, SnapshotMissing):
+        return "find"
+    return "restore" if isinstance(error, CheckpointError) else "host"

@@ -23,12 +23,12 @@ from computron.parameter_service.aggregator.checks import (
 )
 from computron.parameter_service.aggregator.job import Job, Worker
 from computron.parameter_service.aggregator.moves import Moves
-from computron.parameter_service.aggregator.orders import NoRoom, Orders
+from computron.parameter_service.aggregator.orders import Orders
 from computron.parameter_service.aggregator.pages import Pages
+from computron.parameter_service.aggregator.room import NoRoom, make_room
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.staging import PushedStaging, SharedStaging, Staging, as_bytes, missing
 from computron.parameter_service.aggregator.steps import Steps
-from computron.parameter_service.specs import block_bytes
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.link import FDS_AT_ONCE, Link
 from computron.parameter_service.wire.messages import (
@@ -54,7 +54,6 @@ from computron.parameter_service.wire.messages import (
     Write,
     Written,
 )
-from computron.parameter_service.wire.segments import Segment
 
 log = logging.getLogger(__name__)
 
@@ -252,6 +251,8 @@ class Server:
             staging = before.staging
         else:
             staging = PushedStaging(job.spec)
+            if before is None or not isinstance(before.staging, PushedStaging):  # else it takes that one's room
+                self._check_gradients(job, message.rank)
         worker = Worker(message.rank, message.incarnation, link, staging)
         if before is not None and before.staging is not staging and not message.shared:
             job.commits.pop(message.rank, None)  # its gradients went with the old connection
@@ -263,6 +264,12 @@ class Server:
         for index, (step, to) in job.given.items():  # it may have been away when the others were told
             if index not in job.expected:  # what comes back is not there any more
                 link.send(Moved(job.spec.job, job.epoch, step, (index,), to))
+
+    def _check_gradients(self, job: Job, rank: int) -> None:
+        try:
+            self.orders.room.check_gradients(job)
+        except NoRoom as error:
+            raise Refusal(refusals.QUOTA, f"no room for the gradients that rank {rank} pushes: {error}") from error
 
     def _joined(self, job: Job, worker: Worker, blocks: Sequence[HeldBlock]) -> None:
         fds = [block.segment.fd for block in blocks] if worker.link.shares_memory else []
@@ -316,7 +323,7 @@ class Server:
             raise Refusal(refusals.BAD_MESSAGE, f"{len(fds)} file descriptors came for {len(message.blocks)} blocks")
         try:
             job = self.orders.expect(message)
-            self._make_room(job, message.blocks, fds)
+            make_room(job, message.blocks, fds)
         except NoRoom as error:
             raise Refusal(refusals.QUOTA, str(error)) from error
         except ValueError as error:
@@ -328,20 +335,6 @@ class Server:
         self.pages.touch(
             [job.arriving[index] for index in message.blocks if index in job.arriving], lambda: link.send(expecting)
         )
-
-    def _make_room(self, job: Job, blocks: Sequence[int], fds: list[int]) -> None:
-        """Memory for blocks that are to come: of these descriptors, or new. Raises OSError, ValueError."""
-        mapped = dict(zip(blocks, fds, strict=True)) if fds else {}
-        for index in blocks:
-            if index not in job.expected:
-                continue
-            if (before := job.arriving.pop(index, None)) is not None:
-                before.close()
-            nbytes = block_bytes(job.spec, job.layout.blocks[index])
-            if mapped:
-                job.arriving[index] = Segment(os.dup(mapped[index]), nbytes)
-            else:
-                job.arriving[index] = Segment.create(f"computron:{job.spec.job}:{index}", nbytes)
 
     def _room(self, link: Link, message: Adopt) -> memoryview:
         """The memory that the block comes into, or is in."""
@@ -355,8 +348,8 @@ class Server:
         self._room(link, message)
         job = self._job(message.job)
         segment, memory = job.arriving.pop(message.block), message.memory if link.shares_memory else uuid.uuid4().hex
+        link.send(Adopted(message.job, message.epoch, message.block))  # before a step changes what the other one keeps
         self.orders.adopt(job, message, segment, memory)
-        link.send(Adopted(message.job, message.epoch, message.block))
 
     # What is where.
 

@@ -58,9 +58,12 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class NotFinished:
-    """A file could not be given its name."""
+    """A file could not be given its name. version: "" for a snapshot."""
 
     job: str
+    version: str
+    step: int
+    path: str
     message: str
 
 
@@ -131,12 +134,13 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """All blocks are in this file, which may have its name now. version: "" for a snapshot."""
+    """All blocks are in this file, which may have its name now. version: "" for a snapshot. history: as in `Saved`."""
 
     job: str
     version: str
     step: int
     path: str
+    history: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +153,10 @@ class Prune:
 
 @dataclass(frozen=True, slots=True)
 class Discard:
-    """A version's file that will not be complete."""
+    """A version's file that will not be complete. history: as in `Saved`."""
 
     path: str
+    history: int = 0
 
 
 Order = Log | Send | Close | Start | Finish | Prune | Discard

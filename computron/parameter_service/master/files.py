@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from computron.parameter_service.master.events import Discard, Finish, Finished, Prune
-from computron.parameter_service.master.records import SnapshotSaved, VersionSaved
+from computron.parameter_service.master.events import Discard, Finish, Finished, NotFinished, Prune
+from computron.parameter_service.master.records import SavingFailed, SnapshotSaved, VersionSaved
 from computron.parameter_service.master.state import Job, State, Unfinished
 from computron.parameter_service.versions.names import begun_of
-from computron.parameter_service.wire.messages import Kept, Saved
+from computron.parameter_service.wire.messages import Failed, Kept, Saved
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +20,10 @@ class Files:
 
     def saved(self, message: Saved, now: float) -> None:
         job = self._state.jobs.get(message.job)
-        if job is None or message.path in job.book.files or not _counts(job, message):
+        if job is None or message.path in job.book.files or not _counts(job, message) or _is_late(job, message):
             return
         job.saw(message.step, now)
-        key = message.version, message.step, message.path
+        key = message.version, message.step, message.path, message.history
         there = job.saving.setdefault(key, Unfinished())
         there.blocks.update(message.blocks)
         there.extras.update(message.extras)
@@ -32,12 +32,38 @@ class Files:
             del job.saving[key]
             self._state.orders.append(Finish(job.name, *key))
 
-    def failed(self, name: str, message: str) -> None:
-        """A snapshot or a version did not come about; the job's view says so until a snapshot does."""
-        log.error("file_failed job=%s reason=%s", name, message)
-        job = self._state.jobs.get(name)
-        if job is not None:
-            job.trouble = message
+    def not_saved(self, job: Job, aggregator: str, message: Failed) -> None:
+        """Blocks of a snapshot could not be written. What an older epoch lacks is saved again in the next."""
+        reason = f"{aggregator}: {message.message}"
+        if message.epoch == job.book.epoch:
+            self._do_without(job, message.step, reason)
+        else:
+            log.info("old_file_failed job=%s reason=%s", job.name, reason)
+
+    def not_published(self, job: Job, reason: str) -> None:
+        """The job's view says so until another version is complete."""
+        log.error("version_failed job=%s reason=%s", job.name, reason)
+        job.unpublished = reason
+
+    def not_finished(self, event: NotFinished) -> None:
+        job = self._state.jobs.get(event.job)
+        if job is None or not _counts(job, event):
+            log.info("old_file_failed job=%s reason=%s", event.job, event.message)
+        elif event.version:
+            self.not_published(job, event.message)
+        else:
+            self._do_without(job, event.step, event.message)
+
+    def _do_without(self, job: Job, step: int, reason: str) -> None:
+        """A snapshot of this step, or of one before, did not come about, wherever it failed: none of the aggregators is
+        to wait for it.
+        """
+        log.error("snapshot_failed job=%s reason=%s", job.name, reason)
+        job.trouble, job.trouble_step = reason, max(job.trouble_step, step)
+        if not job.book.unsaved:
+            self._state.write(SavingFailed(job.name))
+        for name in sorted(job.holders):
+            self._state.tell(name, Kept(job.name, None))
 
     def finished(self, event: Finished) -> None:
         job = self._state.jobs.get(event.job)
@@ -45,29 +71,49 @@ class Files:
             return
         if event.version:
             self._state.write(VersionSaved(event.job, event.version, event.step, event.path, event.at))
+            job.unpublished = ""
             log.info("version_complete job=%s version=%s step=%d", event.job, event.version, event.step)
             return
-        job.trouble = ""
         self._state.write(SnapshotSaved(event.job, event.step, event.path))
         for key in [key for key in job.saving if not key[0] and key[1] < event.step]:
             del job.saving[key]  # what is missing in an older one will not come any more
         self._state.orders.append(Prune(event.path, tuple(saved.path for saved in job.book.snapshots)))
+        if job.trouble and event.step < job.trouble_step:
+            return  # later ones have failed: perhaps no other is tried before the limit that this one sets
+        job.trouble, job.trouble_step = "", 0
         for name in sorted(job.holders):
             self._state.tell(name, Kept(job.name, event.step))
 
 
-def _counts(job: Job, file: Saved | Finished) -> bool:
-    """Whether a snapshot is of a state that the job still comes from."""
+def _counts(job: Job, file: Saved | Finished | NotFinished) -> bool:
+    """Whether a file is of a state that the job still comes from. A version that is complete is what it is."""
+    if file.version:
+        if not isinstance(file, Saved):
+            return True
+        return job.book.is_in(file.history) and not _is_before_load(job, file.history)
     begun = begun_of(Path(file.path))
-    return bool(file.version) or begun is None or job.book.counts(*begun)
+    return begun is None or (job.book.counts(*begun) and not _is_before_load(job, begun[1]))
 
 
-def newest(job: Job) -> SnapshotSaved:
+def _is_before_load(job: Job, epoch: int) -> bool:
+    """Whether another state is being loaded since that epoch."""
+    placed = job.book.placed
+    return placed is not None and job.book.loads > job.book.loaded and epoch < placed.epoch
+
+
+def _is_late(job: Job, message: Saved) -> bool:
+    """Whether a newer snapshot is complete, so that nobody needs this one any more, and it may have been removed."""
+    begun = begun_of(Path(message.path))
+    known = [begun_of(Path(saved.path)) for saved in job.book.counted]
+    return begun is not None and any(later is not None and begun < later for later in known)
+
+
+def newest(job: Job) -> SnapshotSaved | None:
     """The complete snapshot of the last step; of two of the same step, that of the later epoch."""
-    return max(job.book.snapshots, key=lambda saved: begun_of(Path(saved.path)) or (saved.step, 0))
+    return max(job.book.counted, key=lambda saved: begun_of(Path(saved.path)) or (saved.step, 0), default=None)
 
 
 def discard_unfinished(state: State, job: Job) -> None:
     """What is being written will not be complete: the job goes on from another step, or is no more."""
-    state.orders.extend(Discard(path) for version, _, path in job.saving if version)
+    state.orders.extend(Discard(path, history) for version, _, path, history in job.saving if version)
     job.saving.clear()

@@ -1,4 +1,4 @@
-"""What is known when `Hold` was answered: where blocks are, what was committed, and who has said nothing."""
+"""What aggregators have said: where blocks are, what was committed, what is missing, and who has said nothing."""
 
 from __future__ import annotations
 
@@ -40,9 +40,22 @@ def best(job: Job, held: dict[str, Held]) -> dict[int, tuple[int, str]]:
     return {block: (rank[0], name) for block, (rank, name) in found.items()}
 
 
+def is_unfilled(job: Job, change: Change) -> bool:
+    """Whether the first parameters did not come to all blocks: the blocks are all there, and some of them are empty."""
+    full = {state.block for held in change.held.values() for state in held.blocks if state.applied == 0}
+    empty = {block for held in change.held.values() for block in held.empty}
+    return bool(empty - full) and full | empty >= set(range(len(job.layout.blocks)))
+
+
 def commits_of(change: Change, step: int, members: set[int]) -> tuple[HeldCommit, ...] | None:
     """Of all members for this step, as any aggregator has seen them; None if one's is nowhere."""
     found = {commit.rank: commit for held in change.held.values() for commit in held.commits if commit.step == step}
     if set(found) < members:
         return None
     return tuple(found[rank] for rank in sorted(members & set(found)))
+
+
+def nobody_finds(state: State, job: Job) -> bool:
+    """Whether the last snapshot is missing for all aggregators that could be asked for it."""
+    known = state.aggregators.values()
+    return all(a.id in job.missing for a in known if a.link is not None and not a.draining and not a.stopping)

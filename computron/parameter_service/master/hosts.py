@@ -60,7 +60,7 @@ class Hosts:
                 job.fenced.add(name)
             if name in job.holders:
                 self._compare(job, name, message.jobs)
-                self._reconfiguration.aggregator_back(job, name)
+                self._reconfiguration.aggregator_back(job, name, now)
                 for worker in job.linked:
                     self._reconfiguration.placement(job, worker)
 

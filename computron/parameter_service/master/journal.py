@@ -17,6 +17,7 @@ from computron.parameter_service.master.records import Book, Record
 log = logging.getLogger(__name__)
 
 MODE = 0o600  # it holds the jobs' tokens
+LARGEST = 8 << 20  # bytes that the log may have, or twice what it needs, before it is written anew
 
 
 class LogUnusable(ComputronError):
@@ -40,13 +41,14 @@ class Journal:
         self.path = path
         self._encode = msgspec.json.Encoder().encode
         self._dirty = False
+        self._size = 0
         self._broken: LogUnusable | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(path)
             try:
                 self.book = _read(path)
-                self._file = self._compacted()
+                self._compact()
             except BaseException:
                 os.close(self._lock)
                 raise
@@ -57,8 +59,8 @@ class Journal:
         """Raises LogUnusable, and does so ever after."""
         line = self._encode(record) + b"\n"
         with self._whole():
-            while line:
-                line = line[os.write(self._file, line) :]
+            _write(self._file, line)
+        self._size += len(line)
         self._dirty = True
 
     def sync(self) -> None:
@@ -67,6 +69,16 @@ class Journal:
             if self._dirty:
                 os.fdatasync(self._file)
         self._dirty = False
+
+    def shorten(self) -> None:
+        """Write the log anew if it has become too long. To be called when all that `book` has is in it. Raises as
+        `append` does.
+        """
+        if self._size > self._longest:
+            with self._whole():
+                before = self._file
+                self._compact()
+                os.close(before)
 
     def close(self) -> None:
         """Raises LogUnusable if what was appended last may be lost."""
@@ -88,13 +100,15 @@ class Journal:
             self._broken = LogUnusable(text)
             raise self._broken from error
 
-    def _compacted(self) -> int:
+    def _compact(self) -> None:
         fresh = self.path.with_name(f"{self.path.name}.new")
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, MODE)
         try:
-            self._file = descriptor
+            size = 0
             for record in self.book.records():
-                self.append(record)
+                line = self._encode(record) + b"\n"
+                _write(descriptor, line)
+                size += len(line)
             os.fsync(descriptor)
             os.replace(fresh, self.path)
             folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -105,8 +119,12 @@ class Journal:
         except BaseException:
             os.close(descriptor)
             raise
-        self._dirty = False
-        return descriptor
+        self._file, self._size, self._longest, self._dirty = descriptor, size, max(LARGEST, 2 * size), False
+
+
+def _write(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
 
 
 def _locked(path: Path) -> int:

@@ -1,17 +1,15 @@
-"""States that workers load into a job: one of them brings it, in an epoch of its own, and nothing that was saved in an
-older epoch counts any more. Until no failure can lose what was loaded, all of them keep it: it can be brought again.
+"""States that workers load into a job: one of them brings it, in an epoch of its own. Until no failure can lose what
+was loaded, all of them keep it: it can be brought again. Then nothing that was saved in an older epoch counts any more.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from computron.parameter_service.master.records import StateLoaded
+from computron.parameter_service.master.records import NOTHING, RolledBack, StateLoaded
 from computron.parameter_service.master.state import Job, State, Worker
 from computron.parameter_service.versions.names import begun_of
 from computron.parameter_service.wire.messages import Loaded
-
-NOTHING = -1  # no step of an older epoch counts
 
 
 def may_load(job: Job) -> bool:
@@ -46,6 +44,7 @@ def look_for_loaded(state: State, job: Job) -> None:
     epochs = [begun[1] for saved in book.snapshots if (begun := begun_of(Path(saved.path))) is not None]
     if book.spec.snapshot_every and not job.trouble and max(epochs, default=0) < placed.epoch:
         return
+    state.write(RolledBack(job.name, placed.epoch, NOTHING))
     state.write(StateLoaded(job.name, book.loads))
     for worker in job.linked:
         state.send(worker.link, Loaded(job.name, book.loaded))

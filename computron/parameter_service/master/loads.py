@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from computron.parameter_service.master.state import REPORTS, Job, State, memory_of
 from computron.parameter_service.packing import BlockLoad, Capacity, Fleet, JobLoad
+from computron.parameter_service.specs import gradient_bytes
 
 # Seconds of a compute thread for one element of a block, until an aggregator has measured it: torch's fused kernels on
 # one thread, 25 million elements, with one addition of a second worker's gradients.
@@ -25,15 +26,22 @@ def load_of(state: State, job: Job) -> JobLoad:
         BlockLoad(
             block=block.index,
             cpu=job.cpu.get(block.index, block.elements * each),
-            memory=memory_of(job, block.index),
+            memory=room,
             network=copies * block.nbytes if remote else 0,
         )
-        for block in job.layout.blocks
+        for block, room in zip(job.layout.blocks, room_of(state, job), strict=True)
     )
     cpu = sum(load.cpu for load in blocks)
     compute = compute_of(job)
     period = cpu + (UNKNOWN_COMPUTE * cpu if compute is None else compute + overhead_of(job))
     return JobLoad(job.name, period * (1 + 1e-9), blocks, job.book.spec.loss_limit)
+
+
+def room_of(state: State, job: Job) -> list[int]:
+    """What each block takes of an aggregator's memory: its state, and the gradients of workers that push them there."""
+    machines = _machines(state)
+    pushing = sum(machines != {worker.machine} for worker in job.workers.values() if worker.machine)
+    return [memory_of(job, block.index) + pushing * gradient_bytes(job.book.spec, block) for block in job.layout.blocks]
 
 
 def compute_of(job: Job) -> float | None:
@@ -80,7 +88,7 @@ def observed_loss(state: State, job: Job) -> float | None:
     if iteration is None or not is_measured(job):
         return None
     period = load_of(state, job).period
-    waited = max(job.behind.get(owner, 0.0) for owner in job.book.owners)
+    waited = max((job.behind.get(owner, 0.0) for owner in job.book.owners), default=0.0)
     lost = min(max(0.0, iteration - period), waited)
     return lost / (period + lost)
 
@@ -102,6 +110,10 @@ def fleet_of(state: State, servers: Iterable[str], *, without: Job | None = None
     return fleet
 
 
+def _machines(state: State) -> set[str]:
+    return {known.address.machine for known in state.aggregators.values() if known.address is not None}
+
+
 def _is_remote(state: State, job: Job) -> bool:
-    machines = {known.address.machine for known in state.aggregators.values() if known.address is not None}
+    machines = _machines(state)
     return any(worker.machine not in machines for worker in job.workers.values() if worker.machine)

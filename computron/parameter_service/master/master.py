@@ -81,7 +81,7 @@ class Master:
             case Finished():
                 self._files.finished(event)
             case NotFinished():
-                self._files.failed(event.job, event.message)
+                self._files.not_finished(event)
             case Tick():
                 pass
             case _:
@@ -116,7 +116,7 @@ class Master:
             job = self.state.jobs[name] = Job(book, Layout(book.spec.tensors, book.spec.block_elements), now)
             if book.placed is not None:
                 job.step = book.placed.applied
-            job.step = max([job.step, *(snapshot.step for snapshot in book.snapshots)])
+            job.step = max([job.step, *(snapshot.step for snapshot in book.counted)])
             for rank, incarnation in book.members.items():
                 if rank not in book.gone:
                     job.workers[rank] = Worker(rank, incarnation, "", None, now, unlinked=now)
@@ -139,7 +139,7 @@ class Master:
             case Register():
                 self._hosts.register(link, message, now)
             case Leave():
-                self._workers.left(link, message)
+                self._workers.left(link, message, now)
             case Load():
                 self._workers.load(link, message)
             case Progress():
@@ -175,7 +175,9 @@ class Master:
                 self._reconfiguration.ready(job, name, message)
             case Failed(order="move" | "step"):
                 self._moves.failed(job, name, message, now)
-            case Failed(order="host" | "hold" | "complete"):
+            case Failed(order="host" | "hold" | "complete" | "restore" | "find"):
                 self._reconfiguration.failed(job, name, message, now)
+            case Failed(order="save"):
+                self._files.not_saved(job, name, message)
             case Failed():
-                self._files.failed(job.name, f"{name}: {message.message}")
+                self._files.not_published(job, f"{name}: {message.message}")

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from computron.parameter_service.master.loads import fleet_of, load_of
-from computron.parameter_service.master.state import Aggregator, Job, State, memory_of
+from computron.parameter_service.master.loads import fleet_of, load_of, room_of
+from computron.parameter_service.master.state import Aggregator, Job, State
 from computron.parameter_service.packing import DoesNotFit, Packer
 
 log = logging.getLogger(__name__)
@@ -19,12 +19,13 @@ class Placer(Protocol):
 
 
 def memory_used(state: State) -> dict[str, int]:
-    """Bytes of blocks, with optimizer states, at each aggregator, those that are on their way there included."""
+    """Bytes that blocks take at each aggregator, those that are on their way there included."""
     used: dict[str, int] = dict.fromkeys(state.aggregators, 0)
     for job in state.jobs.values():
+        room = room_of(state, job)
         for block, owner in enumerate(job.book.owners):
             for name in {owner, job.book.moving.get(block, owner)}:
-                used[name] = used.get(name, 0) + memory_of(job, block)
+                used[name] = used.get(name, 0) + room[block]
     return used
 
 
@@ -32,12 +33,11 @@ class LeastMemory:
     """Every block goes where most memory is free: for tests, and where nothing is known about loads."""
 
     def place(self, state: State, job: Job, usable: Sequence[Aggregator]) -> list[str] | None:
-        used = memory_used(state)
+        used, room = memory_used(state), room_of(state, job)
         for block, owner in enumerate(job.book.owners):
-            used[owner] = used.get(owner, 0) - memory_of(job, block)
+            used[owner] = used.get(owner, 0) - room[block]
         owners = []
-        for block in range(len(job.layout.blocks)):
-            size = memory_of(job, block)
+        for size in room:
             place = _roomiest(usable, used, size)
             if place is None:
                 return None

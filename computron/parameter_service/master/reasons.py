@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 
+from computron.parameter_service.master.files import newest
+from computron.parameter_service.master.findings import is_unfilled
 from computron.parameter_service.master.loading import may_load
 from computron.parameter_service.master.records import JobUnhosted, MemberGone
-from computron.parameter_service.master.state import Job, State
-from computron.parameter_service.wire.messages import Drop
+from computron.parameter_service.master.state import Change, Job, State, memory_of
+from computron.parameter_service.wire.messages import Drop, Keep
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +30,20 @@ def look_for_members(state: State, job: Job, now: float) -> None:
 
 
 def look_for_doubts(state: State, job: Job, now: float) -> None:
-    """Aggregators that a member cannot reach, while the job stands still: they count as lost for it."""
+    """Aggregators that a member or, for long, the master cannot reach, while the job stands still: they count as lost
+    for it. Those that only the master misses are waited for where nothing else has what they have.
+    """
     for aggregator, since in list(job.doubted.items()):
         if job.progressed > since or job.change is not None:
             del job.doubted[aggregator]
         elif now - since >= state.limits.unreachable:
             del job.doubted[aggregator]
             job.exclude([aggregator], now + state.limits.exclusion)
+    if job.change is None and job.linked and newest(job):
+        known = [state.aggregators[owner] for owner in sorted(set(job.book.owners)) if owner in state.aggregators]
+        away = [owner for owner in known if owner.link is None]
+        gone = [a.id for a in away if now - max(a.unlinked, job.progressed, job.since) >= state.limits.away]
+        job.exclude(gone, now + state.limits.exclusion)
 
 
 def reason_to_begin(state: State, job: Job, now: float) -> str | None:
@@ -62,14 +71,16 @@ def enough(job: Job) -> bool:
     return len(job.linked) >= max(1, job.book.spec.min_workers)
 
 
-def may_begin_anew(job: Job) -> bool:
+def may_begin_anew(job: Job, change: Change) -> bool:
     """Whether nothing is lost when a worker brings the parameters once more: nothing lasts, or nobody can have taken a
-    step, which needs a complete snapshot of the beginning unless none can be written.
+    step or loaded a state. That needs a complete snapshot of the beginning, unless none can be written, and all blocks.
     """
     spec = job.book.spec
-    if spec.optimizer == "sum" or job.book.placed is None:
+    if spec.optimizer == "sum":
         return True
-    return spec.snapshot_every > 0 and job.step == 0 and not job.trouble
+    if job.step > 0 or job.book.loaded:
+        return False
+    return job.book.placed is None or (spec.snapshot_every > 0 and not job.book.unsaved) or is_unfilled(job, change)
 
 
 def why_nothing_is_left(job: Job) -> str:
@@ -77,24 +88,51 @@ def why_nothing_is_left(job: Job) -> str:
     every = job.book.spec.snapshot_every
     if every == 0:
         return "and no snapshots are taken of this job: set snapshot_every, and give the service a snapshots folder"
-    if job.trouble:
-        return f"and no snapshot could be written: {job.trouble}"
+    if job.trouble or job.book.unsaved:
+        return f"and no snapshot could be written: {job.trouble or 'see the log of the master before this one'}"
     return f"and no snapshot was complete yet: one is taken every {every} steps; take them more often to lose less"
 
 
 def look_for_idleness(state: State, job: Job, now: float) -> None:
-    """A job that nobody has worked on for long gives its memory back, if it can be taken up from a snapshot."""
+    """A job that nobody has worked on for long gives its memory back, if it can be taken up from a snapshot, or nothing
+    of it lasts.
+    """
     if job.workers:
-        job.idle_since = None
+        job.idle_since = job.kept_by = None
     elif job.idle_since is None:
         job.idle_since = now
-    elif now - job.idle_since >= state.limits.idle and job.book.snapshots:
+    elif now - job.idle_since >= state.limits.idle and (newest(job) or job.book.spec.optimizer == "sum"):
         if job.unfenced or not all(map(state.is_linked, job.holders)):
             return  # somebody may still train it with an aggregator that cannot be told
-        for name in sorted(job.holders):
-            state.tell(name, Drop(job.name))
-        state.write(JobUnhosted(job.name))
-        job.hosts.clear()
+        if job.change is None and _is_kept(state, job, now):
+            unhost(state, job)
+
+
+def _is_kept(state: State, job: Job, now: float) -> bool:
+    """Whether the last step is in a snapshot, which is asked for, or cannot be brought there in time. A step that is
+    half taken cannot.
+    """
+    placed = job.book.placed
+    snapshot = newest(job)
+    if placed is None or snapshot is None or snapshot.step >= job.step:
+        return True
+    if job.kept_by is None:
+        size = sum(memory_of(job, block) for block in range(len(job.layout.blocks)))
+        job.kept_by = now + state.limits.hold + size / state.limits.read_rate
+        for name in sorted(set(job.book.owners)):
+            state.tell(name, Keep(job.name, placed.epoch))
+    if now < job.kept_by:
+        return False
+    log.warning("steps_dropped job=%s step=%d: they could not be saved", job.name, job.step)
+    return True
+
+
+def unhost(state: State, job: Job) -> None:
+    """Give its memory back. Aggregators that cannot be told now are when they come back."""
+    for name in sorted(job.holders):
+        state.tell(name, Drop(job.name))
+    state.write(JobUnhosted(job.name))
+    job.hosts.clear()
 
 
 def _pressing(state: State, job: Job) -> str | None:

@@ -20,8 +20,8 @@ import logging
 from collections.abc import Iterable
 
 from computron.parameter_service.master.files import discard_unfinished, newest
-from computron.parameter_service.master.findings import best, commits_of, is_followed, silent
-from computron.parameter_service.master.loading import NOTHING, bringers, look_for_loaded
+from computron.parameter_service.master.findings import best, commits_of, is_followed, nobody_finds, silent
+from computron.parameter_service.master.loading import bringers, look_for_loaded
 from computron.parameter_service.master.placement import Placer
 from computron.parameter_service.master.reasons import (
     enough,
@@ -30,6 +30,7 @@ from computron.parameter_service.master.reasons import (
     look_for_members,
     may_begin_anew,
     reason_to_begin,
+    unhost,
     why_nothing_is_left,
 )
 from computron.parameter_service.master.records import (
@@ -113,18 +114,26 @@ class Reconfiguration:
             "order_failed job=%s aggregator=%s order=%s reason=%s",
             job.name, aggregator, message.order, message.message,
         )  # fmt: skip
-        if change.source not in (KEEP, FRESH) and change.source in message.message:  # the file itself is wrong
+        if message.order == "find":
+            job.missing.add(aggregator)
+        if message.order == "restore" or (message.order == "find" and nobody_finds(self._state, job)):
             self._state.write(SnapshotBad(job.name, change.source))
+            job.readmit(job.missing)
+            job.missing.clear()
         else:
             self._exclude(job, [aggregator], now)
         self._begin(job, f"{aggregator} failed: {message.message}", now)
 
-    def aggregator_back(self, job: Job, aggregator: str) -> None:
-        """It has registered, and may have blocks of the job."""
+    def aggregator_back(self, job: Job, aggregator: str, now: float) -> None:
+        """It has registered, and may have blocks of the job. What it was ordered meanwhile it may not have heard."""
         change = job.change
-        if change is not None and change.phase is Phase.COLLECTING:
+        if change is None:
+            return
+        if change.phase is Phase.COLLECTING:
             change.awaited.add(aggregator)
             self._state.tell(aggregator, Hold(job.name, change.epoch))
+        elif any(change.owners[block] == aggregator for block in change.waiting):
+            self._begin(job, f"{aggregator} was away", now)
 
     def aggregator_gone(self, job: Job, aggregator: str, now: float) -> None:
         """It is dead."""
@@ -168,8 +177,8 @@ class Reconfiguration:
             ),
         )
 
-    def _exclude(self, job: Job, aggregators: Iterable[str], now: float) -> None:
-        job.exclude(aggregators, now + self._state.limits.exclusion)
+    def _exclude(self, job: Job, aggregators: Iterable[str], now: float, *, silent: bool = False) -> None:
+        job.exclude(aggregators, now + self._state.limits.exclusion, silent=silent)
 
     # 1. Hold.
 
@@ -199,7 +208,7 @@ class Reconfiguration:
                 return
             for name in change.awaited:
                 log.warning("aggregator_silent job=%s aggregator=%s", job.name, name)
-            self._exclude(job, change.awaited, now)
+            self._exclude(job, change.awaited, now, silent=True)
             self._decide(job, change, now)
         elif change.phase is Phase.PLACING:
             self._place(job, change, now)
@@ -209,7 +218,7 @@ class Reconfiguration:
             else:
                 self._finish(job, change)
         elif now >= change.deadline:
-            self._exclude(job, {change.owners[block] for block in change.waiting}, now)
+            self._exclude(job, {change.owners[block] for block in change.waiting}, now, silent=True)
             self._begin(job, f"{change.owners[min(change.waiting)]} did not get ready", now)
 
     def _may_abandon(self, job: Job, change: Change) -> bool:
@@ -219,7 +228,8 @@ class Reconfiguration:
     # 2. Decide.
 
     def _decide(self, job: Job, change: Change, now: float) -> None:
-        found = best(job, {name: held for name, held in change.held.items() if name not in job.excluded})
+        useless = job.excluded.keys() - job.silent
+        found = best(job, {name: held for name, held in change.held.items() if name not in useless})
         for held in change.held.values():
             for block in held.blocks:
                 job.saw(block.applied, now)
@@ -238,6 +248,7 @@ class Reconfiguration:
         change.owners = [found[block][1] for block in range(len(found))]
         change.applied = applied
         change.source = KEEP
+        job.readmit(change.owners)
         if not behind or commits is None:
             self._host(job, change, now)
             return
@@ -256,16 +267,17 @@ class Reconfiguration:
             self._place(job, change, now)
             return
         change.owners = [found[block][1] for block in range(len(found))]
+        job.readmit(change.owners)
         self._host(job, change, now)
 
     def _restore(self, job: Job, change: Change, now: float) -> None:
         """Go on from the last complete snapshot, or from the beginning where nothing is lost by that."""
         change.owners = []
-        if job.book.snapshots:
-            snapshot = newest(job)
+        snapshot = newest(job)
+        if snapshot is not None:
             change.source, change.applied = snapshot.path, snapshot.step
             change.lost = max(0, job.step - snapshot.step)
-        elif may_begin_anew(job):
+        elif may_begin_anew(job, change):
             change.source, change.applied = FRESH, job.step
         else:
             self.fail(job, f"{change.reason}, {why_nothing_is_left(job)}")
@@ -288,6 +300,8 @@ class Reconfiguration:
         log.error("job_failed job=%s reason=%s", job.name, message)
         self._state.write(JobFailed(job.name, message))
         job.change = None
+        unhost(self._state, job)
+        discard_unfinished(self._state, job)
         for worker in job.linked:
             self._state.dismiss(worker.link, job.name, refusals.FAILED, message)
         job.workers.clear()
@@ -305,6 +319,11 @@ class Reconfiguration:
             return
         change.members = {worker.rank: worker.incarnation for worker in job.workers.values()}
         change.phase = Phase.HOSTING
+        if change.source != KEEP:
+            job.trouble, job.trouble_step = "", 0  # a snapshot is tried again before the first limit
+            discard_unfinished(state, job)
+            if not change.loads:
+                state.write(RolledBack(job.name, change.epoch, change.applied))
         change.waiting = set() if change.source == FRESH else set(range(len(change.owners)))
         size = sum(block.nbytes for block in job.layout.blocks)
         reading = 0.0 if change.source == KEEP else 3 * size / state.limits.read_rate
@@ -328,11 +347,14 @@ class Reconfiguration:
         if not change.waiting:
             self._finish(job, change)  # the worker that brings the parameters needs its placement for that
 
-    def _kept(self, job: Job, change: Change) -> int:
+    def _kept(self, job: Job, change: Change) -> int | None:
         every = job.book.spec.snapshot_every
         if change.loads:
             return change.applied - every  # no step before there is a snapshot of what was loaded
-        return max((saved.step for saved in job.book.snapshots), default=-every)
+        if job.trouble:
+            return None
+        snapshot = newest(job)
+        return snapshot.step if snapshot is not None else -every
 
     def _finish(self, job: Job, change: Change) -> None:
         rolled_back = change.source != KEEP
@@ -360,14 +382,11 @@ class Reconfiguration:
                 self._state.write(MemberGone(job.name, rank, False))
         if rolled_back:
             self._state.rollbacks += job.step > 0 and not change.loads
-            self._state.write(RolledBack(job.name, change.epoch, NOTHING if change.loads else change.applied))
-            discard_unfinished(self._state, job)
             if change.lost:
                 log.warning("rolled_back job=%s to_step=%d lost=%d", job.name, change.applied, change.lost)
-        if change.loads:
-            job.trouble = ""
         job.step = change.applied
         job.change = None
+        job.missing.clear()
         job.mismatch_of_log = False
         log.info(
             "placed job=%s epoch=%d members=%d step=%d reason=%s",

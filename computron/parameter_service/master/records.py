@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
+from computron.parameter_service.versions.names import begun_of
 from computron.parameter_service.wire.messages import Address, JobSpec
 
 SNAPSHOTS_KEPT = 2
 DROPPED_KEPT = 1000  # names of deleted jobs
+NOTHING = -1  # no step of an older epoch counts
 
 
 class JobCreated(msgspec.Struct, tag="job_created", frozen=True):
+    """epoch: the last of an earlier job of this name, of which nothing counts: this one's come after it."""
+
     spec: JobSpec
     token: str
+    epoch: int = 0
 
 
 class EpochBegun(msgspec.Struct, tag="epoch_begun", frozen=True):
@@ -74,8 +80,16 @@ class SnapshotSaved(msgspec.Struct, tag="snapshot_saved", frozen=True):
     path: str
 
 
+class SavingFailed(msgspec.Struct, tag="saving_failed", frozen=True):
+    """No snapshot came about when one was due, and steps are taken all the same. Written before anybody is told so."""
+
+    job: str
+
+
 class RolledBack(msgspec.Struct, tag="rolled_back", frozen=True):
-    """With this epoch the job went back to step `applied`: what earlier epochs have saved of later steps is void."""
+    """With this epoch the job goes back to step `applied`: what earlier epochs have saved of later steps is void.
+    Written before anybody hears of it.
+    """
 
     job: str
     epoch: int
@@ -118,13 +132,18 @@ class JobFailed(msgspec.Struct, tag="job_failed", frozen=True):
 
 
 class JobUnhosted(msgspec.Struct, tag="job_unhosted", frozen=True):
-    """Nobody worked on the job any more; it can be taken up from its last snapshot."""
+    """Its blocks are nowhere now: nobody worked on the job any more, and it can be taken up from its last snapshot, or
+    it has failed.
+    """
 
     job: str
 
 
 class JobDropped(msgspec.Struct, tag="job_dropped", frozen=True):
+    """epoch: its last, if the records before this one do not say it."""
+
     job: str
+    epoch: int = 0
 
 
 class QuotaSet(msgspec.Struct, tag="quota_set", frozen=True):
@@ -159,8 +178,8 @@ class CountSet(msgspec.Struct, tag="count_set", frozen=True):
 
 Record = (
     JobCreated | EpochBegun | Placed | MoveBegun | MoveEnded | MemberGone | SnapshotSaved | SnapshotBad | VersionSaved
-    | RolledBack | StateLoaded | Totals | JobFailed | JobUnhosted | JobDropped | QuotaSet | AggregatorStarted
-    | AggregatorKnown | AggregatorGone | CountSet
+    | SavingFailed | RolledBack | StateLoaded | Totals | JobFailed | JobUnhosted | JobDropped | QuotaSet
+    | AggregatorStarted | AggregatorKnown | AggregatorGone | CountSet
 )  # fmt: skip
 
 
@@ -170,7 +189,7 @@ class JobBook:
 
     epoch: the newest that was ever used; above placed.epoch while a reconfiguration is going on. gone: members of
     `placed` that are not there any more, and whether that is certain. lost: steps rolled back ever. loaded: how often a
-    state was loaded, without one that is being loaded.
+    state was loaded, without one that is being loaded. unsaved: steps may have been taken that no snapshot precedes.
     """
 
     spec: JobSpec
@@ -182,6 +201,7 @@ class JobBook:
     snapshots: list[SnapshotSaved] = field(default_factory=list)
     versions: dict[str, VersionSaved] = field(default_factory=dict)
     rollbacks: list[RolledBack] = field(default_factory=list)
+    unsaved: bool = False
     failed: str | None = None
     lost: int = 0
     moves: int = 0
@@ -205,6 +225,16 @@ class JobBook:
         """Whether what was saved in that epoch after that step is of the job's history, and was not rolled back."""
         return all(step <= back.applied for back in self.rollbacks if epoch < back.epoch)
 
+    def is_in(self, history: int) -> bool:
+        """Whether the job has not gone back to an earlier state since that epoch."""
+        return all(back.epoch <= history for back in self.rollbacks)
+
+    @property
+    def counted(self) -> list[SnapshotSaved]:
+        """Complete snapshots that the job can go on from."""
+        begun = [(begun_of(Path(saved.path)), saved) for saved in self.snapshots]
+        return [saved for of, saved in begun if of is None or self.counts(*of)]
+
     @property
     def owners(self) -> tuple[str, ...]:
         return self.placed.owners if self.placed is not None else ()
@@ -223,17 +253,18 @@ class Book:
         self.known: dict[str, AggregatorKnown] = {}
         self.minimum: int | None = None
         self.quotas: dict[str, int] = {}
-        self.dropped: dict[str, None] = {}  # an aggregator that was away may still have these jobs; the oldest first
+        # The last epochs of deleted jobs, the oldest first: an aggregator that was away may still have them.
+        self.dropped: dict[str, int] = {}
 
     def apply(self, record: Record) -> None:
         """Raises KeyError if it is about a job that no earlier record made."""
         match record:
             case JobCreated():
-                self.jobs[record.spec.job] = JobBook(record.spec, record.token)
+                self.jobs[record.spec.job] = _new_book(record)
                 self.dropped.pop(record.spec.job, None)
             case JobDropped():
-                self.jobs.pop(record.job, None)
-                self.dropped[record.job] = None
+                known = self.jobs.pop(record.job, None)
+                self.dropped[record.job] = record.epoch if known is None else known.epoch
                 for oldest in list(self.dropped)[:-DROPPED_KEPT]:
                     del self.dropped[oldest]
             case AggregatorStarted():
@@ -260,10 +291,17 @@ class Book:
             yield CountSet(self.minimum)
         for name, memory in self.quotas.items():
             yield QuotaSet(name, memory)
-        for name in self.dropped:
-            yield JobDropped(name)
+        for name, epoch in self.dropped.items():
+            yield JobDropped(name, epoch)
         for job in self.jobs.values():
             yield from _records_of(job)
+
+
+def _new_book(record: JobCreated) -> JobBook:
+    book = JobBook(record.spec, record.token, record.epoch)
+    if record.epoch:
+        book.rollbacks.append(RolledBack(book.job, record.epoch + 1, NOTHING))
+    return book
 
 
 def _apply_to_job(book: JobBook, record: Record) -> None:
@@ -283,7 +321,10 @@ def _apply_to_job(book: JobBook, record: Record) -> None:
         case MemberGone():
             book.gone[record.rank] = book.gone.get(record.rank, False) or record.certain
         case SnapshotSaved():
-            book.snapshots = [*book.snapshots, record][-SNAPSHOTS_KEPT:]
+            book.snapshots = [*book.counted, record][-SNAPSHOTS_KEPT:]
+            book.unsaved = False
+        case SavingFailed():
+            book.unsaved = True
         case SnapshotBad():
             book.snapshots = [snapshot for snapshot in book.snapshots if snapshot.path != record.path]
         case VersionSaved():
@@ -295,7 +336,9 @@ def _apply_to_job(book: JobBook, record: Record) -> None:
         case StateLoaded():
             book.loaded = record.number
         case RolledBack():
-            book.rollbacks.append(record)
+            book.rollbacks = [back for back in book.rollbacks if back.applied < record.applied]
+            book.rollbacks.append(record)  # those it leaves out would void nothing besides
+            book.unsaved = False
         case Totals():
             book.lost, book.moves = record.lost, record.moves
         case JobFailed():
@@ -331,5 +374,7 @@ def _records_of(book: JobBook) -> Iterator[Record]:
     yield from book.rollbacks
     yield from book.snapshots
     yield from book.versions.values()
+    if book.unsaved:
+        yield SavingFailed(book.job)
     if book.failed is not None:
         yield JobFailed(book.job, book.failed)

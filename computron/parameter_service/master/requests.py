@@ -63,6 +63,8 @@ class Requests:
         wrong = [block for block in blocks if not 0 <= block < count]
         if wrong:
             raise BadRequest(f"job {job.name} has blocks 0 to {count - 1}, not {wrong[0]}", param="blocks")
+        if job.failed is not None:
+            raise BadRequest(f"job {job.name} has failed: {job.failed}")
         if job.change is not None or job.book.placed is None:
             raise BadRequest(f"job {job.name} is being placed; ask again in a second")
         self._moves.order(job, blocks, event.to, now)

@@ -110,10 +110,15 @@ class Scaling:
     def _start(self, now: float) -> None:
         if not self.settings.starts or now < self._start_after:
             return
-        while len(self._staying()) + len(self._starting) < self.wanted:
+        there = [known for known in self._staying() if not self._is_missing(known, now)]
+        while len(there) + len(self._starting) < self.wanted:
             name = self._fresh()
             self._starting[name] = now
             self._state.orders.append(Start(name))
+
+    def _is_missing(self, known: Aggregator, now: float) -> bool:
+        """Its process is there, but was not heard for long: it hangs."""
+        return known.address is not None and known.link is None and now - known.unlinked >= self._state.limits.away
 
     def _fresh(self) -> str:
         """A name that no log and no aggregator has."""
@@ -130,11 +135,11 @@ class Scaling:
 
     def _evaluate(self, now: float) -> None:
         usable = [known.id for known in self._staying() if known.link is not None]
-        if not usable or any(job.book.moving and job.change is None for job in self._state.jobs.values()):
+        if not usable:
             return
         self._state.alone = {name: until for name, until in self._state.alone.items() if now < until}
         fleet = fleet_of(self._state, usable)
-        self._watch(fleet)
+        self._watch(fleet, self._unsettled())
         fleet = fleet_of(self._state, usable)
         self.predicted = self._packer.losses(fleet)
         observed = self._observed(fleet)
@@ -150,14 +155,19 @@ class Scaling:
         else:
             self._look_for_dispensable(fleet, now)
 
-    def _watch(self, fleet: Fleet) -> None:
-        """A job's times count anew where its aggregators or its company have changed."""
+    def _unsettled(self) -> set[str]:
+        """Aggregators that blocks leave or come to: what jobs there lose says nothing of where they will be."""
+        moving = [job for job in self._state.jobs.values() if job.book.moving and job.change is None]
+        return {name for job in moving for name in job.holders}
+
+    def _watch(self, fleet: Fleet, unsettled: set[str]) -> None:
+        """A job's times count anew where its aggregators or its company have changed, or are about to."""
         company: dict[str, object] = {}
         for name, homes in fleet.homes.items():
             job = self._state.jobs[name]
             beside = frozenset(other for home in homes for other in fleet.servers[home])
             company[name] = fleet.owners[name], beside
-            if self._company.get(name) != company[name]:
+            if self._company.get(name) != company[name] or not unsettled.isdisjoint(homes):
                 job.behind.clear()
                 for worker in job.workers.values():
                     worker.times.clear()

@@ -48,7 +48,7 @@ from computron.parameter_service.master.state import Limits
 from computron.parameter_service.packing import PACKERS
 from computron.parameter_service.versions.files import discard, finish
 from computron.parameter_service.versions.names import job_folder
-from computron.parameter_service.versions.pruning import prune, recover
+from computron.parameter_service.versions.pruning import last_epochs, prune, recover
 from computron.parameter_service.wire import messages
 
 log = logging.getLogger(__name__)
@@ -145,20 +145,25 @@ class MasterServer:
             while self._orders:
                 self._carry_out(self._orders.popleft())
             self._journal.sync()
+            self._journal.shorten()  # now the log has all that the book has
         finally:
             self._busy = False
 
     def _recover(self) -> None:
-        """Take note of snapshots that became complete while no master was there."""
+        """Take note of snapshots that became complete while no master was there, and of epochs that files are of."""
         if self.settings.snapshots is None:
             return
+        try:
+            self.master.state.epochs = last_epochs(self.settings.snapshots)
+        except OSError as error:
+            log.error("not_looked_through folder=%s error=%s", self.settings.snapshots, error)
         for name, job in list(self.master.state.jobs.items()):
             try:
                 found = recover(job_folder(self.settings.snapshots, name), len(job.layout.blocks))
             except ComputronError as error:
                 log.error("not_recovered job=%s error=%s", name, error)
                 continue
-            newest = max((saved.step for saved in job.book.snapshots), default=-1)
+            newest = max((saved.step for saved in job.book.counted), default=-1)
             for step, path in [entry for entry in found if entry[0] > newest]:
                 self.tell(Finished(name, "", step, str(path), time.time()))
 
@@ -182,14 +187,14 @@ class MasterServer:
                     self.tell(Started(order.aggregator, *begun))
             case Finish():
                 self._in_thread(
-                    lambda: finish(Path(order.path)),
+                    lambda: finish(Path(order.path), order.history),
                     lambda: self.tell(_finished(order)),
-                    lambda error: self.tell(NotFinished(order.job, f"{order.path}: {error}; does the master see it?")),
+                    lambda error: self.tell(_not_finished(order, error)),
                 )
             case Prune():
                 self._remove(lambda: prune(Path(order.path), map(Path, order.keep)))
             case Discard():
-                self._remove(lambda: discard(Path(order.path)))
+                self._remove(lambda: discard(Path(order.path), order.history))
 
     def _remove(self, work: Callable[[], object]) -> None:
         self._in_thread(work, lambda: None, lambda error: log.error("not_removed error=%s", error))
@@ -272,6 +277,11 @@ class MasterServer:
 
 def _finished(order: Finish) -> Finished:
     return Finished(order.job, order.version, order.step, order.path, time.time())
+
+
+def _not_finished(order: Finish, error: BaseException) -> NotFinished:
+    message = f"{order.path}: {error}; does the master see it?"
+    return NotFinished(order.job, order.version, order.step, order.path, message)
 
 
 async def _send(socket: web.WebSocketResponse, outbox: asyncio.Queue[bytes | None]) -> None:

@@ -25,10 +25,11 @@ class Limits:
     hold: within which an aggregator must answer. join: how long a worker waits for others that come with it. loss: how
     long both of a worker's links must be down. absence: how long a member may be away from the master while the job
     stands still. unreachable: how long a job may stand still because a member cannot reach an aggregator that is up.
-    exclusion: how long an aggregator that did not answer or could not be reached gets nothing of the job. idle: after
-    which a job that nobody works on gives its memory back. forget: how long an aggregator that has nothing is
-    remembered without a link. still: how long nothing of a job is moved after a move that failed. read_rate: bytes a
-    second at which a snapshot is read at the least.
+    away: how long a job may stand still while an aggregator of it is away from the master. exclusion: how long an
+    aggregator that did not answer or could not be reached gets nothing of the job. idle: after which a job that nobody
+    works on gives its memory back. forget: how long an aggregator that has nothing is remembered without a link. still:
+    how long nothing of a job is moved after a move that failed. read_rate: bytes a second at which a snapshot is read
+    or written at the least.
     """
 
     hold: float = 2.0
@@ -36,6 +37,7 @@ class Limits:
     loss: float = 0.2
     absence: float = 3.0
     unreachable: float = 1.0
+    away: float = 30.0
     exclusion: float = 10.0
     idle: float = 600.0
     forget: float = 60.0
@@ -128,16 +130,19 @@ class Unfinished:
 
 @dataclass(slots=True)
 class Job:
-    """excluded: aggregators that count as lost for this job, until when. doubted: those that a member cannot reach,
-    since when. mismatch: an aggregator has something else than what the book says. mismatch_of_log: the log did not
-    have the job, an aggregator had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute
-    thread a step, by block. cpu_total: seconds of it so far. saving: by version ("" for a snapshot), step and
-    path. hosts: aggregators that have or had blocks. fenced: those of `Placed.unfenced` that can do no harm any more.
+    """excluded: aggregators that count as lost for this job, until when. silent: those of them that only did not answer
+    in time: what they have counts if they do. doubted: those that a member cannot reach, since when. mismatch: an
+    aggregator has something else than what the book says. mismatch_of_log: the log did not have the job, an aggregator
+    had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute thread a step, by block.
+    cpu_total: seconds of it so far. saving: by version ("" for a snapshot), step, path and history. hosts: aggregators
+    that have or had blocks. fenced: those of `Placed.unfenced` that can do no harm any more.
     behind: seconds of others' work for which a step waits, by aggregator. still_until: until then nothing is moved.
     overhead: seconds of an iteration in which it waits for the service though no aggregator works for it or for
     others, as measured when it shared none; None if it never was. reverted: how often it was slower than predicted
-    where it shared. trouble: why the last snapshot or version did not come about. broken: why it cannot go on in this
-    epoch, as an aggregator said.
+    where it shared. trouble: why the last snapshot did not come about; until one of step `trouble_step` or a later one
+    does, steps are not limited. unpublished: why the last version did not. broken: why it cannot go on in this epoch,
+    as an aggregator said. idle_since: nobody has worked on it since then. kept_by: until then its last step is to be in
+    a snapshot, to be dropped. missing: aggregators that do not find the last snapshot.
     """
 
     book: JobBook
@@ -146,6 +151,8 @@ class Job:
     workers: dict[int, Worker] = field(default_factory=dict)
     change: Change | None = None
     excluded: dict[str, float] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)
     doubted: dict[str, float] = field(default_factory=dict)
     mismatch: bool = False
     mismatch_of_log: bool = False
@@ -155,15 +162,18 @@ class Job:
     behind: dict[str, float] = field(default_factory=dict)
     cpu_total: float = 0.0
     late: float = 0.0
-    saving: dict[tuple[str, int, str], Unfinished] = field(default_factory=dict)
+    saving: dict[tuple[str, int, str, int], Unfinished] = field(default_factory=dict)
     hosts: set[str] = field(default_factory=set)
     fenced: set[str] = field(default_factory=set)
     still_until: float = 0.0
     overhead: float | None = None
     reverted: int = 0
     trouble: str = ""
+    trouble_step: int = 0
+    unpublished: str = ""
     broken: str = ""
     idle_since: float | None = None
+    kept_by: float | None = None
 
     @property
     def name(self) -> str:
@@ -188,8 +198,15 @@ class Job:
     def linked(self) -> list[Worker]:
         return [worker for _, worker in sorted(self.workers.items()) if worker.link is not None]
 
-    def exclude(self, aggregators: Iterable[str], until: float) -> None:
-        self.excluded.update(dict.fromkeys(aggregators, until))
+    def exclude(self, aggregators: Iterable[str], until: float, *, silent: bool = False) -> None:
+        names = set(aggregators)
+        self.excluded.update(dict.fromkeys(names, until))
+        self.silent = self.silent | names if silent else self.silent - names
+
+    def readmit(self, aggregators: Iterable[str]) -> None:
+        """They have answered after all."""
+        for name in set(aggregators):
+            self.excluded.pop(name, None)
 
     def note_behind(self, aggregator: str, seconds: float) -> None:
         before = self.behind.get(aggregator, seconds)
@@ -215,6 +232,7 @@ class State:
         self.links: dict[int, str | tuple[str, int]] = {}  # aggregator's name, or job and rank
         self.orders: list[Order] = []
         self.alone: dict[str, float] = {}  # jobs that were slower than predicted where they shared; share nothing until
+        self.epochs: dict[str, int] = {}  # the last that files are of, by job, also of jobs that no log knows
         self.migrations = 0
         self.reconfigurations = 0
         self.rollbacks = 0

@@ -19,7 +19,7 @@ def job_view(master: Master, job: Job) -> dict[str, Any]:
         "id": job.name,
         "object": "job",
         "state": state_of(job),
-        "reason": job.failed or (job.change.reason if job.change is not None else job.trouble),
+        "reason": job.failed or (job.change.reason if job.change is not None else job.trouble or job.unpublished),
         "epoch": job.book.epoch,
         "step": job.step,
         "workers": sorted(set(job.book.members) - set(job.book.gone)),
@@ -40,7 +40,7 @@ def job_view(master: Master, job: Job) -> dict[str, Any]:
         "late_seconds": job.late,
         "migrations": job.book.moves,
         "lost_steps": job.book.lost,
-        "snapshot_step": max((saved.step for saved in job.book.snapshots), default=None),
+        "snapshot_step": max((saved.step for saved in job.book.counted), default=None),
         "versions": sorted(job.book.versions),
         "quota": master.state.book.quotas.get(job.name, master.state.limits.max_job_memory),
     }

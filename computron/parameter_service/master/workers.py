@@ -29,6 +29,8 @@ from computron.parameter_service.wire.messages import (
 
 log = logging.getLogger(__name__)
 
+LONGEST_ITERATION = 1e9  # seconds
+
 
 class Workers:
     def __init__(self, state: State, reconfiguration: Reconfiguration) -> None:
@@ -57,14 +59,19 @@ class Workers:
             worker.link = link
             worker.lives()
         self._state.links[link] = (job.name, rank)
+        placed = job.book.placed
+        if placed is not None and message.epoch == placed.epoch:
+            job.saw(message.step, now)
         self._reconfiguration.placement(job, worker)
 
-    def left(self, link: int, message: Leave) -> None:
+    def left(self, link: int, message: Leave, now: float) -> None:
         job = self._state.jobs.get(message.job)
         worker = self._speaker(link, message.job, message.rank)
         if job is None or worker is None:
             return
         log.info("worker_left job=%s rank=%d step=%d", job.name, worker.rank, message.step)
+        if job.change is None:
+            job.saw(message.step, now)
         self._state.links.pop(link, None)
         del job.workers[worker.rank]
         self._gone(job, worker.rank, certain=True)
@@ -90,7 +97,7 @@ class Workers:
         worker = self._speaker(link, message.job, message.rank)
         if job is None or worker is None or message.epoch != job.book.epoch:
             return
-        if message.step > worker.step and message.compute:
+        if message.step > worker.step and _are_times(message.compute, message.wait):
             worker.took(message.compute, message.wait)
         worker.step = message.step
         worker.lives()
@@ -163,8 +170,10 @@ class Workers:
         if limit is not None and size > limit:
             text = f"job {spec.job} needs {size} bytes with its optimizer's state, and a job may have {limit}"
             return self._deny(link, spec.job, refusals.QUOTA, text)
-        self._state.write(JobCreated(spec, message.token))
-        job.book = self._state.book.jobs[spec.job]
+        book = self._state.book
+        epoch = max(book.dropped.get(spec.job, 0), self._state.epochs.get(spec.job, 0))
+        self._state.write(JobCreated(spec, message.token, epoch))
+        job.book = book.jobs[spec.job]
         self._state.jobs[spec.job] = job
         log.info("job_created job=%s blocks=%d bytes=%d workers=%d", spec.job, len(layout.blocks), size, spec.workers)
         return job
@@ -182,6 +191,11 @@ class Workers:
     def _gone(self, job: Job, rank: int, *, certain: bool) -> None:
         if rank in job.book.members and not job.book.gone.get(rank, False):
             self._state.write(MemberGone(job.name, rank, certain))
+
+
+def _are_times(compute: float, wait: float) -> bool:
+    """Whether seconds of an iteration can be these; others would go into all that is decided from them."""
+    return 0 < compute < LONGEST_ITERATION and 0 <= wait < LONGEST_ITERATION
 
 
 def _difference(ours: JobSpec, theirs: JobSpec) -> str | None:

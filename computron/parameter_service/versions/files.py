@@ -3,6 +3,9 @@
 While it is written it is called `<path>.partial`; `finish` gives it its name, and from then on it does not change. Who
 dies in the middle leaves a `.partial` file and nothing else. The header is the same bytes in every process, so that
 whoever comes first writes it; a lock on the file lets one do so at a time, and is gone with a process that dies.
+
+What may be written once more, of another history, is called `<path>.<history>.partial` meanwhile: what is late of the
+older one does not get into the file.
 """
 
 from __future__ import annotations
@@ -38,19 +41,20 @@ OTHER_REMEDY = "see that the folder can be written and its disk is in order"
 class SharedFile:
     """Open for writing in this process. Not for several threads at once."""
 
-    def __init__(self, path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> None:
-        """Makes `<path>.partial`, and its folder, where they are not there yet.
+    def __init__(self, path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str], history: int = 0) -> None:
+        """Makes the partial file, and its folder, where they are not there yet.
 
         Raises ValueError for tensors that fit no file, CheckpointError if the file is finished or one of another layout
         is being written under this name, StorageFailed if the disk does not take it.
         """
         self.path = path
+        self._partial = partial_path(path, history)
         self._header = make_header(tensors, metadata)
         self._entries = [self._header.entries[name] for name, _, _ in tensors]
         self._element_sizes = [DTYPES[dtype].size for _, dtype, _ in tensors]
         with _storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = _open(path)
+            self._descriptor = _open(path, self._partial)
         try:
             with _storage_errors(path):
                 self._begin()
@@ -124,13 +128,13 @@ class SharedFile:
                 os.ftruncate(self._descriptor, self._header.size)
             elif size != self._header.size or there != raw:
                 raise CheckpointError(
-                    f"{partial_path(self.path)}: other tensors or metadata are being written under this name; "
+                    f"{self._partial}: other tensors or metadata are being written under this name; "
                     "remove the file if nobody writes it any more, or choose another name"
                 )
 
 
-def partial_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}{PARTIAL}")
+def partial_path(path: Path, history: int = 0) -> Path:
+    return path.with_name(f"{path.name}.{history}{PARTIAL}" if history else f"{path.name}{PARTIAL}")
 
 
 def marks_path(path: Path) -> Path:
@@ -146,45 +150,45 @@ def is_marked(path: Path, count: int) -> bool:
             return False
 
 
-def finish(path: Path) -> None:
+def finish(path: Path, history: int = 0) -> None:
     """Gives the file its name and makes it read-only; all processes have written and synced before. May come twice.
 
     Raises CheckpointError if there is no such file, StorageFailed if the disk does not take it.
     """
+    partial = partial_path(path, history)
     with _storage_errors(path):
         while not path.exists():
             try:
-                descriptor = os.open(partial_path(path), os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 if path.exists():
                     return  # another has finished it just now
                 raise CheckpointError(f"{path}: was never begun, or was discarded; write it again") from None
             try:
-                _finish(descriptor, path)
+                _finish(descriptor, partial, path)
             finally:
                 os.close(descriptor)
 
 
-def _finish(descriptor: int, path: Path) -> None:
+def _finish(descriptor: int, partial: Path, path: Path) -> None:
     with _locked(descriptor):
-        if not _is_at(descriptor, partial_path(path)):
+        if not _is_at(descriptor, partial):
             return
-        read_header(descriptor, partial_path(path))
+        read_header(descriptor, partial)
         os.fchmod(descriptor, FINISHED_MODE)
         os.fsync(descriptor)
-        partial_path(path).rename(path)
+        partial.rename(path)
         _sync_folder(path.parent)
 
 
-def discard(path: Path) -> None:
+def discard(path: Path, history: int = 0) -> None:
     """Removes what was written of an unfinished file. May come twice; a finished one stays."""
     with _storage_errors(path):
-        partial_path(path).unlink(missing_ok=True)
+        partial_path(path, history).unlink(missing_ok=True)
 
 
-def _open(path: Path) -> int:
+def _open(path: Path, partial: Path) -> int:
     """The partial file that stands under its name now, not one that was finished or discarded meanwhile."""
-    partial = partial_path(path)
     while not path.exists():
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, NEW_MODE)
         try:

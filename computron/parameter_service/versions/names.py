@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from computron.errors import BadRequest
 
@@ -24,6 +24,11 @@ def job_folder(directory: Path, job: str) -> Path:
             f"{job!r} cannot be a job's name: it is empty or too long (at most {LONGEST} bytes)", param="job"
         )
     return directory / folder
+
+
+def job_of(folder: Path) -> str:
+    """Whose folder it is."""
+    return unquote(folder.name)
 
 
 def snapshot_path(directory: Path, job: str, step: int, epoch: int) -> Path:

@@ -90,17 +90,25 @@ class SnapshotWriter:
         self.close()
 
 
+class SnapshotMissing(CheckpointError):
+    """It is not in its job's folder, as that is seen from here."""
+
+
 class SnapshotReader:
     """A finished snapshot, checked against the job that it is for. step, epoch: after and in which it was taken."""
 
     def __init__(self, path: Path, spec: JobSpec) -> None:
-        """Raises CheckpointError if the file is missing, truncated, or of another job's tensors or optimizer."""
+        """Raises SnapshotMissing, CheckpointError if the file is truncated, or of another job's tensors or optimizer,
+        OSError if it cannot be read from here, whatever is in it.
+        """
         self.path = path
         self._places = _Places(spec)
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}; use another snapshot") from error
+        except FileNotFoundError as error:
+            if not path.parent.is_dir():
+                raise  # other folders are here than where it was written
+            raise SnapshotMissing(f"{path}: {error.strerror}; use another snapshot") from error
         try:
             header = read_header(self._descriptor, path)
             self.step, self.epoch = _check(path, header, self._places.tensors)
@@ -110,7 +118,9 @@ class SnapshotReader:
             raise
 
     def read_block(self, block: Block, part: str, into: torch.Tensor) -> None:
-        """Fills the block's fp32 elements, all but the gaps between tensors, which it leaves as they are."""
+        """Fills the block's fp32 elements, all but the gaps between tensors, which it leaves as they are. Raises
+        CheckpointError, OSError.
+        """
         if into.dtype != torch.float32 or into.shape != (block.elements,):
             raise ValueError(
                 f"a block of {block.elements} elements cannot be read into {into.dtype} {tuple(into.shape)}"

@@ -1,6 +1,7 @@
 """A job's published version: its trained tensors in the model's own types, and those that are not trained. One file.
 
-Serving reads it as any checkpoint's safetensors file. A version is of one step, whatever epochs its writers were in.
+Serving reads it as any checkpoint's safetensors file. A version is of one step of one history, whatever epochs its
+writers were in: an epoch that rolls the job back begins another history.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ FRAMEWORK = "pt"  # transformers reads no file that does not say so
 class VersionWriter:
     """Writes this process's blocks. The other owners of the job's blocks have one of the same path each."""
 
-    def __init__(self, path: Path, spec: JobSpec, *, version: str, step: int) -> None:
+    def __init__(self, path: Path, spec: JobSpec, *, version: str, step: int, history: int = 0) -> None:
         """path: of `names.version_path`. Raises as SharedFile does."""
         self._spec = spec
         tensors: list[Tensor] = [(t.name, t.dtype, t.shape) for t in (*spec.tensors, *spec.extras)]
         metadata = {"format": FRAMEWORK, "kind": KIND, "job": spec.job, "version": version, "step": str(step)}
-        self._file = SharedFile(path, tensors, metadata)
+        self._file = SharedFile(path, tensors, metadata, history)
 
     def write_block(self, block: Block, parameters: torch.Tensor) -> None:
         """parameters: the block's fp32 elements, gaps included. Each tensor is cast to its own dtype."""

@@ -22,6 +22,7 @@ FDS_AT_ONCE = 250  # the kernel takes 253 with one message
 INTRODUCED = 10.0  # seconds within which a stranger must say who it is
 CONNECTED = 2.0  # seconds that a connection may take to come about
 UNANSWERED = 30  # seconds after which the kernel gives up a peer that acknowledges nothing
+SILENT, PROBED, PROBES = 10, 5, 4  # seconds of silence before the kernel probes a peer, and between its probes
 RETRY = 1.0  # seconds after which connections are taken again where there was no file descriptor for one
 
 
@@ -49,7 +50,7 @@ class Link(Protocol):
 
     def send(self, message: Any, *, payload: Buffer | None = None, fds: Sequence[int] = ()) -> None:
         """Behind what was sent before; dropped if the link has ended. The payload must stay as it is until it is sent.
-        Only a link that shares memory carries file descriptors, which are duplicated.
+        Only a link that shares memory carries file descriptors, which are duplicated; where they cannot be, it ends.
         """
 
     def close(self) -> None:
@@ -125,6 +126,10 @@ class RemoteLink(_Reading, asyncio.BufferedProtocol):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNANSWERED * 1000)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBED)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
 
     def send(self, message: Any, *, payload: Buffer | None = None, fds: Sequence[int] = ()) -> None:
         if fds:
@@ -176,10 +181,15 @@ class LocalLink(_Reading):
             raise ValueError(f"{len(fds)} file descriptors at once, more than {FDS_AT_ONCE}")
         if self.closed:
             return
+        try:
+            copies = _duplicated(fds)
+        except OSError as error:
+            self._end(f"memory cannot be handed over: {error}")
+            return
         waiting = bool(self._unsent)
         view = None if payload is None else memoryview(payload).cast("B")
         head = memoryview(frame(message, 0 if view is None else len(view), len(fds)))
-        self._unsent.append((head, [os.dup(fd) for fd in fds]))
+        self._unsent.append((head, copies))
         if view is not None:
             self._unsent.append((view, ()))
         if not waiting:
@@ -236,6 +246,18 @@ class LocalLink(_Reading):
                 os.close(fd)
         self._unsent.clear()
         self._ended(reason)
+
+
+def _duplicated(fds: Sequence[int]) -> list[int]:
+    """Of all or of none. Raises OSError."""
+    copies: list[int] = []
+    try:
+        copies.extend(os.dup(fd) for fd in fds)
+    except OSError:
+        for fd in copies:
+            os.close(fd)
+        raise
+    return copies
 
 
 async def connect(address: Address, receiver: Receiver, *, machine: str) -> Link:

@@ -131,7 +131,7 @@ class Window:
 
     def advise(self, offset: int, nbytes: int, advice: int) -> bool:
         """madvise; False if the machine does not take it."""
-        return _libc.madvise(self.address + offset, nbytes, advice) == 0
+        return bool(_libc.madvise(self.address + offset, nbytes, advice) == 0)
 
     def tensor(self, offset: int, elements: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Elements from byte `offset` on. The window's addresses stay reserved as long as it lives."""

@@ -261,5 +261,5 @@ def cluster() -> Iterator[Cluster]:
     made.close()
 
 
-def told(cluster: Cluster, kind: type[Progress] | type[Unreachable] | type[Leave]) -> list[Any]:
+def told(cluster: Cluster, kind: type[Enlist] | type[Progress] | type[Unreachable] | type[Leave]) -> list[Any]:
     return [message for message in cluster.heard if isinstance(message, kind)]

@@ -11,7 +11,7 @@ import torch
 
 import computron.parameter_service as service
 from computron.errors import JobRefused, ParameterServiceError
-from computron.parameter_service.wire.messages import Leave, MovedOut, Progress
+from computron.parameter_service.wire.messages import Enlist, Leave, MovedOut, Progress
 from tests.parameter_service.agent.conftest import told
 from tests.parameter_service.agent.test_one_worker import batches, loss, network, same
 
@@ -174,6 +174,20 @@ def test_progress_is_reported(cluster):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert told(cluster, Progress)[0].job == "job"
+
+
+def test_a_master_that_was_away_hears_how_far_the_worker_is(cluster):
+    model = network()
+    with service.SGD(model.parameters(), lr=0.1, service=cluster.service()) as optimizer:
+        for step in range(3):
+            loss(model, batch_of(0, step)).backward()
+            optimizer.step()
+        cluster.disconnect_from_master()
+        deadline = time.monotonic() + 10
+        while len(told(cluster, Enlist)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert [(enlist.epoch, enlist.step) for enlist in told(cluster, Enlist)] == [(0, 0), (1, 3)]
 
 
 def test_an_optimizer_that_was_closed_says_so(cluster):

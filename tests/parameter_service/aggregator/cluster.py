@@ -24,6 +24,7 @@ from computron.parameter_service.wire.messages import (
     Commit,
     Complete,
     Contents,
+    ExtraTaken,
     Flush,
     Held,
     HeldCommit,
@@ -132,6 +133,7 @@ class RawWorker:
         self.refused: list[Refused] = []
         self.norms: dict[int, float] = {}
         self.skipped = False
+        self.taken = 0  # tensors of versions
         self.epoch = 1
         self.incarnation = uuid.uuid4().hex
         self._master = master
@@ -274,6 +276,8 @@ class RawWorker:
                 self._pushed += 1
             case Written():
                 self._written += 1
+            case ExtraTaken():
+                self.taken += 1
             case Norms():
                 self.norms.update(message.blocks)
             case Refused(code="not_owner") if self._again is not None:

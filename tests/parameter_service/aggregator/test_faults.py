@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from computron.parameter_service.aggregator.compute import Work
 from computron.parameter_service.aggregator.job import Job
 from computron.parameter_service.aggregator.kernels import Kernel
 from computron.parameter_service.aggregator.moves import Moves
@@ -21,12 +22,16 @@ from computron.parameter_service.wire.frames import frame
 from computron.parameter_service.wire.link import LocalLink, connect
 from computron.parameter_service.wire.messages import (
     Adopt,
+    Adopted,
     Complete,
     Drop,
     Failed,
     Hyperparameters,
     MovedOut,
+    Push,
+    Ready,
     Refused,
+    WorkerLost,
     Write,
 )
 from tests.parameter_service.aggregator.cluster import RawWorker, Reference, cluster, job
@@ -172,6 +177,30 @@ async def test_a_step_whose_completion_was_withdrawn_publishes_nothing(
         assert not saved
 
 
+@pytest.mark.parametrize("skip", [False, True])
+async def test_a_step_is_not_completed_with_gradients_that_have_not_come_again(skip: bool) -> None:
+    spec = job()
+    reference = Reference(spec, **ADAM)
+    indices = spread(reference, "a")["a"]
+    owners = {"a": indices[1:], "b": indices[:1]}
+    async with cluster("a", "b") as master:
+        (worker,) = await started(master, spec, reference, (False,), owners)
+        worker.gradient.copy_(reference.flat(reference.gradients()))
+        await worker.push(1)
+        await worker.commit_at("a", 1, HYPER, skip=skip)
+        await worker.until(lambda: len(worker.applied) == len(owners["a"]))
+        worker._links.pop("b").close()
+        await master.heard(lambda who, m: isinstance(m, WorkerLost))
+        link = await worker.link("b")
+        data = bytes(reference.layout.blocks[0].nbytes)
+        link._transport.write(frame(Push(spec.job, 1, 1, 0), len(data)) + data[: len(data) // 2])
+        await asyncio.sleep(0.1)  # it has begun to come
+        held = await master.hold(spec, 2, "a", "b")
+        await master.send("b", Complete(spec.job, 2, 1, (0,), held["a"].commits))
+        ((_, answer),) = await master.heard(lambda who, m: isinstance(m, Failed | Ready) and m.epoch == 2)
+        assert isinstance(answer, Ready if skip else Failed)
+
+
 async def test_a_write_that_is_still_coming_when_an_epoch_begins_changes_nothing() -> None:
     spec = job()
     reference = Reference(spec, **ADAM)
@@ -214,6 +243,45 @@ async def test_nothing_is_left_of_a_job_that_was_dropped(monkeypatch: pytest.Mon
             return not jobs
 
         await until(gone)
+
+
+async def test_others_work_that_was_done_before_keeps_no_job_that_was_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers: list[Server] = []
+    make = Server.__init__
+    monkeypatch.setattr(Server, "__init__", lambda self, *a: (make(self, *a), servers.append(self))[0])
+    spec = job()
+    async with cluster("a") as master:
+        await master.host(spec, {"a": [0]})
+        (server,) = servers
+        began, go_on = threading.Event(), threading.Event()
+        other = Job(spec, "secret", 1, (0,), Reference(spec, **ADAM).layout)
+        server.steps.compute.submit(Work(other, 0.0, lambda: began.set() or go_on.wait(10), lambda work: None))
+        await until(began.is_set)
+        await master.send("a", Drop(spec.job))
+        await until(lambda: not server._jobs)
+        go_on.set()
+        await until(lambda: not server.steps.compute._waiting)
+        await until(lambda: not server.steps.compute._behind)
+
+
+async def test_a_block_is_said_to_have_come_before_a_step_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    adopt, send = Orders.adopt, LocalLink.send
+
+    def noted(self, message, **more):
+        if isinstance(message, Adopted):
+            said.append("said")
+        send(self, message, **more)
+
+    monkeypatch.setattr(LocalLink, "send", noted)
+    monkeypatch.setattr(Orders, "adopt", lambda self, *what: (said.append("adopted"), adopt(self, *what)))
+    spec = job()
+    reference = Reference(spec, **ADAM)
+    async with cluster("a", "b") as master:
+        await started(master, spec, reference, (True,), spread(reference, "a"))
+        await master.move(spec, "a", "b", [0])
+        await master.moved(1)
+        assert said == ["said", "adopted"]
 
 
 async def test_what_goes_wrong_with_one_job_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

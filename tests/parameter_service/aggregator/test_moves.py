@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 import uuid
 
+import msgspec
 import pytest
 import torch
 
 from computron.parameter_service.aggregator import moves, process
-from computron.parameter_service.wire.messages import Failed, Host, Hyperparameters
+from computron.parameter_service.specs import block_bytes
+from computron.parameter_service.wire.link import LocalLink
+from computron.parameter_service.wire.messages import Expect, Failed, Host, Hyperparameters
 from tests.parameter_service.aggregator.cluster import MIB, RawWorker, Reference, cluster, job
 from tests.parameter_service.aggregator.test_steps import ADAM, assert_equal, one_step, spread, started
 
@@ -112,6 +115,24 @@ async def test_what_has_no_room_elsewhere_stays() -> None:
         assert set(workers[0].owner.values()) == {"a"}
 
 
+async def test_moves_that_come_at_once_share_the_room_that_is_there() -> None:
+    specs = [msgspec.structs.replace(job(), job=name) for name in ("one", "two")]
+    reference = Reference(specs[0], **ADAM)
+    room = int(1.5 * sum(block_bytes(specs[0], block) for block in reference.layout.blocks))
+    async with cluster("a", "c") as master, cluster("b", memory=room) as other:
+        master.addresses["b"] = other.addresses["b"]
+        for spec, who in zip(specs, "ac", strict=True):
+            await master.host(spec, spread(reference, who))
+        for spec, who in zip(specs, "ac", strict=True):
+            worker = RawWorker(master, spec)
+            await worker.join(spread(reference, who))
+            await worker.initialise(reference.flat())
+            await master.move(spec, who, "b", range(len(reference.layout.blocks)))
+        ((_, failed),) = await master.heard(lambda who, m: isinstance(m, Failed))
+        assert failed.order == "move"
+        assert f"exceed the {room}" in failed.message
+
+
 async def test_who_is_gone_gets_nothing() -> None:
     spec = job()
     reference = Reference(spec, **ADAM)
@@ -122,6 +143,28 @@ async def test_who_is_gone_gets_nothing() -> None:
         await master.move(spec, "a", "b", [0])
         ((_, failed),) = await master.heard(lambda who, m: isinstance(m, Failed))
         assert "cannot be reached" in failed.message
+        await one_step(workers, reference, 1, ADAM)
+        assert_equal(workers, reference)
+
+
+@pytest.mark.parametrize("wrong", [OSError(24, "Too many open files"), RuntimeError("a mistake")], ids=repr)
+async def test_a_move_that_cannot_be_announced_fails(monkeypatch: pytest.MonkeyPatch, wrong: Exception) -> None:
+    send = LocalLink.send
+
+    def failing(self, message, **more):
+        if isinstance(message, Expect):
+            raise wrong
+        send(self, message, **more)
+
+    monkeypatch.setattr(LocalLink, "send", failing)
+    spec = job()
+    reference = Reference(spec, **ADAM)
+    async with cluster("a", "b") as master:
+        workers = await started(master, spec, reference, (True,), spread(reference, "a"))
+        await master.move(spec, "a", "b", [0])
+        ((_, failed),) = await master.heard(lambda who, m: isinstance(m, Failed))
+        assert failed.order == "move"
+        assert "b could not be told" in failed.message
         await one_step(workers, reference, 1, ADAM)
         assert_equal(workers, reference)
 

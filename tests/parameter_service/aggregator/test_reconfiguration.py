@@ -15,6 +15,7 @@ from computron.parameter_service.wire.messages import (
     Host,
     Hyperparameters,
     JobSpec,
+    Keep,
     Kept,
     Saved,
     WorkerLost,
@@ -86,12 +87,12 @@ async def test_a_step_that_some_blocks_have_seen_is_completed_with_the_gradients
 
 async def snapshot(master: FakeMaster, step: int, blocks: int) -> Path:
     """The finished file of a step's snapshot, when all blocks are in it."""
-    saved: dict[int, str] = {}
+    saved: dict[int, tuple[str, int]] = {}
     while len(saved) < blocks:
         for _, message in await master.heard(lambda who, m: isinstance(m, Saved) and m.step == step):
-            saved.update(dict.fromkeys(message.blocks, message.path))
-    (path,) = set(saved.values())
-    finish(Path(path))
+            saved.update(dict.fromkeys(message.blocks, (message.path, message.history)))
+    ((path, history),) = set(saved.values())
+    finish(Path(path), history)
     return Path(path)
 
 
@@ -172,8 +173,8 @@ async def test_a_version_that_cannot_be_written_lets_no_more_steps_be_lost(tmp_p
         await worker.initialise(reference.flat())
         await one_step([worker], reference, 1, ADAM, version="taken")
         (await worker.link("a")).send(Extra(spec.job, 1, "taken", 1, 0), payload=bytes(8))
-        failed = await master.heard(lambda who, m: isinstance(m, Failed), 2)
-        assert {message.order for _, message in failed} == {"publish"}
+        ((_, failed), *_) = await master.heard(lambda who, m: isinstance(m, Failed))
+        assert failed.order == "publish"
         await one_step([worker], reference, 2, ADAM)
         await worker.commit(3, HYPER)
         await worker.read("exp_avg")  # the commit has been taken
@@ -194,8 +195,83 @@ async def test_what_a_new_epoch_leaves_unsaved_is_saved_again(tmp_path: Path) ->
         assert torch.equal(load_file(path)["t0"], reference.parameters[0])
 
 
-async def kept(master: FakeMaster, spec: JobSpec, step: int) -> None:
-    for name in master.addresses:
+async def test_a_job_that_nobody_works_on_is_saved_as_it_is(tmp_path: Path) -> None:
+    spec = job(workers=1, snapshot_every=8)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a", "b")
+    async with cluster("a", "b", folder=tmp_path) as master:
+        workers = await started(master, spec, reference, (True,), owners)
+        await one_step(workers, reference, 1, ADAM)
+        workers[0].kill()
+        for name in owners:
+            await master.send(name, Keep(spec.job, 0))  # of an older epoch
+            await master.send(name, Keep(spec.job, 1))
+        path = await snapshot(master, 1, len(reference.layout.blocks))
+        assert torch.equal(load_file(path)["t0"], reference.parameters[0])
+
+
+async def test_blocks_that_have_no_state_yet_are_told() -> None:
+    spec = job(workers=1)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a")
+    async with cluster("a") as master:
+        await master.host(spec, owners)
+        held = await master.hold(spec, 2, "a")
+        assert (held["a"].blocks, held["a"].empty) == ((), tuple(owners["a"]))
+        await master.host(spec, owners, epoch=3)
+        worker = RawWorker(master, spec)
+        await rejoin([worker], owners, 3)
+        await worker.initialise(reference.flat())
+        held = await master.hold(spec, 4, "a")
+        assert (len(held["a"].blocks), held["a"].empty) == (len(owners["a"]), ())
+
+
+async def test_where_nothing_can_be_saved_steps_go_on_also_after_a_move() -> None:
+    spec = job(workers=1, snapshot_every=2)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a")
+    async with cluster("a", "b") as master:
+        await master.host(spec, owners, kept=-2)
+        worker = RawWorker(master, spec)
+        await worker.join(owners)
+        await worker.initialise(reference.flat())
+        await master.heard(lambda who, m: isinstance(m, Failed) and m.order == "save")
+        for step in (1, 2, 3):
+            await one_step([worker], reference, step, ADAM)
+        await master.move(spec, "a", "b", [0])
+        await master.moved(1)
+        for step in (4, 5, 6, 7):
+            await one_step([worker], reference, step, ADAM)
+        assert_equal([worker], reference)
+
+
+async def test_a_snapshot_that_others_could_not_write_is_waited_for_no_longer(tmp_path: Path) -> None:
+    spec = job(workers=1, snapshot_every=2)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a", "b")
+    async with cluster("a", folder=tmp_path) as master, cluster("b") as other:
+        master.addresses["b"] = other.addresses["b"]
+        await master.host(spec, {"a": owners["a"]}, kept=-2)
+        await other.host(spec, {"b": owners["b"]}, kept=-2)
+        worker = RawWorker(master, spec)
+        await worker.join(owners)
+        await worker.initialise(reference.flat())
+        ((_, failed), *_) = await other.heard(lambda who, m: isinstance(m, Failed))
+        assert (failed.order, failed.step) == ("save", 0)
+        await master.send("a", Kept(spec.job, None))
+        await one_step([worker], reference, 1, ADAM)
+        await one_step([worker], reference, 2, ADAM)
+        await kept(master, spec, 0, "a")
+        await master.move(spec, "a", "b", [0], epoch=9)
+        await master.heard(lambda who, m: isinstance(m, Failed) and m.order == "move")  # it knows what came before
+        await worker.commit(3, HYPER)
+        await worker.until(lambda: all(worker.applied[index] == 3 for index in owners["b"]))
+        await worker.read("exp_avg")
+        assert {worker.applied[index] for index in owners["a"]} == {2}
+
+
+async def kept(master: FakeMaster, spec: JobSpec, step: int, *whom: str) -> None:
+    for name in whom or master.addresses:
         await master.send(name, Kept(spec.job, step))
 
 

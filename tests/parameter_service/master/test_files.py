@@ -14,16 +14,29 @@ from computron.parameter_service.master.events import (
     Exited,
     Finish,
     Finished,
+    MoveAsked,
+    NotFinished,
     Order,
     Prune,
     Received,
+    Send,
     Tick,
 )
 from computron.parameter_service.master.master import Master
 from computron.parameter_service.master.records import Book
 from computron.parameter_service.master.scaling import ScalingSettings
 from computron.parameter_service.packing import PACKERS
-from computron.parameter_service.wire.messages import BlockState, Ready, Register, Saved
+from computron.parameter_service.wire.messages import (
+    BlockState,
+    Failed,
+    Held,
+    Host,
+    Kept,
+    MovedOut,
+    Ready,
+    Register,
+    Saved,
+)
 from tests.parameter_service.master.fakes import address_of, enlist, job_spec
 
 AGGREGATORS = {"one": 1, "two": 2}  # and the numbers of their links
@@ -37,10 +50,10 @@ class Trained:
         self.master = Master(Book(), PACKERS["utilisation"](), ScalingSettings(maximum=2), 0.0)
         self._now = 0.0
         extras = (TensorSpec("mean", (8,), "float32", 0), TensorSpec("count", (), "int64", 0))
-        spec = job_spec(blocks=2, extras=extras, snapshot_every=10)
+        self.spec = job_spec(blocks=2, extras=extras, snapshot_every=10)
         self.come("one", memory=1 << 31)
         self.come("two", memory=1 << 30)
-        self.tell(Received(WORKER, enlist(spec)))
+        self.tell(Received(WORKER, enlist(self.spec)))
         assert set(self.job.book.owners) == {"one"}
 
     @property
@@ -54,8 +67,26 @@ class Trained:
         self._now += 1.0
         return [*self.master.handle(event, self._now), *self.master.handle(Tick(), self._now)]
 
-    def saved(self, version: str, step: int, path: str, *blocks: int, extras: tuple[int, ...] = ()) -> list[Order]:
-        return self.tell(Received(1, Saved("lm", version, step, path, blocks, extras)))
+    def saved(
+        self,
+        version: str,
+        step: int,
+        path: str,
+        *blocks: int,
+        extras: tuple[int, ...] = (),
+        by: int = 1,
+        history: int = 1,
+    ) -> list[Order]:
+        return self.tell(Received(by, Saved("lm", version, step, path, blocks, extras, history if version else 0)))
+
+    def go_back(self) -> list[Order]:
+        """`one` dies, and `two` has the blocks as the last snapshot has them."""
+        orders = self.tell(Exited("one"))
+        applied = self.job.change.applied
+        states = tuple(BlockState(block, applied) for block in (0, 1))
+        orders += self.tell(Received(2, Ready("lm", self.job.book.epoch, states)))
+        assert self.job.book.placed.applied == applied
+        return orders
 
 
 @pytest.fixture
@@ -70,7 +101,7 @@ def test_a_version_is_finished_when_all_blocks_and_all_extras_are_there(trained:
         *trained.saved("v1", 7, "/v1", extras=(0,)),
     ]
     assert not [order for order in told if isinstance(order, Finish)]
-    assert Finish("lm", "v1", 7, "/v1") in trained.saved("v1", 7, "/v1", extras=(1,))
+    assert Finish("lm", "v1", 7, "/v1", 1) in trained.saved("v1", 7, "/v1", extras=(1,))
 
 
 def test_a_snapshot_has_no_extras_and_makes_older_ones_needless(trained: Trained) -> None:
@@ -86,13 +117,94 @@ def test_a_rollback_discards_versions_that_are_not_complete(trained: Trained) ->
     trained.saved("v1", 7, "/v1", 0, 1, extras=(0, 1))
     trained.tell(Finished("lm", "v1", 7, "/v1", 0.0))
     trained.saved("v2", 8, "/v2", 0, extras=(0, 1))
-    trained.tell(Exited("one"))
-    epoch = trained.job.book.epoch
-    orders = trained.tell(Received(2, Ready("lm", epoch, (BlockState(0, 5), BlockState(1, 5)))))
-    assert trained.job.book.placed.applied == 5
-    assert [order for order in orders if isinstance(order, Discard)] == [Discard("/v2")]
+    orders = trained.go_back()
+    assert [order for order in orders if isinstance(order, Discard)] == [Discard("/v2", 1)]
+
+
+def test_what_went_into_a_version_before_a_rollback_does_not_count_after_it(trained: Trained) -> None:
+    trained.saved("", 5, "/5", 0, 1)
+    trained.tell(Finished("lm", "", 5, "/5", 0.0))
+    trained.go_back()
+    told = [
+        *trained.saved("v1", 7, "/v1", 0, extras=(0, 1), by=2),  # once more: the master was away
+        *trained.saved("v1", 7, "/v1", 1, extras=(0, 1), by=2, history=2),
+    ]
+    assert not [order for order in told if isinstance(order, Finish)]
+    assert Finish("lm", "v1", 7, "/v1", 2) in trained.saved("v1", 7, "/v1", 0, by=2, history=2)
+
+
+def test_a_snapshot_that_was_removed_is_not_finished_again(trained: Trained) -> None:
+    paths = [f"/f/lm/snapshot-{step}-1.safetensors" for step in (5, 10, 15)]
+    for step, path in zip((5, 10, 15), paths, strict=True):
+        trained.saved("", step, path, 0, 1)
+        trained.tell(Finished("lm", "", step, path, 0.0))
+    assert not [order for order in trained.saved("", 5, paths[0], 0, 1) if isinstance(order, Finish)]
+
+
+def test_nothing_of_a_deleted_job_counts_in_a_new_one_of_its_name(trained: Trained) -> None:
+    old = "/f/lm/snapshot-0-1.safetensors"
+    trained.saved("", 0, old, 0, 1)
+    trained.tell(DropAsked("lm"))
+    trained.tell(Received(WORKER + 1, enlist(trained.spec)))
+    assert trained.job.book.placed.epoch == 2
+    trained.tell(Finished("lm", "", 0, old, 0.0))  # it was found in the folder
+    assert not trained.job.book.snapshots
+    trained.tell(Finished("lm", "", 0, "/f/lm/snapshot-0-2.safetensors", 0.0))
+    assert [saved.path for saved in trained.job.book.snapshots] == ["/f/lm/snapshot-0-2.safetensors"]
+
+
+def kept(orders: list[Order]) -> list[tuple[int, int | None]]:
+    """Which links hear of what step."""
+    sent = [order for order in orders if isinstance(order, Send)]
+    return [(order.link, order.message.step) for order in sent if isinstance(order.message, Kept)]
+
+
+def hosted(orders: list[Order]) -> list[Host]:
+    sent = [order.message for order in orders if isinstance(order, Send)]
+    return [message for message in sent if isinstance(message, Host)]
+
+
+def test_all_aggregators_hear_that_no_snapshot_can_be_written_and_when_one_can_again(trained: Trained) -> None:
+    trained.tell(MoveAsked("lm", (1,), "two"))
+    failed = Received(1, Failed("lm", 1, "save", "the disk is full", 7))
+    assert kept(trained.tell(failed)) == [(1, None), (2, None)]
+    assert kept(trained.tell(Finished("lm", "", 5, "/lm/snapshot-5-1.safetensors", 0.0))) == []
+    assert kept(trained.tell(Finished("lm", "", 10, "/lm/snapshot-10-1.safetensors", 0.0))) == [(1, 10), (2, 10)]
+    unnamed = NotFinished("lm", "", 15, "/lm/snapshot-15-1.safetensors", "it is not there")
+    assert kept(trained.tell(unnamed)) == [(1, None), (2, None)]
+    assert kept(trained.tell(Received(1, Failed("lm", 1, "publish", "it is there already", 16)))) == []
+    assert trained.job.trouble == "it is not there"
+
+
+def test_an_epoch_in_which_nothing_was_saved_has_no_limit_but_one_that_goes_back_has(trained: Trained) -> None:
+    trained.tell(Finished("lm", "", 0, "/lm/snapshot-0-1.safetensors", 0.0))
+    trained.tell(Received(1, Failed("lm", 1, "save", "the disk is full", 5)))
+    trained.job.broken = "it begins again"
+    trained.tell(Tick())
+    assert kept(trained.tell(Received(1, Failed("lm", 1, "save", "of the old epoch", 5)))) == []
+    orders = trained.tell(Received(1, Held("lm", 2, (BlockState(0, 7), BlockState(1, 7)), ())))
+    assert [host.kept for host in hosted(orders)] == [None]
+    assert [host.kept for host in hosted(trained.tell(Exited("one")))] == [0]
+
+
+def test_a_snapshot_of_what_is_being_given_up_is_never_gone_back_to(trained: Trained) -> None:
+    trained.tell(Finished("lm", "", 50, "/lm/snapshot-50-1.safetensors", 0.0))
+    trained.tell(MoveAsked("lm", (1,), "two"))
+    trained.tell(Received(1, MovedOut("lm", 1, (1,), "two", 50)))
+    trained.tell(Exited("two"))
+    trained.tell(Received(1, Held("lm", 2, (BlockState(0, 62),), ())))
+    again = Book()
+    for record in trained.master.state.book.records():
+        again.apply(record)
+    assert not again.jobs["lm"].counts(60, 1)  # nor for a master that is started now
+    assert kept(trained.tell(Finished("lm", "", 60, "/lm/snapshot-60-1.safetensors", 0.0))) == []
+    trained.tell(Received(1, Ready("lm", 2, (BlockState(0, 50), BlockState(1, 50)))))
+    assert trained.job.book.placed.applied == 50
+    trained.tell(Received(4, Register(address_of("three"), "", 4, 1 << 31, ())))
+    (host,) = hosted(trained.tell(Exited("one")))
+    assert (host.source, host.applied, host.kept) == ("/lm/snapshot-50-1.safetensors", 50, 50)
 
 
 def test_a_job_that_is_deleted_leaves_no_half_versions(trained: Trained) -> None:
     trained.saved("v1", 7, "/v1", 0)
-    assert Discard("/v1") in trained.tell(DropAsked("lm"))
+    assert Discard("/v1", 1) in trained.tell(DropAsked("lm"))

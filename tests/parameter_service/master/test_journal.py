@@ -26,6 +26,8 @@ from computron.parameter_service.master.records import (
     Placed,
     QuotaSet,
     Record,
+    RolledBack,
+    SavingFailed,
     SnapshotBad,
     SnapshotSaved,
     VersionSaved,
@@ -51,6 +53,7 @@ HISTORY: list[Record] = [
     VersionSaved("lm", "v1", 18, "/v/v1", 1e9),
     SnapshotSaved("lm", 30, "/s/30"),
     SnapshotBad("lm", "/s/20"),
+    SavingFailed("lm"),
     MoveBegun("lm", (0,), "two"),
     MemberGone("lm", 0, True),
     JobCreated(job_spec("other"), "another"),
@@ -59,6 +62,9 @@ HISTORY: list[Record] = [
     QuotaSet("lm", None),
     JobDropped("other"),
     AggregatorGone("one"),
+    EpochBegun("lm", 9),
+    JobDropped("lm"),
+    JobCreated(job_spec("lm"), "secret", 9),
 ]
 
 
@@ -70,7 +76,7 @@ def book_of(records: list[Record]) -> Book:
 
 
 def contents(book: Book) -> list[object]:
-    return [book.jobs, book.started, book.known, book.minimum, book.quotas]
+    return [book.jobs, book.started, book.known, book.minimum, book.quotas, book.dropped]
 
 
 @pytest.mark.parametrize("length", range(len(HISTORY) + 1))
@@ -149,6 +155,34 @@ def test_nothing_is_written_behind_half_a_record(tmp_path: Path, monkeypatch: py
     read = Journal(path)
     read.close()
     assert read.book.minimum == 1
+
+
+def test_a_log_that_grows_is_written_anew_while_it_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("computron.parameter_service.master.journal.LARGEST", 2000)
+    path = tmp_path / "log"
+    journal = Journal(path)
+    for count in range(1000):
+        record = CountSet(count)
+        journal.book.apply(record)
+        journal.append(record)
+        journal.shorten()
+        assert path.stat().st_size < 2100
+    journal.close()
+    again = Journal(path)
+    again.close()
+    assert again.book.minimum == 999
+
+
+def test_rollbacks_are_kept_as_long_as_they_void_anything() -> None:
+    book = Book()
+    book.apply(JobCreated(job_spec("lm"), "secret"))
+    for epoch, applied in ((2, 50), (3, 70), (4, 60), (6, 60)):
+        book.apply(RolledBack("lm", epoch, applied))
+    job = book.jobs["lm"]
+    assert job.rollbacks == [RolledBack("lm", 2, 50), RolledBack("lm", 6, 60)]
+    assert [job.counts(*saved) for saved in ((50, 1), (55, 1), (60, 2), (65, 3), (65, 6))] == [
+        True, False, True, False, True
+    ]  # fmt: skip
 
 
 def fill_up(monkeypatch: pytest.MonkeyPatch) -> None:

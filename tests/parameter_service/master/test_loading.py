@@ -11,6 +11,7 @@ from computron.parameter_service.master.scaling import ScalingSettings
 from computron.parameter_service.packing import PACKERS
 from computron.parameter_service.wire.messages import (
     BlockState,
+    Failed,
     Held,
     Hold,
     Host,
@@ -133,6 +134,11 @@ def test_a_load_that_was_interrupted_is_not_taken_for_done() -> None:
     job.load(0, 1)
     placement = job.heard(WORKERS[0], Placement)
     assert (placement.epoch, placement.loads, placement.loading) == (4, 1, True)
+    for worker in job.master.state.jobs["lm"].workers.values():
+        worker.load = None
+    job.tell(Received(3, Register(address_of("three"), "", 3, 1 << 30, ())))
+    job.tell(Exited("two"))
+    assert job.heard(3, Host).source.endswith("snapshot-0-1.safetensors")
 
 
 def test_it_is_brought_again_if_an_aggregator_dies_before_it_is_done() -> None:
@@ -147,6 +153,28 @@ def test_it_is_brought_again_if_an_aggregator_dies_before_it_is_done() -> None:
     job.load(0, ready=True)
     job.snapshot(0, 3)
     assert job.book.loaded == 1
+
+
+def test_a_version_that_fails_makes_no_load_done() -> None:
+    job = Loading()
+    job.snapshot(0, 1)
+    job.load(0, 1)
+    job.tell(Received(1, Failed("lm", 2, "publish", "it is there already")))
+    job.load(0, ready=True)
+    assert job.heard(WORKERS[0], Loaded) is None
+    job.snapshot(0, 2)
+    assert job.heard(WORKERS[0], Loaded) == Loaded("lm", 1)
+
+
+def test_a_job_that_loaded_what_cannot_be_saved_never_goes_back_before_it() -> None:
+    job = Loading()
+    job.snapshot(0, 1)
+    job.load(0, 1)
+    job.load(0, ready=True)
+    job.tell(Received(1, Failed("lm", 2, "save", "the disk is full")))
+    assert job.heard(WORKERS[0], Loaded) == Loaded("lm", 1)
+    job.tell(Exited("one"))
+    assert "the disk is full" in job.book.failed
 
 
 def test_without_snapshots_it_is_done_when_all_blocks_are_there() -> None:

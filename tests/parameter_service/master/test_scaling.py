@@ -8,10 +8,12 @@ import pytest
 
 from computron.errors import BadRequest
 from computron.parameter_service.master.events import (
+    Closed,
     CountAsked,
     DrainAsked,
     Exited,
     Log,
+    MoveAsked,
     Order,
     Received,
     Send,
@@ -44,13 +46,13 @@ from tests.parameter_service.master.fakes import address_of, enlist, job_spec
 class Bench:
     """A master with aggregators and workers that are nothing but links."""
 
-    def __init__(self, *, starts: bool = True, **settings: Any) -> None:
+    def __init__(self, *, starts: bool = True, book: Book | None = None, **settings: Any) -> None:
         self.now = 0.0
         self.records: list[Any] = []
         self.links: dict[str, int] = {}
         self.jobs: dict[str, int] = {}
         scaling = ScalingSettings(interval=1.0, hysteresis=3.0, starts=starts, **settings)
-        self.master = Master(Book(), PACKERS["utilisation"](), scaling, 0.0)
+        self.master = Master(book or Book(), PACKERS["utilisation"](), scaling, 0.0)
         self.sent: list[Send] = []
 
     def tell(self, event: Any) -> list[Order]:
@@ -75,9 +77,9 @@ class Bench:
     def say(self, who: str, message: Any) -> None:
         self.tell(Received(self.links[who], message))
 
-    def train(self, job: str, blocks: int = 2) -> None:
+    def train(self, job: str, blocks: int = 2, **fields: Any) -> None:
         self.links[job] = 500 + len(self.links)
-        self.say(job, enlist(job_spec(job, blocks=blocks)))
+        self.say(job, enlist(job_spec(job, blocks=blocks, **fields)))
         assert self.heard(job, Placement)
 
     def heard(self, who: str, kind: type) -> list[Any]:
@@ -116,6 +118,15 @@ def test_one_that_dies_at_once_is_started_again_later_each_time() -> None:
             starts += 1
             bench.tell(Exited(name))
     assert 4 <= starts <= 12
+
+
+def test_another_one_is_started_for_one_that_hangs() -> None:
+    bench = Bench(minimum=1, maximum=2)
+    bench.begin(*bench.wait())
+    bench.tell(Closed(bench.links["aggregator-1"]))
+    assert bench.wait(29.0) == []
+    assert bench.wait(2.0) == ["aggregator-2"]
+    assert bench.wait(60.0) == []  # it is on its way
 
 
 def test_nothing_is_started_where_somebody_else_does_it() -> None:
@@ -225,6 +236,27 @@ def test_a_move_that_failed_is_tried_again_only_after_a_while() -> None:
         bench.wait(1.0)
     assert [(move.epoch, move.blocks) for move in bench.heard(owner, Move)][1:] == [(2, (states[1].block,))]
     assert set(bench.master.state.jobs["a"].book.owners) == {owner, move.to.aggregator}
+
+
+def test_a_move_that_does_not_end_stops_no_other_jobs() -> None:
+    bench = Bench(minimum=3, maximum=3)
+    for pid, name in enumerate(bench.wait(), 1):
+        bench.begin(name, pid)
+    for job in "abc":
+        bench.train(job)
+    here, stuck, there = sorted(bench.links.keys() - set("abc"))
+    for job in "abc":
+        bench.tell(MoveAsked(job, None, stuck if job == "c" else here))
+    bench.carry_out_moves()
+    bench.tell(MoveAsked("c", None, there))
+    bench.sent.clear()
+    for step in range(1, 13):
+        for job in "ab":
+            bench.report(job, compute=0.010, wait=0.050, cpu=0.010, step=step)
+        bench.wait(1.0)
+    assert {move.job for move in bench.heard(here, Move)} <= {"a", "b"}
+    assert bench.heard(here, Move)
+    assert not bench.heard(stuck, Move)
 
 
 def test_the_last_aggregator_is_not_drained() -> None:

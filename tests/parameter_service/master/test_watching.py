@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
+
 from computron.parameter_service.master.events import CountAsked
-from computron.parameter_service.master.loads import observed_loss
-from computron.parameter_service.wire.messages import Stop
+from computron.parameter_service.master.loads import load_of, observed_loss
+from computron.parameter_service.wire.messages import Progress, Stop
 from tests.parameter_service.master.test_scaling import Bench
 
 COMPUTE, CPU, HANDLING = 0.1, 0.01, 0.005  # seconds of an iteration
@@ -99,3 +103,18 @@ def test_what_others_work_does_not_explain_is_not_lost_by_sharing() -> None:
     loss = observed_loss(bench.master.state, bench.master.state.jobs["a"])
     assert loss is not None
     assert 0.0 < loss < 0.1
+
+
+@pytest.mark.parametrize(
+    ("compute", "wait"), [(-1.0, 0.5), (0.1, -0.5), (math.nan, 0.5), (0.1, math.inf), (1e308, 0.5)]
+)
+def test_times_that_cannot_be_do_not_count(compute: float, wait: float) -> None:
+    """Whoever knows a job's token can report them."""
+    bench = together()
+    job = bench.master.state.jobs["a"]
+    before = load_of(bench.master.state, job)
+    for step in range(100, 110):
+        bench.say("a", Progress("a", 0, job.book.epoch, step, compute, wait))
+        bench.wait(1.0)
+    assert job.step == 109
+    assert load_of(bench.master.state, job) == before

@@ -154,7 +154,7 @@ class SimAggregator(SimPeer):
 
     def save(self, number: int, block: SimBlock, step: int) -> None:
         assert self.job is not None
-        path = f"{step}-{self.job.epoch}"
+        path = f"snapshot-{step}-{self.job.epoch}.safetensors"
         self.world.files.setdefault(path, {})[number] = block.chain
         self.say(m.Saved("lm", "", step, path, (number,)))
 

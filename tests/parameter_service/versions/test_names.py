@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from computron.errors import BadRequest
-from computron.parameter_service.versions.names import job_folder, snapshot_path, version_path
+from computron.parameter_service.versions.names import job_folder, job_of, snapshot_path, version_path
 
 ROOT = Path("/snapshots")
 
@@ -20,7 +19,7 @@ def test_any_job_has_a_folder_of_its_own_right_below_the_root(job: str) -> None:
     folder = job_folder(ROOT, job)
     assert folder.parent == ROOT
     assert folder.name not in (".", "..")
-    assert unquote(folder.name) == job
+    assert job_of(folder) == job
 
 
 @pytest.mark.parametrize("job", ["", "x" * 300])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from computron.parameter_service.versions.files import partial_path
+from computron.parameter_service.versions.files import marks_path, partial_path
 from computron.parameter_service.versions.names import snapshot_path, version_path
-from computron.parameter_service.versions.pruning import prune
+from computron.parameter_service.versions.pruning import last_epochs, prune
 
 
 def test_pruning_removes_what_is_older_and_keeps_versions_and_what_it_is_told(tmp_path: Path) -> None:
@@ -22,3 +22,18 @@ def test_pruning_removes_what_is_older_and_keeps_versions_and_what_it_is_told(tm
     assert not any(file.exists() for file in (old, *stale))
     assert all(file.exists() for file in staying)
     assert prune(newest, [kept]) == []
+
+
+def test_the_last_epochs_of_files_are_found(tmp_path: Path) -> None:
+    assert last_epochs(tmp_path / "nowhere") == {}
+    files = [
+        snapshot_path(tmp_path, "team/lm", 30, 2),
+        partial_path(snapshot_path(tmp_path, "team/lm", 40, 11)),
+        marks_path(snapshot_path(tmp_path, "old", 10, 4)),
+        partial_path(version_path(tmp_path, "old", "v1"), 7),
+        version_path(tmp_path, "published", "v1"),
+    ]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    assert last_epochs(tmp_path) == {"team/lm": 11, "old": 7, "published": 0}

@@ -15,7 +15,7 @@ from computron.parameter_service.layout import Layout, TensorSpec
 from computron.parameter_service.specs import state_names
 from computron.parameter_service.versions.files import finish
 from computron.parameter_service.versions.names import snapshot_path
-from computron.parameter_service.versions.snapshot import SnapshotReader, SnapshotWriter
+from computron.parameter_service.versions.snapshot import SnapshotMissing, SnapshotReader, SnapshotWriter
 from computron.parameter_service.wire.messages import JobSpec
 
 change = msgspec.structs.replace
@@ -89,8 +89,16 @@ def test_blocks_of_another_size_can_go_on_from_it(tmp_path: Path, spec: JobSpec)
 def test_a_missing_or_unfinished_snapshot_cannot_be_read(tmp_path: Path, spec: JobSpec) -> None:
     path = snapshot_path(tmp_path, spec.job, 1, 1)
     SnapshotWriter(path, spec, step=1, epoch=1).close()
-    with pytest.raises(CheckpointError, match=r"snapshot-1-1\.safetensors: No such file or directory"):
+    with pytest.raises(SnapshotMissing, match=r"snapshot-1-1\.safetensors: No such file or directory"):
         SnapshotReader(path, spec)
+
+
+def test_that_a_snapshot_cannot_be_opened_says_nothing_of_it(tmp_path: Path, spec: JobSpec) -> None:
+    with pytest.raises(FileNotFoundError):
+        SnapshotReader(snapshot_path(tmp_path / "not mounted", spec.job, 1, 1), spec)
+    (taken := snapshot_path(tmp_path, spec.job, 1, 1)).mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):
+        SnapshotReader(taken, spec)
 
 
 def test_a_truncated_snapshot_is_found_out(path: Path, spec: JobSpec) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import uuid
@@ -194,6 +195,44 @@ async def test_file_descriptors_that_no_message_has_end_the_link(pair: Pair) -> 
             socket.send_fds(hostile, [bytes([byte])], [null.fileno()] * 200)
         await pair.there.until(lambda: bool(pair.there.lost_reasons))
     assert "400 file descriptors came" in pair.there.lost_reasons[0]
+
+
+async def test_a_link_that_has_no_descriptor_left_to_send_ends_and_keeps_none(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = await connected(pair, True)
+    segments = [Segment.create("segment", 4096) for _ in range(3)]
+    copied: list[int] = []
+    duplicate = os.dup
+
+    def scarce(fd: int) -> int:
+        if len(copied) == 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        copied.append(duplicate(fd))
+        return copied[-1]
+
+    with monkeypatch.context() as scarcity:
+        scarcity.setattr(os, "dup", scarce)
+        link.send(Flush("job", 1), fds=[segment.fd for segment in segments])
+    assert link.closed
+    assert "Too many open files" in pair.here.lost_reasons[0]
+    for fd in copied:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+    for segment in segments:
+        segment.close()
+
+
+async def test_the_kernel_looks_whether_a_silent_machine_is_there(pair: Pair) -> None:
+    link = await connected(pair, False)
+    assert isinstance(link, wire.RemoteLink)
+    assert link._transport is not None
+    connection = link._transport.get_extra_info("socket")
+    assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    silent, probed, probes = (connection.getsockopt(socket.IPPROTO_TCP, name) for name in names)
+    assert silent + probed * probes <= wire.UNANSWERED
+    link.close()
 
 
 async def test_a_peer_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

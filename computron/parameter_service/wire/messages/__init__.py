@@ -26,6 +26,7 @@ from computron.parameter_service.wire.messages.aggregators import (
     Host,
     HostedJob,
     JobUsage,
+    Keep,
     Kept,
     Move,
     MovedOut,
@@ -114,6 +115,7 @@ __all__ = [
     "JobUsage",
     "Join",
     "Joined",
+    "Keep",
     "Kept",
     "Leave",
     "Load",
@@ -150,7 +152,7 @@ ToMaster = (
     Enlist | Progress | Unreachable | Leave | Load | Register | Ready | MovedOut | Held | WorkerLost | Saved | Usage
     | Failed
 )  # fmt: skip
-FromMaster = Placement | Loaded | Denied | Registered | Host | Move | Hold | Complete | Kept | Drop | Stop
+FromMaster = Placement | Loaded | Denied | Registered | Host | Move | Hold | Complete | Kept | Keep | Drop | Stop
 
 
 def encoder() -> msgspec.msgpack.Encoder:

@@ -45,7 +45,7 @@ class Host(msgspec.Struct, tag="host", frozen=True):
     """From this epoch on own exactly these blocks of the job, all at step `applied`, with these members.
 
     source: "keep" what is there; "worker": one will write them; otherwise the snapshot's file that they are read from.
-    Other blocks of the job are forgotten, unfinished moves too. kept: as in `Kept`.
+    Other blocks of the job are forgotten, unfinished moves too. kept: as `Kept.step`.
     """
 
     spec: JobSpec
@@ -55,7 +55,7 @@ class Host(msgspec.Struct, tag="host", frozen=True):
     blocks: tuple[int, ...]
     applied: int
     source: str
-    kept: int = 0
+    kept: int | None = 0
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -109,7 +109,7 @@ class HeldCommit(msgspec.Struct, frozen=True, array_like=True):
 
 class Held(msgspec.Struct, tag="held", frozen=True):
     """blocks: that are complete here, those included whose move was announced but not accepted: `leaving`. Whoever was
-    to have one of these may have it.
+    to have one of these may have it. empty: blocks that are here and have got no state yet.
     """
 
     job: str
@@ -117,6 +117,7 @@ class Held(msgspec.Struct, tag="held", frozen=True):
     blocks: tuple[BlockState, ...]
     commits: tuple[HeldCommit, ...]
     leaving: tuple[int, ...] = ()
+    empty: tuple[int, ...] = ()
 
 
 class Complete(msgspec.Struct, tag="complete", frozen=True):
@@ -133,11 +134,19 @@ class Complete(msgspec.Struct, tag="complete", frozen=True):
 
 class Kept(msgspec.Struct, tag="kept", frozen=True):
     """The job's snapshot of this step is complete. So that a failure costs no more than `snapshot_every` steps, an
-    aggregator that is connected to the master applies none further behind the last complete snapshot.
+    aggregator that is connected to the master applies none further behind the last complete snapshot. None: one could
+    not be written; until one is, steps are not limited.
     """
 
     job: str
-    step: int
+    step: int | None
+
+
+class Keep(msgspec.Struct, tag="keep", frozen=True):
+    """Take a snapshot of the job as it is now, if it is still in this epoch: nobody works on it any more."""
+
+    job: str
+    epoch: int
 
 
 class Drop(msgspec.Struct, tag="drop", frozen=True):
@@ -155,7 +164,9 @@ class WorkerLost(msgspec.Struct, tag="worker_lost", frozen=True):
 
 
 class Saved(msgspec.Struct, tag="saved", frozen=True):
-    """These blocks of a snapshot ("") or a version are in its file, and these extras of a version."""
+    """These blocks of a snapshot ("") or a version are in its file, and these extras of a version. history: of the job
+    when a version was ordered: the epoch in which it last went back to an earlier state, or began.
+    """
 
     job: str
     version: str
@@ -163,6 +174,7 @@ class Saved(msgspec.Struct, tag="saved", frozen=True):
     path: str
     blocks: tuple[int, ...] = ()
     extras: tuple[int, ...] = ()
+    history: int = 0
 
 
 class JobUsage(msgspec.Struct, frozen=True):
@@ -193,12 +205,16 @@ class Usage(msgspec.Struct, tag="usage", frozen=True):
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """An order could not be carried out."""
+    """An order could not be carried out. order: "hold", "complete", "host", "move", "step", "save" (of a snapshot) or
+    "publish"; "restore" if the snapshot that blocks were to come from is damaged, "find" if it is not there. step: the
+    last that any block here has seen, of an order to save.
+    """
 
     job: str
     epoch: int
     order: str
     message: str
+    step: int = 0
 
 
 class Stop(msgspec.Struct, tag="stop", frozen=True):

@@ -134,8 +134,8 @@ class Norms(msgspec.Struct, tag="norms", frozen=True):
 
 class Extra(msgspec.Struct, tag="extra", frozen=True):
     """A tensor that is not trained (a buffer, a frozen parameter) follows as payload, in its own dtype, for the file of
-    the version that the parameters become after `step`. tensor: its place in `JobSpec.extras`. Sent again until there
-    is an answer.
+    the version that the parameters become after `step`. tensor: its place in `JobSpec.extras`. Sent again where
+    the answer is lost with the link or the epoch.
     """
 
     job: str
@@ -207,7 +207,8 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 class Expect(msgspec.Struct, tag="expect", frozen=True):
     """Blocks will be handed over: workers that are told so may come before their states. Where memory is shared the
     descriptors of their segments come with it, so that they can be mapped in time. key: of the service.
-    members, token: of the job. kept: as in `Kept`.
+    members, token: of the job. kept: as `Kept.step`. history: as in `Saved`. pushing: how many of the members will push
+    their gradients, at most.
     """
 
     key: str
@@ -216,7 +217,9 @@ class Expect(msgspec.Struct, tag="expect", frozen=True):
     epoch: int
     members: tuple[int, ...]
     blocks: tuple[int, ...]
-    kept: int = 0
+    kept: int | None = 0
+    history: int = 0
+    pushing: int = 0
 
 
 class Expecting(msgspec.Struct, tag="expecting", frozen=True):
@@ -226,7 +229,9 @@ class Expecting(msgspec.Struct, tag="expecting", frozen=True):
 
 
 class Adopt(msgspec.Struct, tag="adopt", frozen=True):
-    """From now on the receiver owns an expected block. Where memory is not shared its state follows as payload."""
+    """From now on the receiver owns an expected block. Where memory is not shared its state follows as payload.
+    limited: whether steps are, by the last complete snapshot.
+    """
 
     job: str
     epoch: int
@@ -234,6 +239,7 @@ class Adopt(msgspec.Struct, tag="adopt", frozen=True):
     applied: int
     updates: int
     memory: str
+    limited: bool = True
 
 
 class Adopted(msgspec.Struct, tag="adopted", frozen=True):

@@ -8,13 +8,17 @@ from computron.parameter_service.wire.messages.jobs import Address, JobSpec
 
 
 class Enlist(msgspec.Struct, tag="enlist", frozen=True):
-    """A worker wants to take part in a job, which begins with the first that comes. rank: None to be given one."""
+    """A worker wants to take part in a job, which begins with the first that comes. rank: None to be given one. epoch,
+    step: that it is in and has seen, if it was told of any.
+    """
 
     spec: JobSpec
     token: str
     rank: int | None
     incarnation: str
     machine: str
+    epoch: int = 0
+    step: int = 0
 
 
 class Placement(msgspec.Struct, tag="placement", frozen=True):
