@@ -338,9 +338,7 @@ class Node:
                 self._handle(events.SwapFailed(model, outcome.pages))
 
     def _hidden_share(self, outcome: SwapOutcome) -> float:
-        now = time.monotonic()
-        steps = [] if self._crew is None else self._crew.worker.gates.values()
-        running = sorted(interval for gates in steps for gate in gates for interval in gate.computing(now))
+        running = [] if self._crew is None else self._crew.worker.computing()
         return self._steps.hidden_share(outcome.finished - outcome.seconds, outcome.finished, running)
 
     def failed(self, reason: str) -> None:

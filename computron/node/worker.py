@@ -7,6 +7,7 @@ compute thread, transfers on the extension's threads.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,6 +36,7 @@ from computron.models.loading import LoadedModel, load_model
 from computron.models.plan import ModelPlan, plan_model
 from computron.models.shard import WHOLE, Shard
 from computron.node import wire
+from computron.node.busy import Interval
 from computron.node.device import (
     GPU_SHARE,
     GROUP_GPU_SHARE,
@@ -315,6 +317,11 @@ class Worker:
         if not self.gates[model]:
             del self.gates[model]
         self.swapper.end_step(model)
+
+    def computing(self) -> list[Interval]:
+        """When the steps that have not ended have computed so far, in order."""
+        now = time.monotonic()
+        return sorted(interval for gates in self.gates.values() for gate in gates for interval in gate.computing(now))
 
     async def compute(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call this on the compute thread, after the steps given to it before."""
