@@ -15,7 +15,7 @@ from computron.execution.batching import by_group
 from computron.execution.requests import CustomJob, CustomOutput, FailedOutput, Job, Output
 from computron.execution.single_pass import SinglePassExecutor, SinglePassRunner
 from computron.execution.steps import BatchResult, CustomStep, CustomStepOutput, StepInput, StepOutput
-from computron.models import LoadedModel
+from computron.models import LoadedModel, StackTensors
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class CustomExecutor(SinglePassExecutor[CustomJob, Batches]):
     def __init__(self, model: LoadedModel) -> None:
         super().__init__(model)
         self._manager = model.batch_manager
+        self.overlaps = type(self._manager) is StackTensors  # another may remember of a batch how to split it
 
     def _checked(self, job: Job) -> CustomJob:
         if not isinstance(job, CustomJob):

@@ -15,8 +15,7 @@ from computron.models import Gate
 
 
 class Executor(Protocol):
-    """The leader's half. One step of a model at a time: `plan`, then `finish` or `abandon`. Where one step answers a
-    request, others may be planned before that one has ended.
+    """The leader's half. One step of a model at a time, `plan`, then `finish` or `abandon`, unless it `overlaps`.
 
     `prepare` and `add` may be called at any time, from another thread too; the rest between steps, but for `drop` of
     requests that are in none.
@@ -29,6 +28,10 @@ class Executor(Protocol):
     @property
     def max_len(self) -> int:
         """Tokens of one sequence at most, prompt and answer together; 0 for models that do not generate."""
+
+    @property
+    def overlaps(self) -> bool:
+        """May one step be planned while another is on its way?"""
 
     def limit_cache(self, block_bytes: int, capacity: int) -> None:
         """For a group, before anything else: the bytes of a block on the node where it is largest, and the blocks that

@@ -32,6 +32,7 @@ class SinglePassExecutor(ABC, Generic[JobType, Layout]):
 
     blocks_per_frame = 0.0
     max_len = 0
+    overlaps = True
 
     def __init__(self, model: LoadedModel) -> None:
         self._model = model

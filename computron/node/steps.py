@@ -118,7 +118,7 @@ class Steps:
             self._tell(told)
 
     def _stage_freed(self, crew: Crew, model: str) -> None:
-        if crew.models[model].plan.task != "generate":
+        if crew.models[model].executor.overlaps:
             self._tell(events.StageFreed(model))
 
     def _ended(self, crew: Crew, model: str) -> list[events.Event]:

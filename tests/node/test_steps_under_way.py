@@ -19,13 +19,12 @@ GATE = SimpleNamespace(computing=lambda now: [])
 class Crew:
     """Its steps end as the test says. `dropped`: what the executor has let go of."""
 
-    def __init__(self, task: str = "embed") -> None:
+    def __init__(self, overlaps: bool = True) -> None:
         self.ends: dict[tuple[int, ...], asyncio.Future[None]] = {}
         self.freed = {}
         self.dropped: list[int] = []
         self.absent = False
-        executor = SimpleNamespace(drop=self.dropped.append)
-        self.models = {"m": SimpleNamespace(executor=executor, plan=SimpleNamespace(task=task))}
+        self.models = {"m": SimpleNamespace(executor=SimpleNamespace(drop=self.dropped.append, overlaps=overlaps))}
 
     def begin_step(self, model):
         if self.absent:
@@ -156,9 +155,9 @@ async def test_an_executor_forgets_requests_after_the_last_step_that_may_know_th
     assert not steps.drop_after(SimpleNamespace(model="m", number=10))
 
 
-@pytest.mark.parametrize(("task", "events"), [("classify", [StageFreed("m")]), ("generate", [])])
-async def test_a_free_stage_is_told_of_models_that_one_pass_answers(steps, told, task, events):
-    crew = Crew(task)
+@pytest.mark.parametrize(("overlaps", "events"), [(True, [StageFreed("m")]), (False, [])])
+async def test_a_free_stage_is_told_of_models_whose_steps_may_overlap(steps, told, overlaps, events):
+    crew = Crew(overlaps)
     await start(steps, crew, 1)
     crew.freed[1,]()
     assert told == events
