@@ -20,7 +20,7 @@ class Policy(Protocol):
         """When the model's next request will come, if that can be said so well that fetching for it pays."""
 
     def next_to_run(self, board: Board, ready: Sequence[ModelState], now: float) -> ModelState:
-        """One of `ready`: resident models with work, in order of rank."""
+        """One of `ready`: resident models with work, in order of rank. Some may be in a step, and have another then."""
 
     def next_to_bring(self, board: Board, absent: Sequence[ModelState], now: float) -> list[ModelState]:
         """The models of `absent` (with work, in order of rank) that are worth a swap-in, the best first."""
@@ -30,7 +30,8 @@ class Policy(Protocol):
     ) -> Sequence[tuple[ModelState, int]]:
         """Whose pages leave for `target`, in this order, and at most how many of each; a model may be named again.
 
-        idle: models without work, the one longest unused first. ahead: nobody waits for `target` yet.
+        idle: models without work, the one longest unused first. ahead: nobody waits for `target` yet. Where somebody does,
+        the answer holds for all pieces of a swap-in, until anything else happens.
         """
 
     def missed(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
