@@ -106,15 +106,15 @@ def make_deadly(shard: Shard) -> nn.Module:
 
 
 class Relay(nn.Module):
-    """Gives its input back, a number n. Its second stage ends with n only once its first one has begun with n + 1.
-
-    For a number -n it raises there, once the first one has begun with n + 1, and before it has received anything.
+    """Gives its input back, a number. Its second stage ends with one only once its first one has begun with another, if
+    any of the `total` is left. With negative numbers it raises then, before it has received what was sent for them.
     """
 
-    def __init__(self, folder: Path, last: int, shard: Shard) -> None:
+    def __init__(self, folder: Path, total: int, shard: Shard) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
-        self._folder, self._last, self._shard = folder, last, shard
+        self._folder, self._total, self._shard = folder, total, shard
+        self._seen = 0
         self.communicator: Communicator
 
     def set_communicator(self, communicator: Communicator) -> None:
@@ -127,20 +127,17 @@ class Relay(nn.Module):
             result = given * self.weight
             self.communicator.send(result)
             return result
-        if number < 0:
-            self._wait_for(1 - number)
-            raise ValueError(f"{number} is negative")
-        result = self.communicator.receive(given)
-        if number < self._last:
-            self._wait_for(number + 1)
-        return result
-
-    def _wait_for(self, number: int) -> None:
+        self._seen = min(self._seen + 1, self._total)
+        if number >= 0:
+            given = self.communicator.receive(given)
         deadline = time.monotonic() + WAIT
-        while not (self._folder / f"begun-{number}").exists():
-            assert time.monotonic() < deadline, f"{number} has not begun"
+        while len(list(self._folder.glob("begun-*"))) < min(self._seen + 1, self._total):
+            assert time.monotonic() < deadline, "no other has begun"
             time.sleep(0.005)
+        if number < 0:
+            raise ValueError(f"{number} is negative")
+        return given
 
 
-def make_relay(folder: str, last: int, shard: Shard) -> nn.Module:
-    return Relay(Path(folder), last, shard)
+def make_relay(folder: str, total: int, shard: Shard) -> nn.Module:
+    return Relay(Path(folder), total, shard)

@@ -30,12 +30,12 @@ def config(*models: ModelConfig, stages: int = 2, memory: int = 8 * MIB) -> Conf
     )
 
 
-def relay(folder: Path, last: int) -> ModelConfig:
+def relay(folder: Path, total: int) -> ModelConfig:
     return ModelConfig(
         id="relay",
         task="custom",
         factory="tests.end_to_end.split_models:make_relay",
-        arguments={"folder": str(folder), "last": last},
+        arguments={"folder": str(folder), "total": total},
         max_batch_size=1,
     )
 
@@ -56,8 +56,8 @@ async def infer(group: Group, model: str, given: list[float]) -> tuple[int, Any]
 
 
 async def test_steps_of_one_model_are_in_different_stages_at_once(tmp_path):
-    """Else the first one, whose second stage waits for the second one to begin, would fail."""
-    async with group_of(config(relay(tmp_path, last=5)), tmp_path) as group:
+    """Else the first one, whose second stage waits for another to begin, would fail."""
+    async with group_of(config(relay(tmp_path, total=6)), tmp_path) as group:
         answers = await asyncio.gather(*(infer(group, "relay", [float(number)]) for number in range(6)))
     assert answers == [(200, [float(number)]) for number in range(6)]
 
@@ -65,7 +65,7 @@ async def test_steps_of_one_model_are_in_different_stages_at_once(tmp_path):
 async def test_a_step_that_fails_fails_its_own_requests_and_no_other(tmp_path):
     """It leaves what the first stage sent for it, which the next step must not take for its own."""
     numbers = [0.0, 1.0, -1.0, 2.0, 3.0]
-    async with group_of(config(relay(tmp_path, last=0)), tmp_path) as group:
+    async with group_of(config(relay(tmp_path, total=5)), tmp_path) as group:
         answers = await asyncio.gather(*(infer(group, "relay", [number]) for number in numbers))
         assert [status for status, _ in answers] == [200, 200, 500, 200, 200], answers
         assert "-1 is negative" in answers[2][1]["error"]["message"]

@@ -30,7 +30,7 @@ class Policy(Protocol):
     ) -> Sequence[tuple[ModelState, int]]:
         """Whose pages leave for `target`, in this order, and at most how many of each; a model may be named again.
 
-        idle: models without work, the one longest unused first. ahead: nobody waits for `target` yet. Where somebody does,
+        idle: models without work, the one longest unused first. ahead: nobody waits for `target` yet. If somebody does,
         the answer holds for all pieces of a swap-in, until anything else happens.
         """
 
