@@ -31,7 +31,7 @@ class Executor(Protocol):
 
     @property
     def overlaps(self) -> bool:
-        """May one step be planned while another is on its way?"""
+        """May a step be planned, and another one finished on any thread, while others are on their way?"""
 
     def limit_cache(self, block_bytes: int, capacity: int) -> None:
         """For a group, before anything else: the bytes of a block on the node where it is largest, and the blocks that

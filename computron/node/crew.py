@@ -311,7 +311,7 @@ class Crew:
                 await own
             assert together.output is not None, "a node of the last stage reports a result"
             seconds = max(0.0, time.monotonic() - began - together.waited)
-            if served.plan.task in ("embed", "classify"):  # nothing but numbers: it need not wait for later steps
+            if executor.overlaps:  # it uses nothing that later steps do, and need not wait for them
                 return await worker.beside_compute(executor.finish, step, together.output), seconds
             return await worker.compute(executor.finish, step, together.output), seconds
         except BaseException:

@@ -150,5 +150,5 @@ class Steps:
         return ",".join(handle.request_id for handle in handles if handle is not None)
 
     def hidden_share(self, began: float, ended: float, running: Sequence[Interval]) -> float:
-        """Share of this time in which steps computed; `running`: intervals of those under way, in order."""
+        """Share of this time in which steps computed; `running`: intervals of those under way."""
         return self._busy.hidden_share(began, ended, running)

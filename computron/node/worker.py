@@ -319,9 +319,9 @@ class Worker:
         self.swapper.end_step(model)
 
     def computing(self) -> list[Interval]:
-        """When the steps that have not ended have computed so far, in order."""
+        """When the steps that have not ended have computed so far."""
         now = time.monotonic()
-        return sorted(interval for gates in self.gates.values() for gate in gates for interval in gate.computing(now))
+        return [interval for gates in self.gates.values() for gate in gates for interval in gate.computing(now)]
 
     async def compute(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call this on the compute thread, after the steps given to it before."""
