@@ -206,10 +206,13 @@ class Job:
     def lately(self) -> tuple[HeldCommit, ...]:
         return tuple(commit.said for commit in self.commits.values())
 
+    def work(self) -> float:
+        """Seconds that a step of this job takes here by itself."""
+        return sum(self.block_seconds.get(index, 0.0) for index in self.blocks)
+
     def allowance(self) -> float:
-        """Seconds that a step of this job may take here: its own work, and what its limit lets others take."""
-        own = sum(self.block_seconds.get(index, 0.0) for index in self.blocks)
-        return max(LEAST_ALLOWANCE, own + self.spec.loss_limit * self.period)
+        """Seconds that its limit lets others take of a step."""
+        return max(LEAST_ALLOWANCE, self.spec.loss_limit * self.period)
 
     def note_seconds(self, block: int, seconds: float) -> None:
         before = self.block_seconds.get(block)

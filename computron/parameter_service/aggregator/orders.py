@@ -221,8 +221,7 @@ class Orders:
         job.blocks, job.leaving, job.given = {}, {}, {}
         job.commits.clear()
         job.forget_asks()
-        if order.source != KEEP:
-            job.history = order.epoch
+        job.history = max(job.history, order.history) if order.source == KEEP else order.epoch
         try:
             for index in order.blocks:
                 block = known.pop(index, None) or HeldBlock.create(job.spec, job.layout.blocks[index])

@@ -13,7 +13,7 @@ import torch
 
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.compute import FIRST, ComputeThread, Work
-from computron.parameter_service.aggregator.job import Job, Worker
+from computron.parameter_service.aggregator.job import LEAST_ALLOWANCE, Job, Worker
 from computron.parameter_service.aggregator.kernels import Summer
 from computron.parameter_service.aggregator.staging import as_bytes
 from computron.parameter_service.specs import PARAMETERS
@@ -85,14 +85,15 @@ class Steps:
                     worker.link.send(Norms(job.spec.job, step, tuple(sorted(found)), asks[0].time))
                 found.clear()
 
-        deadline = time.monotonic() + job.allowance()
-        self.compute.submit(*(Work(job, deadline, partial(of, block), done) for block in blocks))
+        allowance = job.allowance()
+        deadline = time.monotonic() + allowance
+        self.compute.submit(*(Work(job, deadline, allowance, partial(of, block), done) for block in blocks))
 
     def quiet(self, job: Job, then: Callable[[], None]) -> None:
         """Take back what is scheduled of the job, and call `then` when nothing of it is computed any more."""
         for work in self.compute.withdraw(job):
             self._guarded(job, partial(work.done, work))
-        self.compute.submit(Work(job, FIRST, _nothing, lambda work: then()))
+        self.compute.submit(Work(job, FIRST, LEAST_ALLOWANCE, _nothing, lambda work: then()))
 
     def tell(self, job: Job, worker: Worker, block: HeldBlock, *, skipped: bool = False) -> None:
         """That the block has seen its last step."""
@@ -115,7 +116,6 @@ class Steps:
         scales = [commit.scale for commit in commits]
         skip = any(commit.skip for commit in commits)
         groups = commits[0].groups
-        deadline = time.monotonic() + job.allowance()
 
         def apply(block: HeldBlock) -> None:
             if skip:
@@ -128,10 +128,11 @@ class Steps:
                 block.kernel.apply(total, groups[block.block.group], block.updates + 1)
                 block.updates += 1
 
-        works = []
+        works, allowance = [], job.allowance()
+        deadline = time.monotonic() + job.work() + allowance
         for block in blocks:
             block.scheduled = block.applied + 1
-            works.append(Work(job, deadline, partial(apply, block), partial(done, block, commits)))
+            works.append(Work(job, deadline, allowance, partial(apply, block), partial(done, block, commits)))
         self.compute.submit(*works)
 
     def _close_step(self, job: Job, work: Work, block: HeldBlock) -> bool:

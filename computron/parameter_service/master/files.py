@@ -90,7 +90,7 @@ def _counts(job: Job, file: Saved | Finished | NotFinished) -> bool:
     if file.version:
         if not isinstance(file, Saved):
             return True
-        return job.book.is_in(file.history) and not _is_before_load(job, file.history)
+        return file.history >= job.book.history and not _is_before_load(job, file.history)
     begun = begun_of(Path(file.path))
     return begun is None or (job.book.counts(*begun) and not _is_before_load(job, begun[1]))
 

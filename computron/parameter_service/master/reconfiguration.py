@@ -340,6 +340,7 @@ class Reconfiguration:
                 applied=change.applied,
                 source=change.source,
                 kept=self._kept(job, change),
+                history=job.book.history,
             ))  # fmt: skip
         for name in sorted(job.holders - owners):
             state.tell(name, Drop(job.name))

@@ -225,9 +225,10 @@ class JobBook:
         """Whether what was saved in that epoch after that step is of the job's history, and was not rolled back."""
         return all(step <= back.applied for back in self.rollbacks if epoch < back.epoch)
 
-    def is_in(self, history: int) -> bool:
-        """Whether the job has not gone back to an earlier state since that epoch."""
-        return all(back.epoch <= history for back in self.rollbacks)
+    @property
+    def history(self) -> int:
+        """The epoch in which the job last went back to an earlier state, as far as the log knows."""
+        return max((back.epoch for back in self.rollbacks), default=0)
 
     @property
     def counted(self) -> list[SnapshotSaved]:

@@ -145,7 +145,7 @@ class _Forecast:
 
     def _burst(self, name: str, cpu: float) -> Burst:
         job = self.fleet.jobs[name]
-        return Burst(self.fleet.paces[name], cpu, cpu + self._limits.loss_of(job) * job.period)
+        return Burst(self.fleet.paces[name], cpu, self._limits.loss_of(job) * job.period)
 
 
 def _needed(capacity: Capacity, job: JobLoad, blocks: Collection[int]) -> int:

@@ -1,8 +1,8 @@
 """Aggregators on a virtual clock: what sharing does to iterations when nothing goes as a formula assumes.
 
 A job computes, commits, and computes again when all of its aggregators have applied the step. An aggregator has one
-compute thread. It works on the step with the earliest deadline (commit + work here + allowance of the job) and looks
-for a more urgent one after each chunk; between chunks, switching is free.
+compute thread. It works on the step that is latest, as a share of its job's allowance (its deadline: commit + work
+here + allowance), and looks for a more urgent one after each chunk; between chunks, switching is free.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+LEAST_ALLOWANCE = 1e-6  # seconds
 WARM_UP = 0.25  # share of the time that is not counted: jobs fall into step with each other in it
 
 
@@ -42,10 +43,20 @@ class Iterations:
 class _Step:
     job: int
     deadline: float
+    allowance: float
     remaining: float
 
-    def __lt__(self, other: _Step) -> bool:
-        return (self.deadline, self.job) < (other.deadline, other.job)
+    def lateness(self, now: float) -> float:
+        return (now - self.deadline) / self.allowance
+
+    def passes(self, other: _Step, now: float) -> float:
+        """From when on it is later than the other one; infinite if never."""
+        if self.lateness(now) > other.lateness(now):
+            return now
+        if self.allowance >= other.allowance:
+            return math.inf
+        mine, theirs = self.allowance, other.allowance
+        return max(now, (self.deadline * theirs - other.deadline * mine) / (theirs - mine))
 
 
 @dataclass(slots=True)
@@ -55,6 +66,7 @@ class _Server:
     waiting: list[_Step] = field(default_factory=list)
     current: _Step | None = None
     began: float = 0.0
+    until: float = 0.0
     turn: int = 0
 
 
@@ -97,23 +109,38 @@ class _Run:
         self.open[job] = len(self.work[job])
         for place, seconds in self.work[job]:
             server = self.servers[place]
-            step = _Step(job, now + seconds + allowance, seconds)
-            heapq.heappush(server.waiting, step)
+            step = _Step(job, now + seconds + allowance, max(allowance, LEAST_ALLOWANCE), seconds)
+            server.waiting.append(step)
             if server.current is None:
                 self._begin(place, now)
-            elif step < server.current and server.waiting[0] is step:
-                chunks = math.ceil((now - server.began) / self.chunk)
-                boundary = server.began + chunks * self.chunk
-                if boundary < server.began + server.current.remaining:
-                    server.turn += 1
-                    self._event(boundary, place, server.turn)
+            else:
+                self._stop_at(place, self._boundary(server, step, now))
+
+    def _boundary(self, server: _Server, step: _Step, now: float) -> float:
+        """Of the chunk after which this one, which waits, goes first."""
+        assert server.current is not None
+        passes = step.passes(server.current, now)
+        if math.isinf(passes):
+            return math.inf
+        return server.began + math.ceil((passes - server.began) / self.chunk) * self.chunk
+
+    def _stop_at(self, place: int, time: float) -> None:
+        server = self.servers[place]
+        if time < server.until:
+            server.until = time
+            server.turn += 1
+            self._event(time, place, server.turn)
 
     def _begin(self, place: int, now: float) -> None:
         server = self.servers[place]
-        server.current = heapq.heappop(server.waiting)
+        server.current = max(server.waiting, key=lambda step: (step.lateness(now), -step.job))
+        server.waiting.remove(server.current)
         server.began = now
-        server.turn += 1
-        self._event(now + server.current.remaining, place, server.turn)
+        server.until = math.inf
+        self._stop_at(place, now + server.current.remaining)
+        for step in server.waiting:
+            boundary = self._boundary(server, step, now)
+            self._stop_at(place, max(boundary, now + self.chunk))
 
     def _stretch_ended(self, place: int, turn: int, now: float) -> None:
         server = self.servers[place]
@@ -124,7 +151,7 @@ class _Run:
         server.current = None
         if now < end:
             step.remaining = end - now
-            heapq.heappush(server.waiting, step)
+            server.waiting.append(step)
         else:
             self._applied(step.job, now)
         if server.waiting:

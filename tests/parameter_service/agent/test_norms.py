@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import computron.parameter_service as service
+from computron.parameter_service.wire.messages import MovedOut
 from tests.parameter_service.agent.test_one_worker import loss, network, same
-from tests.parameter_service.agent.test_workers import Worker, await_move, batch_of
+from tests.parameter_service.agent.test_workers import Worker, await_told, batch_of
 
 NORM = 0.05
 
@@ -70,7 +71,7 @@ def test_blocks_move_while_norms_are_asked_for(cluster, kind, shared):
         worker.finish()
     assert same(workers[0].model, workers[1].model)
     assert close_to(workers[0].model, reference(10))
-    await_move(cluster)
+    await_told(cluster, MovedOut)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "tcp"])

@@ -52,10 +52,12 @@ class Worker(threading.Thread):
             raise self.error
 
 
-def await_move(cluster):
-    """Memory is made ready by a thread that gives way to all others: on a busy machine after the last step."""
+def await_told(cluster, kind, count=1):
+    """What is told to the master comes in another thread; of moves, on a busy machine, after the last step: their
+    memory is made ready by a thread that gives way to all others.
+    """
     deadline = time.monotonic() + 10
-    while not told(cluster, MovedOut):
+    while len(told(cluster, kind)) < count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -89,7 +91,7 @@ def test_workers_have_the_parameters_of_one_process(cluster, kind, shared):
         worker.finish()
     expected = reference(2, 6, kind)
     assert all(same(worker.model, expected) for worker in workers)
-    assert len(told(cluster, Leave)) == 2
+    await_told(cluster, Leave, 2)
 
 
 @pytest.mark.parametrize("shared", [(True, True), (False, False), (True, False)], ids=["shared", "tcp", "mixed"])
@@ -103,7 +105,7 @@ def test_blocks_move_while_workers_train(cluster, shared):
         worker.finish()
     expected = reference(2, 12)
     assert all(same(worker.model, expected) for worker in workers)
-    await_move(cluster)
+    await_told(cluster, MovedOut)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "tcp"])
@@ -169,10 +171,7 @@ def test_another_secret_is_refused(cluster):
 
 def test_progress_is_reported(cluster):
     with service.SGD(network().parameters(), lr=0.1, service=cluster.service()):
-        deadline = time.monotonic() + 10
-        while not told(cluster, Progress):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        await_told(cluster, Progress)
     assert told(cluster, Progress)[0].job == "job"
 
 
@@ -183,10 +182,7 @@ def test_a_master_that_was_away_hears_how_far_the_worker_is(cluster):
             loss(model, batch_of(0, step)).backward()
             optimizer.step()
         cluster.disconnect_from_master()
-        deadline = time.monotonic() + 10
-        while len(told(cluster, Enlist)) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        await_told(cluster, Enlist, 2)
     assert [(enlist.epoch, enlist.step) for enlist in told(cluster, Enlist)] == [(0, 0), (1, 3)]
 
 

@@ -255,7 +255,7 @@ async def test_others_work_that_was_done_before_keeps_no_job_that_was_dropped(mo
         (server,) = servers
         began, go_on = threading.Event(), threading.Event()
         other = Job(spec, "secret", 1, (0,), Reference(spec, **ADAM).layout)
-        server.steps.compute.submit(Work(other, 0.0, lambda: began.set() or go_on.wait(10), lambda work: None))
+        server.steps.compute.submit(Work(other, 0.0, 1.0, lambda: began.set() or go_on.wait(10), lambda work: None))
         await until(began.is_set)
         await master.send("a", Drop(spec.job))
         await until(lambda: not server._jobs)

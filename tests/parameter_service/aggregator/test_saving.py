@@ -12,8 +12,19 @@ from safetensors.torch import load_file
 
 from computron.parameter_service.layout import TensorSpec
 from computron.parameter_service.versions.files import SharedFile, partial_path
-from computron.parameter_service.wire.messages import Drop, Extra, Failed, Host, Kept, MovedOut, Registered, Saved, Stop
-from tests.parameter_service.aggregator.cluster import TOKEN, FakeMaster, Reference, cluster, job
+from computron.parameter_service.wire.messages import (
+    Drop,
+    Extra,
+    Failed,
+    Host,
+    Kept,
+    MovedOut,
+    Ready,
+    Registered,
+    Saved,
+    Stop,
+)
+from tests.parameter_service.aggregator.cluster import NEVER, TOKEN, FakeMaster, Reference, cluster, job
 from tests.parameter_service.aggregator.test_faults import HYPER, until
 from tests.parameter_service.aggregator.test_reconfiguration import rejoin, snapshot
 from tests.parameter_service.aggregator.test_steps import ADAM, one_step, spread, started
@@ -49,6 +60,12 @@ async def test_a_version_of_another_history_goes_into_another_file(tmp_path: Pat
         final = await snapshot(master, 1, count)
         assert torch.equal(load_file(final)["t0"], again.parameters[0])
         assert partial_path(final, 1).exists()  # the master removes it
+        host = Host(spec, TOKEN, 3, (0,), tuple(owners["a"]), 1, "keep", NEVER, 3)  # others went back in that epoch
+        await master.send("a", host)
+        await master.heard(lambda who, m: isinstance(m, Ready) and m.epoch == 3)
+        await rejoin(workers, owners, 3)
+        await worker.commit(2, HYPER, version="v2")
+        assert {message.history for message in await saved(master, "v2", count)} == {3}
 
 
 async def test_what_was_told_of_files_is_told_again_until_they_are_complete_or_void(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from computron.parameter_service.master.events import Exited, Finished
-from computron.parameter_service.wire.messages import BlockState, Failed, Host, Ready
+from computron.parameter_service.wire.messages import KEEP, BlockState, Failed, Host, Ready
 from tests.parameter_service.master.test_endings import SNAPSHOT, Small
 
 
@@ -76,5 +76,6 @@ def test_what_was_saved_before_a_rollback_is_void_also_if_the_rollback_was_inter
     bench.answer("two", {0: 50, 1: 50})
     bench.say("two", Ready("lm", bench.job.change.epoch, (BlockState(0, 50), BlockState(1, 50))))
     assert bench.job.book.placed.applied == 50
+    assert (bench.heard("two", Host)[-1].source, bench.heard("two", Host)[-1].history) == (KEEP, 2)
     bench.tell(Finished("lm", "", 55, SNAPSHOT.format(55, 1), 0.0))
     assert [saved.step for saved in bench.job.book.snapshots] == [40, 50]

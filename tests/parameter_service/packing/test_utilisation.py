@@ -49,28 +49,30 @@ def test_a_job_asked_for_on_two_aggregators_may_not_lose_by_having_one():
 
 
 def test_a_burst_that_leaves_others_no_time_is_not_predicted_to_end():
-    whole = Burst(1.0, 1.0, 1.1)
-    assert waits([whole, Burst(0.37, 0.01, 0.05)], 1e-3, 0.0)[1].drifting == math.inf
+    whole = Burst(1.0, 1.0, 0.1)
+    assert waits([whole, Burst(0.38, 0.01, 0.04)], 1e-3, 0.0)[1].drifting == math.inf
 
 
 def test_who_is_alone_waits_for_nobody():
-    assert waits([Burst(1.0, 0.5, 0.6)], 1e-3, 0.01) == [Wait(0.0, 0.0)]
+    assert waits([Burst(1.0, 0.5, 0.1)], 1e-3, 0.01) == [Wait(0.0, 0.0)]
 
 
 def test_jobs_of_equal_periods_wait_for_nothing_but_jitter():
-    found = waits([Burst(1.0, 0.25, 0.35)] * 3, 1e-3, 0.01)
+    found = waits([Burst(1.0, 0.25, 0.1)] * 3, 1e-3, 0.01)
     assert found == [Wait(0.0, 0.01)] * 3
 
 
 def test_the_faster_of_two_similar_jobs_falls_in_behind_the_slower_one():
-    fast, slow = waits([Burst(1.0, 0.2, 0.3), Burst(1.05, 0.2, 0.305)], 1e-3, 0.0)
+    fast, slow = waits([Burst(1.0, 0.2, 0.1), Burst(1.05, 0.2, 0.105)], 1e-3, 0.0)
     assert fast.in_step == pytest.approx(0.05)
     assert slow == Wait(0.0, 0.0)
 
 
 def test_a_short_burst_overtakes_a_long_one_but_for_a_chunk():
-    short, long = waits([Burst(0.37, 0.01, 0.05), Burst(10.0, 2.0, 3.0)], 1e-3, 0.0)
-    assert short.drifting == pytest.approx(0.2 * 0.5e-3 / 0.8)
-    assert long.drifting == pytest.approx(
-        2.0 * (0.01 / 0.37) / (1 - 0.01 / 0.37) + (0.01**2 / 0.74) / (1 - 0.01 / 0.37) ** 2
-    )
+    short, long = waits([Burst(0.38, 0.01, 0.04), Burst(10.0, 2.0, 1.0)], 1e-3, 0.0)
+    overtaking = 0.01 * 0.01 / 2 + 0.24 * 0.0048 / 0.96  # of a burst that is nearly over it waits for the rest
+    assert short.drifting == pytest.approx((overtaking / 10.0 + 0.2 * 0.5e-3) / 0.8)
+    share = 0.01 / 0.38
+    overtaken = share * (1.0 - 0.01 / 2.0)
+    residual = (share * 0.01 + share * 1e-3) / 2.0
+    assert long.drifting == pytest.approx((residual / (1.0 - share) + 2.0 * overtaken) / (1.0 - overtaken))

@@ -74,7 +74,7 @@ def groups(seed, count):
 
 def compare(number, group):
     """Predicted and simulated losses."""
-    bursts = [Burst(period, work, work + LIMIT * period) for period, work in group]
+    bursts = [Burst(period, work, LIMIT * period) for period, work in group]
     predicted = [
         1 - burst.period / (burst.period + wait.drifting + wait.in_step)
         for burst, wait in zip(bursts, waits(bursts, CHUNK, 0.01), strict=True)

@@ -45,7 +45,8 @@ class Host(msgspec.Struct, tag="host", frozen=True):
     """From this epoch on own exactly these blocks of the job, all at step `applied`, with these members.
 
     source: "keep" what is there; "worker": one will write them; otherwise the snapshot's file that they are read from.
-    Other blocks of the job are forgotten, unfinished moves too. kept: as `Kept.step`.
+    Other blocks of the job are forgotten, unfinished moves too. kept: as `Kept.step`. history: as in `Saved`, at the
+    least: another source than "keep" begins one.
     """
 
     spec: JobSpec
@@ -56,6 +57,7 @@ class Host(msgspec.Struct, tag="host", frozen=True):
     applied: int
     source: str
     kept: int | None = 0
+    history: int = 0
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
