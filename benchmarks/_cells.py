@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,8 +35,11 @@ class OldestFirst(Default):
 class LeastRecent(Default):
     """The default policy, but the model used least recently gives its pages."""
 
-    def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Sequence[ModelState]:
-        return idle
+    def chance(self, model: ModelState, within: float, now: float) -> float:
+        return within / (within + now - model.last_used)
+
+    def worth(self, board: Board, model: ModelState, within: float, now: float) -> float:
+        return self.chance(model, within, now)
 
 
 def _tuned(part: str, tuning: Tuning) -> System:
@@ -49,7 +53,9 @@ def _default(setup: Setup) -> Decider:
 # What the default policy is without one of its parts, or on hardware that is used as the published system used it.
 ABLATIONS = (
     System(WITHOUT + "prefetch", lambda setup: setup.scheduler("default", prefetch=False)),
+    _tuned("pieces", Tuning(piece=math.inf)),
     _tuned("early_start", Tuning(early_start=0.0)),
+    System(WITHOUT + "overlap", _default, surroundings=Surroundings(silent_stages=True)),
     System(WITHOUT + "weighing", lambda setup: setup.scheduler(OldestFirst())),
     System(WITHOUT + "expectation", lambda setup: setup.scheduler(LeastRecent())),
     System(WITHOUT + "dropping_weights", _default, surroundings=Surroundings(write_back=True)),

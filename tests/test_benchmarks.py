@@ -126,7 +126,7 @@ PROMISED = {
         *(
             f"without.{part}.{row}"
             for part in (
-                *("prefetch", "early_start", "weighing", "expectation"),
+                *("prefetch", "pieces", "early_start", "overlap", "weighing", "expectation"),
                 *("dropping_weights", "own_small_copies"),
             )
             for row in ("cv0.25", "cv1", "cv4", "worst")

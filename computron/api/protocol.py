@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from computron.config import ModelConfig
 from computron.execution.requests import Job
 from computron.node.handle import RequestHandle
+from computron.node.progress import Progress
 from computron.node.snapshot import NodeSnapshot
-from computron.node.worker import Progress
 
 
 class GenerationDefaults(Protocol):

@@ -14,7 +14,9 @@ from computron.execution.steps import ImageStep, RowsOutput, StepInput, StepOutp
 from computron.models import LoadedModel
 
 
-class ClassifyExecutor(SinglePassExecutor[ClassifyJob]):
+class ClassifyExecutor(SinglePassExecutor[ClassifyJob, list[int]]):
+    """A step's layout is the order of its requests."""
+
     def __init__(self, model: LoadedModel) -> None:
         super().__init__(model)
         plan = model.plan
@@ -23,7 +25,6 @@ class ClassifyExecutor(SinglePassExecutor[ClassifyJob]):
         # one text at a time.
         together = plan.takes_images or padding_id(model) is not None
         self._most_items = plan.config.max_batch_size if together else 1
-        self._order: list[int] = []  # requests as they are in the step
 
     def _checked(self, job: Job) -> ClassifyJob:
         if not isinstance(job, ClassifyJob):
@@ -37,7 +38,7 @@ class ClassifyExecutor(SinglePassExecutor[ClassifyJob]):
             check_tokens(self._model, job.tokens, "input")
         return job
 
-    def _plan(self, items: Sequence[tuple[int, ClassifyJob]]) -> TextStep | ImageStep:
+    def _plan(self, items: Sequence[tuple[int, ClassifyJob]]) -> tuple[TextStep | ImageStep, list[int]]:
         if self._takes_images:
             batches = by_group(items, lambda item: tuple(item[1].pixels.shape), self._most_items)
         else:
@@ -45,14 +46,14 @@ class ClassifyExecutor(SinglePassExecutor[ClassifyJob]):
             batches = by_length(
                 items, lambda item: self._tokens(item[1]), most_items=self._most_items, most_tokens=most_tokens
             )
-        self._order = [request for batch in batches for request, _ in batch]
+        order = [request for batch in batches for request, _ in batch]
         if self._takes_images:
-            return ImageStep(tuple(torch.stack([job.pixels for _, job in batch]) for batch in batches))
-        return TextStep(tuple(join_texts([job.tokens or () for _, job in batch]) for batch in batches))
+            return ImageStep(tuple(torch.stack([job.pixels for _, job in batch]) for batch in batches)), order
+        return TextStep(tuple(join_texts([job.tokens or () for _, job in batch]) for batch in batches)), order
 
-    def _outputs(self, output: StepOutput) -> list[Output]:
+    def _outputs(self, layout: list[int], output: StepOutput) -> list[Output]:
         assert isinstance(output, RowsOutput), "the output is another task's"
-        return [ClassOutput(request, row) for request, row in zip(self._order, output.rows.tolist(), strict=True)]
+        return [ClassOutput(request, row) for request, row in zip(layout, output.rows.tolist(), strict=True)]
 
     def _tokens(self, job: ClassifyJob) -> int:
         return len(job.tokens or ())

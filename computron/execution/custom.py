@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from computron.execution.batching import by_group
 from computron.execution.requests import CustomJob, CustomOutput, FailedOutput, Job, Output
 from computron.execution.single_pass import SinglePassExecutor, SinglePassRunner
 from computron.execution.steps import BatchResult, CustomStep, CustomStepOutput, StepInput, StepOutput
-from computron.models import LoadedModel
+from computron.models import LoadedModel, StackTensors
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,15 @@ class _Failed(Exception):
         self.refused = refused
 
 
-class CustomExecutor(SinglePassExecutor[CustomJob]):
+@dataclass(slots=True)
+class Batches:
+    """What a step consists of. refused: those that no batch could be made of."""
+
+    made: list[Batch] = field(default_factory=list)
+    refused: list[FailedOutput] = field(default_factory=list)
+
+
+class CustomExecutor(SinglePassExecutor[CustomJob, Batches]):
     """1. The forward raises: all requests of the batch fail, those of other batches do not.
 
     2. Making or splitting the batch raises: each request is run by itself, so that only the guilty one fails.
@@ -44,37 +53,36 @@ class CustomExecutor(SinglePassExecutor[CustomJob]):
     def __init__(self, model: LoadedModel) -> None:
         super().__init__(model)
         self._manager = model.batch_manager
-        self._batches: list[Batch] = []  # of the step
-        self._refused: list[FailedOutput] = []  # those that no batch could be made of
+        self.overlaps = type(self._manager) is StackTensors  # another may remember of a batch how to split it
 
     def _checked(self, job: Job) -> CustomJob:
         if not isinstance(job, CustomJob):
             raise BadRequest("this model takes what its batch manager parses, by /v1/models/{id}/infer", param="model")
         return job
 
-    def _plan(self, items: Batch) -> CustomStep:
-        self._batches, self._refused = [], []
+    def _plan(self, items: Batch) -> tuple[CustomStep, Batches]:
+        batches = Batches()
         groups = by_group(
             items, lambda item: self._manager.group(item[1].payload), self._model.plan.config.max_batch_size
         )
-        return CustomStep(tuple(arguments for batch in groups for arguments in self._made(batch)))
+        return CustomStep(tuple(arguments for group in groups for arguments in self._made(group, batches))), batches
 
-    def _made(self, batch: Batch) -> list[tuple[Any, ...]]:
+    def _made(self, batch: Batch, batches: Batches) -> list[tuple[Any, ...]]:
         """The arguments of the batch, or of each of its requests for which they can be made."""
         try:
             arguments = self._make(batch)
         except _Failed as error:
             if len(batch) > 1:
-                return [arguments for item in batch for arguments in self._made([item])]
-            self._refused.append(FailedOutput(batch[0][0], str(error), error.refused))
+                return [arguments for item in batch for arguments in self._made([item], batches)]
+            batches.refused.append(FailedOutput(batch[0][0], str(error), error.refused))
             return []
-        self._batches.append(batch)
+        batches.made.append(batch)
         return [arguments]
 
-    def _outputs(self, output: StepOutput) -> list[Output]:
+    def _outputs(self, layout: Batches, output: StepOutput) -> list[Output]:
         assert isinstance(output, CustomStepOutput), "the output is another task's"
-        results = zip(self._batches, output.results, strict=True)
-        return [*self._refused, *(each for batch, result in results for each in self._answers(batch, result))]
+        results = zip(layout.made, output.results, strict=True)
+        return [*layout.refused, *(each for batch, result in results for each in self._answers(batch, result))]
 
     def _answers(self, batch: Batch, result: BatchResult) -> Sequence[Output]:
         requests = [request for request, _ in batch]

@@ -15,10 +15,8 @@ from computron.execution.steps import RowsOutput, StepInput, StepOutput, TextBat
 from computron.models import LoadedModel
 
 
-class EmbedExecutor(SinglePassExecutor[EmbedJob]):
-    def __init__(self, model: LoadedModel) -> None:
-        super().__init__(model)
-        self._order: list[int] = []  # requests as they are in the step
+class EmbedExecutor(SinglePassExecutor[EmbedJob, list[int]]):
+    """A step's layout is the order of its requests."""
 
     def _checked(self, job: Job) -> EmbedJob:
         if not isinstance(job, EmbedJob):
@@ -26,7 +24,7 @@ class EmbedExecutor(SinglePassExecutor[EmbedJob]):
         check_tokens(self._model, job.tokens, "input")
         return job
 
-    def _plan(self, items: Sequence[tuple[int, EmbedJob]]) -> TextStep:
+    def _plan(self, items: Sequence[tuple[int, EmbedJob]]) -> tuple[TextStep, list[int]]:
         config = self._model.plan.config
         batches = by_length(
             items,
@@ -34,12 +32,12 @@ class EmbedExecutor(SinglePassExecutor[EmbedJob]):
             most_items=config.max_batch_size,
             most_tokens=config.max_batch_tokens,
         )
-        self._order = [request for batch in batches for request, _ in batch]
-        return TextStep(tuple(join_texts([job.tokens for _, job in batch]) for batch in batches))
+        step = TextStep(tuple(join_texts([job.tokens for _, job in batch]) for batch in batches))
+        return step, [request for batch in batches for request, _ in batch]
 
-    def _outputs(self, output: StepOutput) -> list[Output]:
+    def _outputs(self, layout: list[int], output: StepOutput) -> list[Output]:
         assert isinstance(output, RowsOutput), "the output is another task's"
-        rows = zip(self._order, output.rows.tolist(), strict=True)
+        rows = zip(layout, output.rows.tolist(), strict=True)
         return [EmbeddingOutput(request, vector) for request, vector in rows]
 
     def _tokens(self, job: EmbedJob) -> int:

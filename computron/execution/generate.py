@@ -40,6 +40,8 @@ class GenerateExecutor:
     `block_bytes`: of a block of the cache; `capacity`: blocks that can be addressed.
     """
 
+    overlaps = False
+
     def __init__(self, model: LoadedModel, frame_bytes: int, block_bytes: int, capacity: int) -> None:
         plan = model.plan
         self._model = model

@@ -15,9 +15,10 @@ from computron.models import Gate
 
 
 class Executor(Protocol):
-    """The leader's half. One step of a model at a time: `plan`, then `finish` or `abandon`.
+    """The leader's half. One step of a model at a time, `plan`, then `finish` or `abandon`, unless it `overlaps`.
 
-    `prepare` and `add` may be called at any time, from another thread too; the rest between steps.
+    `prepare` and `add` may be called at any time, from another thread too; the rest between steps, but for `drop` of
+    requests that are in none.
     """
 
     @property
@@ -27,6 +28,10 @@ class Executor(Protocol):
     @property
     def max_len(self) -> int:
         """Tokens of one sequence at most, prompt and answer together; 0 for models that do not generate."""
+
+    @property
+    def overlaps(self) -> bool:
+        """May a step be planned, and another one finished on any thread, while others are on their way?"""
 
     def limit_cache(self, block_bytes: int, capacity: int) -> None:
         """For a group, before anything else: the bytes of a block on the node where it is largest, and the blocks that

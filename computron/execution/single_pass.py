@@ -15,26 +15,29 @@ from computron.execution.steps import RowsOutput, StepInput, StepOutput
 from computron.models import Gate, LoadedModel
 
 JobType = TypeVar("JobType", bound=Job)
+Layout = TypeVar("Layout")
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned(Generic[JobType]):
-    """A step that is on its way, and the (request, job) pairs that it answers."""
+class _Planned(Generic[JobType, Layout]):
+    """A step that is on its way, the (request, job) pairs that it answers, and how they lie in it."""
 
     step: StepInput
     items: list[tuple[int, JobType]]
+    layout: Layout
 
 
-class SinglePassExecutor(ABC, Generic[JobType]):
-    """Answers all requests of a step in that step."""
+class SinglePassExecutor(ABC, Generic[JobType, Layout]):
+    """Answers all requests of a step in that step. Others may be planned before it is finished or abandoned."""
 
     blocks_per_frame = 0.0
     max_len = 0
+    overlaps = True
 
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
         self._jobs: dict[int, JobType] = {}
-        self._planned: _Planned[JobType] | None = None
+        self._planned: dict[int, _Planned[JobType, Layout]] = {}  # by identity of the step
 
     def limit_cache(self, block_bytes: int, capacity: int) -> None:
         assert capacity == 0, "this model has no cache"
@@ -58,27 +61,25 @@ class SinglePassExecutor(ABC, Generic[JobType]):
 
     @torch.inference_mode()
     def plan(self, requests: Sequence[int]) -> StepInput | None:
-        assert self._planned is None, "the last step is under way"
         items = [(request, self._jobs[request]) for request in requests if request in self._jobs]
         if not items:
             return None
         try:
-            step = self._plan(items)
+            step, layout = self._plan(items)
         except Exception as error:
             raise execution_error(error) from error
-        self._planned = _Planned(step, items)
+        self._planned[id(step)] = _Planned(step, items, layout)
         return step
 
     @torch.inference_mode()
     def finish(self, step: StepInput, output: StepOutput) -> StepResult:
-        planned = self._planned
-        assert planned is not None, "no step is under way"
-        assert planned.step is step, "another step is under way"
+        planned = self._planned.get(id(step))
+        assert planned is not None, "this step is not under way"
         try:
-            outputs = self._outputs(output)
+            outputs = self._outputs(planned.layout, output)
         except Exception as error:
             raise execution_error(error) from error
-        self._planned = None
+        del self._planned[id(step)]
         for request, _ in planned.items:
             self.drop(request)
         return StepResult(
@@ -89,8 +90,7 @@ class SinglePassExecutor(ABC, Generic[JobType]):
         )
 
     def abandon(self, step: StepInput) -> None:
-        if self._planned is not None and self._planned.step is step:
-            self._planned = None
+        self._planned.pop(id(step), None)
 
     def empty_result(self) -> StepResult:
         return StepResult([], ())
@@ -100,12 +100,12 @@ class SinglePassExecutor(ABC, Generic[JobType]):
         """The job, if it is one for this model. Raises BadRequest or ContextTooLong otherwise."""
 
     @abstractmethod
-    def _plan(self, items: Sequence[tuple[int, JobType]]) -> StepInput:
-        """The step that answers these (request, job) pairs."""
+    def _plan(self, items: Sequence[tuple[int, JobType]]) -> tuple[StepInput, Layout]:
+        """The step that answers these (request, job) pairs, and how they lie in it."""
 
     @abstractmethod
-    def _outputs(self, output: StepOutput) -> list[Output]:
-        """An output for each request of the step that `_plan` gave last."""
+    def _outputs(self, layout: Layout, output: StepOutput) -> list[Output]:
+        """An output for each request of a step in which they lie like this."""
 
     def _tokens(self, job: JobType) -> int:
         return 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import select
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ class Swapper:
         self._caches: dict[str, MappedRange] = {}
         self._swaps: dict[str, Swap] = {}
         self._by_transfer: dict[int, Swap] = {}
-        self._stepping: set[str] = set()  # images that a step may be reading
+        self._stepping: Counter[str] = Counter()  # images that steps may be reading, and how many
         self._outcomes: dict[SwapState, int] = {"done": 0, "failed": 0, "cancelled": 0}
         self._bytes_moved = 0
         self._bytes_shared = 0
@@ -216,16 +217,18 @@ class Swapper:
         """The gate for a step, which may read what has passed the gate until `end_step`.
 
         If the image's swap fails or is cancelled meanwhile, the gate raises at once, but its pages stay mapped and
-        its frames taken until the step has ended; only then does `completions` tell of it. Raises OrderRefused if a
-        step of the image runs already.
+        its frames taken until the step, and every other of the image, has ended; only then does `completions` tell of
+        it.
         """
-        self._refuse_while_stepping(image_id, "begin another")
-        self._stepping.add(image_id)
+        self._stepping[image_id] += 1
         return self.gate(image_id)
 
     def end_step(self, image_id: str) -> None:
-        """The step reads nothing any more. What waited for its end comes out of `completions` now."""
-        self._stepping.remove(image_id)
+        """A step reads nothing any more. What waited for the end of the last one comes out of `completions` now."""
+        self._stepping[image_id] -= 1
+        if self._stepping[image_id]:
+            return
+        del self._stepping[image_id]
         if image_id in self._swaps:
             self._bell.ring()
 

@@ -18,7 +18,9 @@ from computron.models.shard import WHOLE, Communicator, Shard
 
 
 class BatchManager(Protocol):
-    """Made once a model, as `manager(module)`. Called from several threads, never on two batches of a model at once."""
+    """Made once a model, as `manager(module)`. Called from several threads, never on two batches of a model at once:
+    those of one step have been split before those of the next one are made.
+    """
 
     def parse(self, body: Any) -> Any:
         """One request's payload from its JSON body, on the CPU. Raises BadRequest if it cannot be served."""

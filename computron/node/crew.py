@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -30,8 +30,9 @@ from computron.node.group_steps import GroupStep
 from computron.node.group_swaps import GroupSwaps, Merged
 from computron.node.measured_gate import MeasuredGate
 from computron.node.peers import Peers
+from computron.node.progress import Progress
 from computron.node.sizes import check_sizes
-from computron.node.worker import Progress, Worker, load_all
+from computron.node.worker import Worker, load_all
 from computron.scheduling.actions import CancelSwap, Evict, Preempt, RaiseUrgency, Run, SetCache, SwapIn
 from computron.scheduling.events import ModelSpec
 
@@ -264,9 +265,10 @@ class Crew:
         self.models[model].executor.set_cache(self.worker.cache_wanted(model))
         return gate
 
-    async def run(self, action: Run, gate: MeasuredGate) -> tuple[StepResult, float]:
+    async def run(self, action: Run, gate: MeasuredGate, stage_freed: Callable[[], None]) -> tuple[StepResult, float]:
         """Run one step on all nodes; gives its result, and the seconds that it took beside waiting for pages.
 
+        `stage_freed` is called when the first stage of several is done with it and the others are not.
         Raises SwapFailed, GroupBroken, or whatever the model's code raised; no request has advanced then.
         """
         served = self.models[action.model]
@@ -274,14 +276,15 @@ class Crew:
             if self.peers is None:
                 result = await self.worker.run_alone(served.executor, action.model, action.requests, gate)
                 return result, gate.computed_seconds()
-            return await self._run_together(self.peers, served, action, gate)
+            return await self._run_together(self.peers, served, action, gate, stage_freed)
         finally:
-            self.worker.end_step(action.model)
-            if (merged := self._late_swaps.pop(action.model, None)) is not None:
-                asyncio.get_running_loop().call_soon(self._tell_swap, merged)  # the end of the step is told before
+            self.worker.end_step(action.model, gate)
+            late = None if action.model in self.worker.gates else self._late_swaps.pop(action.model, None)
+            if late is not None:
+                asyncio.get_running_loop().call_soon(self._tell_swap, late)  # the end of the step is told before
 
     async def _run_together(
-        self, peers: Peers, served: ServedModel, action: Run, gate: MeasuredGate
+        self, peers: Peers, served: ServedModel, action: Run, gate: MeasuredGate, stage_freed: Callable[[], None]
     ) -> tuple[StepResult, float]:
         executor, worker = served.executor, self.worker
         if served.plan.task == "custom":  # its batch manager's code may take its time, and use the module
@@ -299,7 +302,7 @@ class Crew:
                 raise GroupBroken("the group is being formed anew")
             began = time.monotonic()
             peers.broadcast(encode(wire.RunStep(number, action.model, step)))
-            own = asyncio.ensure_future(self._run_own(together, action.model, step, gate))
+            own = asyncio.ensure_future(self._run_own(together, action.model, step, gate, stage_freed))
             try:
                 await together.done
             finally:
@@ -308,6 +311,8 @@ class Crew:
                 await own
             assert together.output is not None, "a node of the last stage reports a result"
             seconds = max(0.0, time.monotonic() - began - together.waited)
+            if executor.overlaps:  # it uses nothing that later steps do, and need not wait for them
+                return await worker.beside_compute(executor.finish, step, together.output), seconds
             return await worker.compute(executor.finish, step, together.output), seconds
         except BaseException:
             executor.abandon(step)
@@ -315,7 +320,9 @@ class Crew:
         finally:
             del self._steps[number]
 
-    async def _run_own(self, together: GroupStep, model: str, step: StepInput, gate: MeasuredGate) -> None:
+    async def _run_own(
+        self, together: GroupStep, model: str, step: StepInput, gate: MeasuredGate, freed: Callable[[], None]
+    ) -> None:
         try:
             output = await self.worker.run(model, step, gate)
         except ComputronError as error:
@@ -325,6 +332,8 @@ class Crew:
             raise
         else:
             together.succeed(LEADER, output, gate.waited_seconds())
+            if self._config.group.pipeline_parallel > 1 and not together.done.done():  # the leader is in the first
+                freed()
 
     def device_error(self) -> str | None:
         return self.worker.device_error()

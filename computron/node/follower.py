@@ -20,8 +20,9 @@ from computron.metrics import Metrics
 from computron.node import wire
 from computron.node.handle import RequestHandle
 from computron.node.measured_gate import MeasuredGate
+from computron.node.progress import Progress
 from computron.node.snapshot import NodeSnapshot, NodeState
-from computron.node.worker import Progress, Worker, load_all, open_worker
+from computron.node.worker import Worker, load_all, open_worker
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +191,7 @@ class Follower:
         try:
             gate = worker.begin_step(model)
         except SwapFailed as error:
+            worker.leave_stages(error)
             self._send(wire.StepFailed(number, "swap", error.message))
             return
         self._spawn(self._run(worker, number, model, step, gate))
@@ -206,7 +208,7 @@ class Follower:
         except ComputronError as error:
             log.exception("step_failed model=%s", model)
             report = wire.StepFailed(number, "model", error.message)
-        worker.end_step(model)
+        worker.end_step(model, gate)
         try:
             self._send(report)
         except (TypeError, ValueError) as error:  # a custom model's, which is no plain data or too much of it

@@ -22,11 +22,12 @@ from computron.memory.swap import SwapOutcome
 from computron.metrics import Metrics
 from computron.node.crew import Crew, ServedModel, model_spec
 from computron.node.handle import RequestHandle
+from computron.node.progress import Progress
 from computron.node.rejections import RETRY_AFTER, rejection
 from computron.node.requests import Requests
 from computron.node.snapshot import NodeSnapshot, NodeState, model_snapshots
 from computron.node.steps import Steps
-from computron.node.worker import Progress, open_worker
+from computron.node.worker import open_worker
 from computron.scheduling import actions, events
 from computron.scheduling.scheduler import Scheduler
 
@@ -337,9 +338,7 @@ class Node:
                 self._handle(events.SwapFailed(model, outcome.pages))
 
     def _hidden_share(self, outcome: SwapOutcome) -> float:
-        now = time.monotonic()
-        gates = [] if self._crew is None else self._crew.worker.gates.values()
-        running = sorted(interval for gate in gates for interval in gate.computing(now))
+        running = [] if self._crew is None else self._crew.worker.computing()
         return self._steps.hidden_share(outcome.finished - outcome.seconds, outcome.finished, running)
 
     def failed(self, reason: str) -> None:

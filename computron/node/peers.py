@@ -22,7 +22,8 @@ from computron.group.rendezvous import make_store
 from computron.group.settings import group_settings
 from computron.node import wire
 from computron.node.agreement import Agreement
-from computron.node.worker import Progress, Worker
+from computron.node.progress import Progress
+from computron.node.worker import Worker
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The steps under way, at most one of each model: started, ended, and turned into what the scheduler is told."""
+"""The steps under way: started, ended, and turned into what the scheduler is told."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import asyncio
 import contextvars
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from computron.errors import GroupBroken, SwapFailed
 from computron.node.busy import BusyClock, Interval
@@ -23,51 +25,76 @@ log = logging.getLogger(__name__)
 MAX_ABORTS = 5
 
 
+@dataclass(slots=True, eq=False)
+class _Step:
+    """`task`: runs it; None if it ended before it began. `event`: what the scheduler shall hear of its end.
+
+    `dropped`: requests that ended while it was its model's last one under way.
+    """
+
+    task: asyncio.Task[None] | None = None
+    ended: bool = False
+    event: events.Event | None = None
+    dropped: set[int] = field(default_factory=set)
+
+
 class Steps:
-    """`tell`: how a step ended, for the scheduler. `failed`: the device can do nothing more."""
+    """`tell`: what becomes of steps, for the scheduler. `failed`: the device can do nothing more.
+
+    The scheduler hears of the ends of a model's steps in the order in which it ordered them. Where a later one ends
+    first, because it failed early, its requests hear of that at once all the same.
+    """
 
     def __init__(self, requests: Requests, tell: Callable[[events.Event], None], failed: Callable[[str], None]) -> None:
         self._requests = requests
         self._tell = tell
         self._failed = failed
-        self._tasks: dict[str, asyncio.Task[None]] = {}  # by model
-        self._dropped: dict[str, set[int]] = {}  # requests that ended while their model's step runs
+        self._under_way: dict[str, deque[_Step]] = {}  # of each model, in the order in which they were ordered
         self._aborts: dict[str, int] = {}  # steps in a row of each model that came to nothing
         self._busy = BusyClock()
         self._context = contextvars.copy_context()  # of no request: log lines of steps name none
 
     def __bool__(self) -> bool:
-        return bool(self._tasks)
+        return bool(self._under_way)
 
     def drop_after(self, handle: RequestHandle) -> bool:
-        """Whether a step of the request's model runs; its executor lets go of the request after it."""
-        if handle.model not in self._tasks:
+        """Whether a step of the request's model runs; its executor lets go of the request after the last one."""
+        steps = self._under_way.get(handle.model)
+        if not steps:
             return False
-        self._dropped.setdefault(handle.model, set()).add(handle.number)
+        steps[-1].dropped.add(handle.number)
         return True
 
     async def wait(self) -> None:
         """Until all steps that are under way have ended."""
-        if self._tasks:
-            await asyncio.wait(self._tasks.values())
+        tasks = [step.task for steps in self._under_way.values() for step in steps if step.task is not None]
+        if tasks:
+            await asyncio.wait(tasks)
 
     def start(self, crew: Crew, action: Run) -> events.Event | None:
-        """Start a step; gives the event if it ended before it began."""
+        """Start a step; gives the event if it ended before it began, and no other step of the model is under way."""
+        model = action.model
         # The gate is taken now: between now and the task's start, a swap of the model may fail.
         try:
-            gate = crew.begin_step(action.model)
+            gate = crew.begin_step(model)
         except SwapFailed as error:
-            return self._aborted(action, error)
+            event = self._aborted(action, error)
+            if model not in self._under_way:
+                return event
+            self._under_way[model].append(_Step(ended=True, event=event))
+            return None
         self._requests.begin_step(action.requests)
-        run = self._run(crew, action, gate)
-        self._tasks[action.model] = asyncio.get_running_loop().create_task(run, context=self._context)
+        step = _Step()
+        run = self._run(crew, action, gate, step)
+        step.task = asyncio.get_running_loop().create_task(run, context=self._context)
+        self._under_way.setdefault(model, deque()).append(step)
         return None
 
-    async def _run(self, crew: Crew, action: Run, gate: MeasuredGate) -> None:
+    async def _run(self, crew: Crew, action: Run, gate: MeasuredGate, step: _Step) -> None:
         model = action.model
         event: events.Event | None
         try:
-            result, seconds = await crew.run(action, gate)
+            result, seconds = await crew.run(action, gate, lambda: self._stage_freed(crew, model))
         except SwapFailed as error:
             event = self._aborted(action, error)
         except GroupBroken as error:
@@ -86,11 +113,27 @@ class Steps:
             self._requests.deliver(model, result, seconds)
             event = events.StepFinished(model, result.finished, seconds, result.cache_blocks)
         self._busy.add(gate.computing(time.monotonic()))
-        del self._tasks[model]
-        for number in self._dropped.pop(model, ()):
-            crew.models[model].executor.drop(number)
-        if event is not None:
-            self._tell(event)
+        step.ended, step.event = True, event
+        for told in self._ended(crew, model):
+            self._tell(told)
+
+    def _stage_freed(self, crew: Crew, model: str) -> None:
+        if crew.models[model].executor.overlaps:
+            self._tell(events.StageFreed(model))
+
+    def _ended(self, crew: Crew, model: str) -> list[events.Event]:
+        """Forget those of the model's first steps that have ended; gives what is to be told of them."""
+        told = []
+        steps = self._under_way[model]
+        while steps and steps[0].ended:
+            step = steps.popleft()
+            for number in step.dropped:
+                crew.models[model].executor.drop(number)
+            if step.event is not None:
+                told.append(step.event)
+        if not steps:
+            del self._under_way[model]
+        return told
 
     def _aborted(self, action: Run, error: SwapFailed) -> events.Event:
         """The step came to nothing. Its requests wait again, unless that has happened too often in a row."""
@@ -107,5 +150,5 @@ class Steps:
         return ",".join(handle.request_id for handle in handles if handle is not None)
 
     def hidden_share(self, began: float, ended: float, running: Sequence[Interval]) -> float:
-        """Share of this time in which steps computed; `running`: intervals of those under way, in order."""
+        """Share of this time in which steps computed; `running`: intervals of those under way."""
         return self._busy.hidden_share(began, ended, running)

@@ -7,7 +7,7 @@ compute thread, transfers on the extension's threads.
 from __future__ import annotations
 
 import asyncio
-import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -36,6 +36,7 @@ from computron.models.loading import LoadedModel, load_model
 from computron.models.plan import ModelPlan, plan_model
 from computron.models.shard import WHOLE, Shard
 from computron.node import wire
+from computron.node.busy import Interval
 from computron.node.device import (
     GPU_SHARE,
     GROUP_GPU_SHARE,
@@ -46,28 +47,12 @@ from computron.node.device import (
     page_size,
 )
 from computron.node.measured_gate import MeasuredGate
+from computron.node.progress import LoadProgress, Progress
 from computron.node.sizes import Need, check_sizes, pinned_beside
-
-Progress = Callable[[str, int, int], None]
-"""Called from loading threads with (model id, bytes loaded, bytes in all)."""
 
 SETTLING = 0.002  # seconds between two looks at whether cancelled transfers have ended
 
 Result = TypeVar("Result")
-
-
-class _LoadProgress:
-    def __init__(self, progress: Progress, model: str, total: int) -> None:
-        self._progress = progress
-        self._model = model
-        self._total = total
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def __call__(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            self._progress(self._model, self._done, self._total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +85,7 @@ class Worker:
         )
         self.link_bandwidth_hint = config.device.link_bandwidth or LINK_BANDWIDTH[self.backend.kind]
         self.models: dict[str, HeldModel] = {}
-        self.gates: dict[str, MeasuredGate] = {}  # of the steps that have begun
+        self.gates: dict[str, list[MeasuredGate]] = {}  # of each model's steps that have begun and not ended
         self.needs: tuple[Need, ...] = ()
         self._cache_wanted: dict[str, int] = {}  # frames, as last ordered
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute", initializer=self._use_device)
@@ -130,7 +115,7 @@ class Worker:
         """
         self._use_device()
         model_id = plan.config.id
-        report = None if progress is None else _LoadProgress(progress, model_id, plan.image.nbytes)
+        report = None if progress is None else LoadProgress(progress, model_id, plan.image.nbytes)
         image = self.store.add(model_id, plan.image, report)
         registered = self.swapper.register(image, cache_bytes=self._cache_range(plan))
         parameters = from_dlpack(registered.parameters.dlpack())
@@ -251,7 +236,8 @@ class Worker:
         wanted = self._cache_frames(model)
         if wanted > self.swapper.cache_frames(model):
             self.swapper.set_cache(model, wanted)
-        gate = self.gates[model] = MeasuredGate(self.swapper.begin_step(model))
+        gate = MeasuredGate(self.swapper.begin_step(model))
+        self.gates.setdefault(model, []).append(gate)
         return gate
 
     async def run(self, model: str, step: StepInput, gate: MeasuredGate) -> StepOutput | None:
@@ -277,7 +263,7 @@ class Worker:
     async def run_alone(
         self, executor: Executor, model: str, requests: Sequence[int], gate: MeasuredGate
     ) -> StepResult:
-        """A whole step of a model that is whole here, on the compute thread. Raises as `run`, and OutOfMemory."""
+        """A whole step of a model that is whole here. Raises as `run`, and OutOfMemory."""
         held = self.models[model]
         return await self._in_compute(
             self._measured, held, gate, lambda: run_step(executor, held.runner, requests, gate)
@@ -289,7 +275,8 @@ class Worker:
         try:
             result = function()
             self._settle()
-        except BaseException:
+        except BaseException as error:
+            self.leave_stages(error)
             with suppress(ExecutionFailed):  # what was raised first is told; `device_error` tells of the device
                 self._synchronize()
             raise
@@ -298,6 +285,11 @@ class Worker:
             return result
         finally:
             gate.end()
+
+    def leave_stages(self, error: BaseException) -> None:
+        """A step has failed here: no later one shall take for its own what other stages have sent for that."""
+        if self._communicator is not None and self.shard.pipeline_parallel > 1:
+            self._communicator.abort(f"a step failed: {error}")
 
     def _settle(self) -> None:
         if self._communicator is not None:
@@ -319,14 +311,25 @@ class Worker:
         if self.backend.kind == "cuda":
             torch.cuda.set_device(self.backend.device_index)
 
-    def end_step(self, model: str) -> None:
-        """The step reads nothing any more."""
-        del self.gates[model]
+    def end_step(self, model: str, gate: MeasuredGate) -> None:
+        """The step that began with this gate reads nothing any more."""
+        self.gates[model].remove(gate)
+        if not self.gates[model]:
+            del self.gates[model]
         self.swapper.end_step(model)
+
+    def computing(self) -> list[Interval]:
+        """When the steps that have not ended have computed so far."""
+        now = time.monotonic()
+        return [interval for gates in self.gates.values() for gate in gates for interval in gate.computing(now)]
 
     async def compute(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call this on the compute thread, after the steps given to it before."""
         return await self._in_compute(function, *arguments)
+
+    async def beside_compute(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Call this on a thread of no steps."""
+        return await self._in_thread(function, *arguments)
 
     async def _in_compute(self, function: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._compute, function, *arguments)

@@ -82,7 +82,8 @@ class Preempt:
 class Run:
     """Run one step of the model: its running requests that are in `requests`, new ones among them.
 
-    The model is resident, or a transfer of all its missing pages is under way and the step waits by segment.
+    The model is resident, or a transfer of all its missing pages is under way and the step waits by segment. Others of
+    it may be in later stages of the pipeline, and go first.
     """
 
     model: str

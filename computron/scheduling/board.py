@@ -17,22 +17,24 @@ from computron.scheduling.waiting import Ticket
 
 
 class Board:
-    """A model with work that is not in a step is either resident or not, and so on these agendas:
+    """A model with work that could run it now, if it had its pages, is either resident or not, and so on these agendas:
     due_ready, due_absent: by the earliest limit of its requests.
     ready: by rank (priority, then the one that waited longest). absent: the same, unless its pages are on their way.
     A model on none of them costs nothing until an event names it.
 
     lacking: without work and without some of its pages, the one that lost them last at the end; what is shunned is not.
     idle: without work, holding pages that could be taken, the one longest unused first. busy: the same, with work.
-    running: in a step. loading: with a transfer under way, cancelled ones included. cached: holding cache frames.
+    running: in a step; steps: how many are under way. loading: with a transfer under way, cancelled ones included.
+    cached: holding cache frames.
     load_asked, unload_asked: what an operator wants and is not done yet.
     """
 
-    def __init__(self, *, ledger: Ledger, link: Link, max_wait: float, tuning: Tuning) -> None:
+    def __init__(self, *, ledger: Ledger, link: Link, max_wait: float, tuning: Tuning, stages: int) -> None:
         self.ledger = ledger
         self.link = link
         self.max_wait = max_wait
         self.tuning = tuning
+        self._early_start = tuning.early_start / stages
         self.models: dict[str, ModelState] = {}
         self.tickets: dict[int, Ticket] = {}
         self.due_ready = Agenda()
@@ -47,11 +49,13 @@ class Board:
         self.idle_pages = 0
         self.lacking: dict[str, ModelState] = {}
         self.running: dict[str, ModelState] = {}
+        self.steps = 0
         self.loading: dict[str, ModelState] = {}
         self.cached: dict[str, ModelState] = {}
         self.load_asked: dict[str, ModelState] = {}
         self.unload_asked: dict[str, ModelState] = {}
         self.complete = 0  # models with every page on the device
+        self.happened = 0  # goes up with everything that may change who should leave, but for the pieces of a swap-in
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._foretold = Agenda()
         self._usual = Mean(tuning.pooled_smoothing, 2.0)  # as of a Poisson process, until requests tell otherwise
@@ -165,6 +169,17 @@ class Board:
         elif ticket.model.admitted.pop(ticket.request.id, None) is not None:
             ticket.model.held_blocks -= ticket.blocks
 
+    def hides(self, model: ModelState) -> float:
+        """Seconds of a transfer that hide behind the model's next step; 0 while that is not known.
+
+        Each stage waits for its own pages, all of which come at the same time: the last stages' compute hides nothing.
+        """
+        return self._early_start * (model.expected_step() or 0.0)
+
+    def hidden_pages(self, model: ModelState) -> int:
+        """How many pages come in that time."""
+        return int(self.hides(model) / self.link.frame_seconds)
+
     def next_deadline(self) -> float | None:
         """The earliest deadline of a request that has not been in a step."""
         deadlines = self._deadlines
@@ -184,19 +199,36 @@ class Board:
     def begin_step(self, model: ModelState, step: Step, now: float) -> None:
         if now >= model.slice_end:  # not anew because others ran meanwhile, or two could take turns for ever
             model.slice_end = now + self.tuning.time_slice
-        model.step, model.last_used = step, now
+        model.under_way.append(step)
+        model.stage_free, model.last_used = False, now
+        self.steps += 1
+        self.happened += 1
         for ticket in step.tickets.values():
             ticket.started = True
         self.running[model.name] = model
         self.file(model)
 
     def end_step(self, model: ModelState, now: float) -> None:
-        """To be filed by the caller, who knows what has become of the requests."""
-        model.step, model.stepped, model.last_used = None, True, now
-        del self.running[model.name]
+        """The first one. To be filed by the caller, who knows what has become of the requests."""
+        model.under_way.popleft()
+        model.stepped, model.last_used = True, now
+        self.steps -= 1
+        if not model.under_way:
+            model.stage_free = False
+            del self.running[model.name]
 
-    def begin_swap(self, model: ModelState, urgency: Urgency, now: float, expected_end: float) -> Swap:
-        swap = self.ledger.order(model.residency, urgency, now, expected_end)
+    def overlaps(self, model: ModelState) -> bool:
+        """Is the model in a step, and could it run another one behind that?
+
+        So it is if one pass answers its requests, and the first stage of the pipeline is done with those in a step.
+        No page may be on its way: its last step could yet be aborted.
+        """
+        return model.stage_free and bool(model.waiting) and model.residency.complete
+
+    def begin_swap(
+        self, model: ModelState, pages: tuple[int, ...], urgency: Urgency, now: float, expected_end: float
+    ) -> Swap:
+        swap = self.ledger.order(model.residency, pages, urgency, now, expected_end)
         swap.alone = not self.loading
         self.loading[model.name] = model
         self.file(model)
@@ -210,6 +242,8 @@ class Board:
 
     def evict(self, model: ModelState, pages: Sequence[int]) -> None:
         self.complete -= model.residency.complete
+        model.begun = False
+        model.brought = max(0, model.brought - len(pages))
         self.ledger.evict(model.residency, pages)
         self.complete += model.residency.complete
         self.file(model)
@@ -254,12 +288,13 @@ class Board:
         """Put the model where it belongs after anything about it has changed."""
         has_work = model.has_work
         self._file_holder(model, has_work)
-        if model.step is not None or not has_work:
+        if not has_work or (model.under_way and not self.overlaps(model)):
             model.limit = math.inf
+            model.begun = False
             if model.agendas:
                 self._move(model, ())
             return
-        model.limit, rank = self._keys(model)
+        model.limit, model.rank = self._keys(model)
         agendas: tuple[Agenda, ...] = self._on_resident
         if not model.residency.complete:
             agendas = self._on_coming if model.loading else self._on_absent
@@ -267,7 +302,7 @@ class Board:
             self._move(model, agendas)
         agendas[0].file(model, (model.limit,))
         if agendas is not self._on_coming:
-            agendas[1].file(model, rank)
+            agendas[1].file(model, model.rank)
 
     def _move(self, model: ModelState, agendas: tuple[Agenda, ...]) -> None:
         """Take the model off those agendas that it does not belong on any more."""
@@ -276,14 +311,12 @@ class Board:
                 agenda.drop(model)
         model.agendas = agendas
 
-    def rank(self, model: ModelState) -> tuple[float, float]:
-        """Place of a model with work in the order of `ready` and `absent`; smaller comes first."""
-        return self._keys(model)[1]
-
     def _keys(self, model: ModelState) -> tuple[float, tuple[float, float]]:
-        """Its earliest limit, and its rank. What waits for a place in its own full batch does not count in either."""
+        """Its earliest limit, and its rank. What waits for a place in its own full batch does not count in either, and
+        what is in a step does not if the model could run another one.
+        """
         waiting, admitted = model.waiting, model.admitted
-        if not admitted:
+        if not admitted or model.under_way:
             ticket = waiting.most_urgent()
             return ticket.limit, (-waiting.first_ranked().request.priority, ticket.since)
         limit = min(ticket.limit for ticket in admitted.values())
@@ -301,7 +334,7 @@ class Board:
         holders: dict[str, ModelState] | None = None
         lacks = False
         if residency.swap is None and not model.spec.pinned:
-            if residency.count and model.step is None:
+            if residency.count and not model.under_way:
                 holders = self.busy if has_work else self.idle
             lacks = not has_work and not residency.complete and not model.shunned
         if holders is not model.held_in:
@@ -320,26 +353,36 @@ class Board:
         """Raises AssertionError where the books contradict each other."""
         self.ledger.check(model.residency for model in self.models.values())
         for model in self.models.values():
-            residency, has_agenda = model.residency, model.has_work and model.step is None
+            residency, under_way = model.residency, model.under_way
+            has_agenda = self.overlaps(model) if under_way else model.has_work
             assert (model in self.due_ready) == (model in self.ready) == (has_agenda and residency.complete), f"{model}"
             assert (model in self.due_absent) == (has_agenda and not residency.complete), f"{model}"
             assert (model in self.absent) == (has_agenda and not residency.complete and not model.loading), f"{model}"
-            assert model.limit == (self._keys(model)[0] if has_agenda else math.inf), f"{model} has another limit"
+            assert not has_agenda or (model.limit, model.rank) == self._keys(model), f"{model} has another place"
+            assert has_agenda or model.limit == math.inf, f"{model} has no limit"
             assert (model.name in self.loading) == (residency.swap is not None)
-            assert (model.name in self.running) == (model.step is not None)
+            assert (model.name in self.running) == bool(under_way)
             assert (model.name in self.cached) == (residency.cache > 0)
             assert (model.name in self.load_asked, model.name in self.unload_asked) == (
                 model.load_asked,
                 model.unload_asked,
             )
-            assert len(model.admitted) <= model.spec.max_batch_size
             assert model.held_blocks == sum(ticket.blocks for ticket in model.admitted.values())
-            if model.step is not None:
-                assert residency.complete or residency.swap is not None or model.step.early
+            if under_way:
+                assert residency.complete or residency.swap is not None or under_way[0].early
                 assert residency.cache >= model.cache_need()
+            if len(under_way) > 1:
+                assert model.single_pass
+                assert residency.complete
+                in_step = [request for step in under_way for request in step.tickets]
+                assert sorted(in_step) == sorted(model.admitted), f"{model}: its steps are of {in_step}"
+            else:
+                assert len(model.admitted) <= model.spec.max_batch_size
+            assert all(len(step.tickets) <= model.spec.max_batch_size for step in under_way)
         assert self.complete == sum(model.residency.complete for model in self.models.values())
         assert self.idle_pages == sum(model.residency.count for model in self.idle.values())
-        assert len(self.tickets) == sum(model.work for model in self.models.values())
+        assert len(self.tickets) == sum(len(model.tickets()) for model in self.models.values())
+        assert self.steps == sum(len(model.under_way) for model in self.models.values())
 
 
 def _keep(models: dict[str, ModelState], model: ModelState, belongs: bool) -> None:

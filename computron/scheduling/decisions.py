@@ -6,13 +6,15 @@ The cases, in this order:
    - resident: nothing else starts before it.
    - absent: its swap-in is ordered, by force if need be; one under way for something later is cancelled.
    - on its way: others run only if they will have ended when it can start.
-3. Nothing is due and no swap-in is under way: the policy's choice comes, into
+3. Nothing is due and no swap-in is under way: the next piece of the policy's choice comes, into
    - free frames, spare cache and pages of models without work;
    - else also pages of models with work whose turn is over, if the policy says so.
-4. A step can start: the policy's choice of the resident models runs; else a model whose pages are on their way.
-5. The link is idle, and nothing waits for it: the model comes whose next request will probably be the first, into
-   frames that the policy can spare for it.
-6. The link is idle: what an operator asked for is loaded, or unloaded.
+4. A step can start: the policy's choice of the resident models runs; else a model whose pages are on their way. A model
+   that is in a step has another one behind it, in the stage of the pipeline that it has left, unless its pages are
+   wanted once the first one has ended.
+5. The link is idle: what an operator asked for is loaded, or unloaded.
+6. The link is idle, and nothing waits for it: the next piece comes of the model that the policy chooses, into frames
+   that it can spare for that.
 7. Nothing is under way and nothing could start, but there is work: the first model on the due agenda that can be
    served by force is. The oldest admitted sequence never loses its cache, so that this cannot go round in a circle.
 """
@@ -29,7 +31,7 @@ from computron.scheduling.actions import (
     WakeAt,
 )
 from computron.scheduling.board import Board
-from computron.scheduling.frames import Reach
+from computron.scheduling.frames import Reach, gives
 from computron.scheduling.models import ModelState
 from computron.scheduling.orders import Orders
 from computron.scheduling.policies.policy import Policy
@@ -53,10 +55,10 @@ class Decisions:
             self._orders.reject(ticket.request.id, RejectReason.DEADLINE)
         self._bring_next(now)
         self._run_next(now)
-        if self._prefetch:
-            self._fetch_ahead(now)
         if board.unload_asked or board.load_asked:
             self._obey(now)
+        if self._prefetch:
+            self._fetch_ahead(now)
         if not board.running and not board.loading and (board.due_ready or board.due_absent):
             self._serve_by_force(now)
         if board.cached:
@@ -67,10 +69,12 @@ class Decisions:
     def nothing_new(self, model: ModelState) -> bool:
         """Has a request without a deadline that came for this model changed nothing that could be decided now?
 
-        1. The model is in a step: the request can join the next one at the earliest.
+        1. The model is in a step, and cannot have another one yet: the request can join the next one at the earliest.
         2. Others wait for the same model already, and the link is taken.
         """
-        return model.step is not None or (model.work > 1 and self._demand() is not None)
+        if model.under_way:
+            return not self._board.overlaps(model) or self._board.steps >= self._max_steps
+        return model.work > 1 and self._demand() is not None
 
     def time_passed(self) -> None:
         """The timer has gone off."""
@@ -85,7 +89,7 @@ class Decisions:
         demand = self._demand()
         due = board.due_absent.first()
         if due is not None and board.is_due(due, now):
-            if demand is not None and demand is not due and demand.step is None and not board.is_due(demand, now):
+            if demand is not None and demand is not due and not demand.under_way and not board.is_due(demand, now):
                 self._orders.cancel(demand)
             if due.loading:
                 self._orders.make_demand(due)
@@ -123,8 +127,10 @@ class Decisions:
 
     def _run_next(self, now: float) -> None:
         board = self._board
-        refused: set[str] = set()
-        while len(board.running) < self._max_steps:
+        if board.steps >= self._max_steps:
+            return
+        refused = self._wanted_after_their_steps(now)
+        while board.steps < self._max_steps:
             model = self._choose(refused, now)
             if model is None:
                 return
@@ -132,13 +138,29 @@ class Decisions:
             if not self._orders.start(model, reach, now):
                 refused.add(model.name)
 
+    def _wanted_after_their_steps(self, now: float) -> set[str]:
+        """Models in a step that shall have no other behind it: whoever comes next, because it is due or as the policy
+        says, has their pages as soon as they are in none, which would else never be.
+        """
+        board, policy = self._board, self._policy
+        again = [model for model in board.running.values() if board.overlaps(model)]
+        if not again or self._demand() is not None:
+            return set()
+        due = board.due_absent.first()
+        reach = Reach.AGREED
+        if due is not None and board.is_due(due, now):
+            comes, reach = [due], Reach.DUE
+        else:
+            comes = policy.next_to_bring(board, board.absent.head(board.tuning.candidates), now)[:1]
+        return {model.name for model in again for target in comes if gives(board, policy, target, model, reach, now)}
+
     def _choose(self, refused: set[str], now: float) -> ModelState | None:
         board = self._board
         if not board.due_ready and not board.loading:
             return None
         count = board.tuning.candidates + len(refused)
         demand = self._demand()
-        if demand is not None and (demand.step is not None or not demand.has_work or demand.name in refused):
+        if demand is not None and (demand.under_way or not demand.has_work or demand.name in refused):
             demand = None
         awaited = demand if demand is not None and board.is_due(demand, now) else None  # others may not delay its start
         due = next((model for model in board.due_ready.head(count) if model.name not in refused), None)
@@ -152,7 +174,7 @@ class Decisions:
         if awaited is not None:
             ready = [model for model in ready if self._ends_before(model, awaited, now)]
         if demand is not None and now >= self._early_start_time(demand, alone=not ready):
-            if not ready or demand is awaited or board.rank(demand) < board.rank(ready[0]):
+            if not ready or demand is awaited or demand.rank < ready[0].rank:
                 return demand
         elif due in ready:
             return due
@@ -175,22 +197,34 @@ class Decisions:
         3. Else when the rest of the transfer is short against its step, so that compute still hides behind it, other
            models have the node until then, and what arrives meanwhile joins the batch.
         """
-        swap = model.residency.swap
-        early = self._board.tuning.early_start
-        if swap is None or early == 0.0:
+        swap, board = model.residency.swap, self._board
+        if swap is None or not model.completing or board.tuning.early_start == 0.0:
             return math.inf
         step = model.expected_step()
-        if alone and (step is None or (model.spec.continuous and self._board.complete == 0)):
+        if alone and (step is None or (model.spec.continuous and board.complete == 0)):
             return -math.inf
-        return math.inf if step is None else swap.expected_end - early * step
+        return math.inf if step is None else swap.expected_end - board.hides(model)
 
     def _ends_before(self, model: ModelState, due: ModelState, now: float) -> bool:
         """Would a step of `model` have ended by the time when `due`, whose pages are on the link, should start?"""
         swap, step = due.residency.swap, model.expected_step()
         assert swap is not None
-        return step is not None and now + step <= swap.expected_end - (due.expected_step() or 0.0)
+        complete = swap.expected_end + self._board.link.seconds(swap.rest)
+        return step is not None and now + step <= complete - (due.expected_step() or 0.0)
 
-    # 5. Who is fetched ahead
+    # 5. What operators asked for
+
+    def _obey(self, now: float) -> None:
+        board = self._board
+        for model in list(board.unload_asked.values()):
+            if not model.has_work and not model.under_way:
+                self._orders.unload(model)
+        if not board.loading:
+            for model in board.load_asked.values():
+                if self._orders.swap_in(model, Urgency.BACKGROUND, Reach.IDLE, now):
+                    return
+
+    # 6. Who is fetched ahead
 
     def _fetch_ahead(self, now: float) -> None:
         """On a link that nothing waits for, a model whose next request will probably come before those of others."""
@@ -206,18 +240,6 @@ class Decisions:
         for model in foretold + self._policy.next_to_fetch(board, lately, now):
             if not model.unload_asked and self._orders.swap_in(model, Urgency.PREFETCH, Reach.SPARE, now):
                 return
-
-    # 6. What operators asked for
-
-    def _obey(self, now: float) -> None:
-        board = self._board
-        for model in list(board.unload_asked.values()):
-            if not model.has_work and model.step is None:
-                self._orders.unload(model)
-        if not board.loading:
-            for model in board.load_asked.values():
-                if self._orders.swap_in(model, Urgency.BACKGROUND, Reach.IDLE, now):
-                    return
 
     # 7. When nothing goes
 
@@ -235,7 +257,7 @@ class Decisions:
 
     def _release_caches(self) -> None:
         for model in list(self._board.cached.values()):
-            if model.step is None and not model.has_work:
+            if not model.under_way and not model.has_work:
                 self._orders.set_cache(model, 0)
 
     def _ask_to_wake(self, now: float) -> None:
@@ -254,7 +276,7 @@ class Decisions:
             if foretold is not None and now < foretold[0] < earliest and not foretold[1].residency.complete:
                 earliest = foretold[0]
         demand = self._demand()
-        if demand is not None and demand.has_work and demand.step is None:
+        if demand is not None and demand.has_work and not demand.under_way:
             early = self._early_start_time(demand, alone=not board.ready)
             if now < early < earliest:
                 earliest = early

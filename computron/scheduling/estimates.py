@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 from computron.scheduling.tuning import Tuning
 
@@ -35,7 +36,7 @@ class Arrivals:
     been seen is taken to vary as the others do.
     """
 
-    __slots__ = ("_interval", "_last", "_square", "_tuning", "_usual", "count", "variation")
+    __slots__ = ("_distribution", "_interval", "_last", "_square", "_tuning", "_usual", "count", "variation")
 
     def __init__(self, tuning: Tuning, usual: Mean) -> None:
         self._tuning = tuning
@@ -45,17 +46,24 @@ class Arrivals:
         self._interval = Mean(tuning.smoothing)
         self._square = Mean(tuning.smoothing)
         self.variation = 1.0  # squared coefficient of variation of the intervals
+        self._distribution = distribution(1.0)
 
     def add(self, now: float) -> None:
-        if self._last is not None:
+        if self._last is not None and self.count:
             interval = now - self._last
             if self._interval.value:
                 self._usual.add(min((interval / self._interval.value) ** 2, 1.0 + self._tuning.max_variation))
             self._interval.add(interval)
             self._square.add(interval * interval)
             self.variation = self._estimate()
+            self._distribution = distribution(self.variation)
         self._last = now
         self.count += 1
+
+    def expect(self, now: float) -> None:
+        """Somebody expects requests, which counts as one as long as none has come."""
+        if self.count == 0:
+            self._last = now
 
     @property
     def rate(self) -> float:
@@ -67,18 +75,23 @@ class Arrivals:
         """Seconds since the last request; 0 if there was none."""
         return 0.0 if self._last is None else max(0.0, now - self._last)
 
-    def next_in(self, now: float) -> float:
-        """Expected seconds until the next request, infinite for a model that never had one."""
+    def chance(self, within: float, now: float) -> float:
+        """How likely the next request comes within so many seconds; 0 for a model that never had one.
+
+        The longer a model has been silent, the more its past is doubted: where requests come at random or regularly the
+        silence counts on top of the mean interval, and after a long one there is nothing else to go by.
+        """
         if self._last is None:
-            return math.inf
-        elapsed = now - self._last if now > self._last else 0.0
+            return 0.0
+        silence = now - self._last if now > self._last else 0.0
         mean, variation = self._interval.value, self.variation
-        if not mean:
-            return elapsed
-        residual = residual_life(mean, variation, elapsed)
-        if elapsed > residual and elapsed > self._tuning.quiet * mean * (variation if variation > 1.0 else 1.0):
-            return elapsed
-        return residual
+        if mean:
+            if variation <= 1.0:
+                mean += variation * silence
+            if silence <= self._tuning.quiet * mean * (variation if variation > 1.0 else 1.0):
+                shape, scale = self._distribution
+                return soon(shape, scale * mean, silence, within)
+        return 1.0 - math.exp(-within / silence) if silence else 1.0
 
     def regular_next(self) -> float | None:
         """When the next request will come, if they come so regularly that this can be said."""
@@ -99,14 +112,34 @@ class Arrivals:
         return min(max(0.0, relative - 1.0), self._tuning.max_variation)
 
 
-def residual_life(mean: float, variation: float, elapsed: float) -> float:
-    """Expected seconds until the next request of a renewal process, so long after the last one.
+def soon(shape: float, scale: float, elapsed: float, within: float) -> float:
+    """How likely a renewal process has its next event within so many seconds, none having come for `elapsed`.
 
-    It starts at the mean interval and, for gamma intervals, tends to the mean times the squared variation; between the
-    two it is taken as linear over the first mean interval. Regular arrivals so come closer while one waits for them,
-    and bursty ones recede once the burst is over.
+    Its intervals are taken to be Weibull's, whose survival exp(-(time / scale) ** shape) costs little. Regular events
+    (shape above 1) become the more likely the longer one waits for them, those of bursts less likely once it is over.
     """
-    return mean + (variation - 1.0) * (elapsed if elapsed < mean else mean)
+    return 1.0 - math.exp((elapsed / scale) ** shape - ((elapsed + within) / scale) ** shape)
+
+
+def distribution(variation: float) -> tuple[float, float]:
+    """Shape and scale of the Weibull distribution of mean 1 and about this squared coefficient of variation."""
+    return _weibull(round(_FINENESS * math.log2(variation)) if variation > _LEAST_VARIATION else _MOST_REGULAR)
+
+
+_FINENESS = 8  # variations that differ by less than a factor of 2 ** (1 / 8) are one
+_LEAST_VARIATION = 1 / 64
+_MOST_REGULAR = round(_FINENESS * math.log2(_LEAST_VARIATION))
+
+
+@cache
+def _weibull(place: int) -> tuple[float, float]:
+    wanted = 2.0 ** (place / _FINENESS)
+    low, high = 0.1, 20.0
+    while high - low > 1e-6:
+        shape = (low + high) / 2.0
+        variation = math.gamma(1.0 + 2.0 / shape) / math.gamma(1.0 + 1.0 / shape) ** 2 - 1.0
+        low, high = (shape, high) if variation > wanted else (low, shape)
+    return low, 1.0 / math.gamma(1.0 + 1.0 / low)
 
 
 class Steps:
@@ -141,13 +174,14 @@ class Link:
     counts for as little as it moved.
     """
 
-    __slots__ = ("_frames", "_seconds", "bandwidth", "frame_bytes")
+    __slots__ = ("_frames", "_seconds", "bandwidth", "frame_bytes", "frame_seconds")
 
     def __init__(self, hint: float, frame_bytes: int, weight: float) -> None:
         self._frames = Mean(weight)
         self._seconds = Mean(weight)
         self.bandwidth = hint
         self.frame_bytes = frame_bytes
+        self.frame_seconds = frame_bytes / hint
 
     def add(self, frames: int, seconds: float) -> None:
         """A transfer that had the link to itself took so long."""
@@ -160,7 +194,8 @@ class Link:
         self._seconds.add(seconds)
         assert self._frames.value is not None
         assert self._seconds.value is not None
-        self.bandwidth = self._frames.value * self.frame_bytes / self._seconds.value
+        self.frame_seconds = self._seconds.value / self._frames.value
+        self.bandwidth = self.frame_bytes / self.frame_seconds
 
     def seconds(self, frames: int) -> float:
-        return frames * self.frame_bytes / self.bandwidth
+        return frames * self.frame_seconds

@@ -55,11 +55,23 @@ class RequestCancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class StageFreed:
+    """The first stage of the pipeline is done with the model's last step, which goes on in the later ones.
+
+    If one pass answers the model's requests, its next step may start. Where this is never told, that waits for the end.
+    """
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepFinished:
     """`finished`: requests answered. `cache_blocks`: for each one that goes on, the blocks its next step will hold.
 
     A request that is in neither has made no progress, and will hold what it would have held in this step.
     `seconds`: of compute; time in which the step waited for pages does not count.
+
+    Steps of one model end, in whichever way, in the order in which they were ordered: it is the first one under way.
     """
 
     model: str
@@ -146,6 +158,7 @@ class TimePassed:
 Event = (
     RequestArrived
     | RequestCancelled
+    | StageFreed
     | StepFinished
     | StepFailed
     | StepAborted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from computron.scheduling.board import Board
@@ -31,7 +31,39 @@ class Reach(enum.IntEnum):
     ALL = 4
 
 
-def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach: Reach, now: float) -> RoomPlan:
+class Offers:
+    """Whose pages leave for a model, as the policy said before the first piece of its swap-in.
+
+    It is asked again once anything but the pieces has happened, or one of those models has nothing left.
+    """
+
+    __slots__ = ("_board", "_happened", "_kept", "_policy", "_target")
+
+    def __init__(self, board: Board, policy: Policy) -> None:
+        self._board = board
+        self._policy = policy
+        self._target: ModelState | None = None
+        self._happened = -1
+        self._kept: list[tuple[ModelState, int]] = []  # and how many pages each of them keeps
+
+    def of(
+        self, target: ModelState, idle: Sequence[ModelState], now: float, *, ahead: bool
+    ) -> list[tuple[ModelState, int]]:
+        """Models, and at most how many pages of each. idle: those that are weighed if the policy is asked."""
+        board = self._board
+        if ahead:  # whether it pays changes with each page
+            return list(self._policy.offers(board, target, idle, now, ahead=True))
+        known = self._target is target and self._happened == board.happened
+        if not (known and all(model.held_in is board.idle for model, _ in self._kept)):
+            self._target, self._happened = target, board.happened
+            offers = self._policy.offers(board, target, idle, now, ahead=False)
+            self._kept = [(model, model.residency.count - pages) for model, pages in offers]
+        return [(model, pages) for model, kept in self._kept if (pages := model.residency.count - kept) > 0]
+
+
+def plan_room(
+    board: Board, policy: Policy, offers_of: Offers, target: ModelState, need: int, reach: Reach, now: float
+) -> RoomPlan:
     """A plan that frees `need` frames for `target`, or as many as can be had.
 
     Never taken: frames of a model in a step, pages of a pinned model or of one with a transfer under way, contents
@@ -39,28 +71,30 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
     """
     plan = RoomPlan(board, need, board.ledger.wanted_contents(target.residency))
     for model in list(board.cached.values()):
-        if model is not target and model.step is None:
+        if model is not target and not model.under_way:
             plan.take_spare_cache(model)
         if plan.enough:
             return plan
     if need > plan.gained + board.idle_pages and reach <= Reach.IDLE:
         return plan
-    for group in _groups(board.idle, board.tuning.candidates):
-        if reach == Reach.SPARE:
-            group = policy.spare(board, target, group, now)
-            if not group:
-                break  # in those that were used later there would be still less
-        for model in policy.victims(board, target, group, now):
+    for place, group in enumerate(_groups(board.idle, board.tuning.candidates)):
+        ahead = reach == Reach.SPARE
+        offers = (
+            policy.offers(board, target, group, now, ahead=ahead)
+            if place
+            else offers_of.of(target, group, now, ahead=ahead)
+        )
+        if not offers:
+            break  # from those that were used later still less could be had
+        for model, pages in offers:
             if model is not target:
-                plan.take_pages(model, policy.whole_models)
+                plan.take_pages(model, None if policy.whole_models else pages)
             if plan.enough:
                 return plan
     if reach >= Reach.AGREED:
         for model in sorted(board.busy.values(), key=lambda model: (model.residency.complete, model.last_used)):
-            if model is target or _has_turn(board, target, model, reach, now):
-                continue
-            if reach > Reach.AGREED or _hoards(target, model) or policy.may_take(board, target, model, now):
-                plan.take_pages(model, whole=True)
+            if gives(board, policy, target, model, reach, now):
+                plan.take_pages(model, None)
             if plan.enough:
                 return plan
     if reach >= Reach.DUE:
@@ -69,6 +103,13 @@ def plan_room(board: Board, policy: Policy, target: ModelState, need: int, reach
             if plan.enough:
                 return plan
     return plan
+
+
+def gives(board: Board, policy: Policy, target: ModelState, victim: ModelState, reach: Reach, now: float) -> bool:
+    """Does the victim, which has work, give its pages to the target? While it is in a step: once that has ended."""
+    if victim is target or _has_turn(board, target, victim, reach, now):
+        return False
+    return reach > Reach.AGREED or _hoards(target, victim) or policy.may_take(board, target, victim, now)
 
 
 def _hoards(target: ModelState, victim: ModelState) -> bool:
@@ -97,7 +138,7 @@ def _has_turn(board: Board, target: ModelState, victim: ModelState, reach: Reach
         return False
     if now < victim.turn_end:
         return True
-    return reach == Reach.AGREED and not victim.stepped
+    return reach == Reach.AGREED and not victim.stepped and not victim.under_way
 
 
 def _sequences(board: Board, target: ModelState, reach: Reach, now: float) -> list[Ticket]:
@@ -111,7 +152,7 @@ def _sequences(board: Board, target: ModelState, reach: Reach, now: float) -> li
         for ticket in admitted
         if ticket is not senior
         and ticket.model is not target
-        and ticket.model.step is None
+        and not ticket.model.under_way
         and not _has_turn(board, target, ticket.model, reach, now)
     ]
     return sorted(paused, key=preemption_order)

@@ -16,13 +16,20 @@ from computron.scheduling.actions import Urgency
 
 
 class Swap:
-    """A transfer under way. `frames`: those that it fills; its other pages were on the device and are only mapped."""
+    """A transfer under way.
 
-    __slots__ = ("alone", "cancelled", "expected_end", "frames", "ordered", "pages", "urgency")
+    frames: those that it fills; its other pages were on the device and are only mapped.
+    rest: pages that will still lack when it has ended; where there are none, a step may wait for its end.
+    """
 
-    def __init__(self, pages: tuple[int, ...], frames: int, urgency: Urgency, now: float, expected_end: float) -> None:
+    __slots__ = ("alone", "cancelled", "expected_end", "frames", "ordered", "pages", "rest", "urgency")
+
+    def __init__(
+        self, pages: tuple[int, ...], frames: int, rest: int, urgency: Urgency, now: float, expected_end: float
+    ) -> None:
         self.pages = pages
         self.frames = frames
+        self.rest = rest
         self.urgency = urgency
         self.ordered = now
         self.expected_end = expected_end
@@ -52,10 +59,11 @@ class Residency:
     def complete(self) -> bool:
         return self.count == len(self.contents)
 
-    def unmapped(self) -> tuple[int, ...]:
+    def unmapped(self, most: int | None = None) -> tuple[int, ...]:
+        """The pages that are not mapped, in ascending order; the first ones, if `most` tells how many."""
         if self._ends_at_count():
-            return self._numbers[self.count :]
-        return tuple(page for page, mapped in enumerate(self.mapped) if not mapped)
+            return self._numbers[self.count : None if most is None else self.count + most]
+        return tuple(page for page, mapped in enumerate(self.mapped) if not mapped)[:most]
 
     def mapped_pages(self) -> tuple[int, ...]:
         if self._ends_at_count():
@@ -64,6 +72,8 @@ class Residency:
 
     def last_pages(self, count: int) -> tuple[int, ...]:
         """The last `count` of the pages that are mapped, the last one first."""
+        if self._ends_at_count():
+            return self._numbers[self.count - count : self.count][::-1]
         return self.mapped_pages()[self.count - count :][::-1]
 
     def _ends_at_count(self) -> bool:
@@ -154,13 +164,31 @@ class Ledger:
         """Frames left for its cache if nothing but this model and the pinned ones is on the device; may be negative."""
         return self.frames - len(self.pinned.keys() | set(residency.contents))
 
-    def order(self, residency: Residency, urgency: Urgency, now: float, expected_end: float) -> Swap:
-        """A swap-in of everything that is not mapped; its frames are taken now."""
+    def first_lacking(self, residency: Residency, frames: int) -> tuple[int, ...]:
+        """The first ones, in image order, of the pages that are not mapped: as many as fill at most so many frames."""
+        if not residency.shared:
+            return residency.unmapped(frames)
+        pages = residency.unmapped()
+        filled: set[int] = set()
+        for place, page in enumerate(pages):
+            content = residency.contents[page]
+            if content not in self._holders:
+                filled.add(content)
+                if len(filled) > frames:
+                    return pages[:place]
+        return pages
+
+    def order(
+        self, residency: Residency, pages: tuple[int, ...], urgency: Urgency, now: float, expected_end: float
+    ) -> Swap:
+        """A transfer of these pages, the first ones of those that are not mapped; its frames are taken now."""
+        assert pages
         assert residency.swap is None
         assert self.awaited(residency) is None
-        pages = residency.unmapped()
         frames = len(pages)
         for page in residency.shared:
+            if page > pages[-1]:
+                break
             if residency.mapped[page]:
                 continue
             content = residency.contents[page]
@@ -172,7 +200,8 @@ class Ledger:
             self._holders[content] = count + 1
         assert frames <= self.free, f"{residency.name} needs {frames} frames, {self.free} are free"
         self.free -= frames
-        residency.swap = Swap(pages, frames, urgency, now, expected_end)
+        rest = len(residency.contents) - residency.count - len(pages)
+        residency.swap = Swap(pages, frames, rest, urgency, now, expected_end)
         return residency.swap
 
     def finish(self, residency: Residency, arrived: Sequence[int]) -> None:
@@ -180,9 +209,10 @@ class Ledger:
         swap = residency.swap
         assert swap is not None
         residency.swap = None
-        shared = [page for page in residency.shared if not residency.mapped[page]]
+        last = swap.pages[-1]
+        shared = [page for page in residency.shared if page <= last and not residency.mapped[page]]
         lost = len(swap.pages) - len(arrived)
-        if lost == 0:
+        if lost == swap.rest == 0:
             residency.mapped = bytearray(b"\x01" * len(residency.contents))
         else:
             for page in arrived:

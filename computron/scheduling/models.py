@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 
 from computron.scheduling.agenda import Agenda
@@ -27,6 +28,7 @@ def frames_for(blocks: int, blocks_per_frame: float) -> int:
 class Step:
     """A step under way.
 
+    tickets: its requests, by id.
     early: it started before its pages had come.
     opened: those of its requests that it takes in; the others were admitted before.
     cancelled: those whose client has left.
@@ -41,12 +43,18 @@ class Step:
 
 
 class ModelState:
-    """waiting: not admitted yet. admitted: in the step under way, or paused between two steps with its cache kept."""
+    """waiting: not admitted yet. admitted: in a step under way, or paused between two steps with its cache kept.
+
+    under_way: its steps, in the order in which they were ordered and will end. More than one only in a pipeline, if one
+    pass answers its requests; then all that are admitted are in one of them.
+    """
 
     __slots__ = (
         "admitted",
         "agendas",
         "arrivals",
+        "begun",
+        "brought",
         "failures",
         "held_blocks",
         "held_in",
@@ -56,15 +64,17 @@ class ModelState:
         "load_asked",
         "name",
         "number",
+        "rank",
         "residency",
         "room_alone",
         "shunned",
         "slice_end",
         "spec",
-        "step",
+        "stage_free",
         "stepped",
         "steps",
         "turn_end",
+        "under_way",
         "unload_asked",
         "waiting",
     )
@@ -76,14 +86,18 @@ class ModelState:
         self.waiting = WaitingQueue()
         self.admitted: dict[int, Ticket] = {}
         self.held_blocks = 0  # of all that are admitted
-        self.step: Step | None = None
+        self.under_way: deque[Step] = deque()
+        self.stage_free = False  # the first stage of the pipeline is done with the last of them
         self.residency = Residency(spec.model, spec.pages)
         self.arrivals = Arrivals(tuning, usual)
         self.steps = Steps(tuning.smoothing)
         self.last_used = -math.inf
         self.stepped = False  # has run since it came in
+        self.begun = False  # the first pieces of a swap-in for its requests have come, and none has left since
+        self.brought = 0  # frames that its swap-in has filled since it was last complete
         self.turn_end = -math.inf  # until then it keeps its frames while it has work
-        self.limit = math.inf  # the earliest of its requests' limits; never while it is in a step or has none
+        self.limit = math.inf  # the earliest of those of requests that it could run now; never if there are none
+        self.rank = (0.0, 0.0)  # of the same requests: priority, then how long they wait; smaller comes first
         self.failures = 0  # swap-ins that failed since the last one that did not
         self.agendas: tuple[Agenda, ...] = ()  # those of the board that it is on
         self.held_in: dict[str, ModelState] | None = None  # `idle` or `busy` of the board
@@ -97,7 +111,7 @@ class ModelState:
     def __repr__(self) -> str:
         return (
             f"<{self.name}: {self.residency.count}/{len(self.spec.pages)} pages, cache {self.residency.cache}, "
-            f"{len(self.waiting)} waiting, {len(self.admitted)} admitted{', running' if self.step else ''}>"
+            f"{len(self.waiting)} waiting, {len(self.admitted)} admitted{', running' if self.under_way else ''}>"
         )
 
     @property
@@ -105,12 +119,25 @@ class ModelState:
         return bool(self.waiting or self.admitted)
 
     @property
+    def single_pass(self) -> bool:
+        """One step answers a request, and leaves nothing behind."""
+        return not self.spec.continuous and not self.spec.blocks_per_frame
+
+    @property
     def work(self) -> int:
-        """Requests that it would serve if it ran."""
-        return len(self.waiting) + len(self.admitted)
+        """Requests that it would serve if it ran: those in a step are served."""
+        return len(self.waiting) + (0 if self.under_way else len(self.admitted))
 
     def tickets(self) -> list[Ticket]:
         return [*self.admitted.values(), *self.waiting.values()]
+
+    def in_step(self, request: int) -> Step | None:
+        """The step that this request is in."""
+        return next((step for step in self.under_way if request in step.tickets), None)
+
+    def outside(self) -> list[Ticket]:
+        """Its requests that are in no step."""
+        return [ticket for ticket in self.tickets() if self.in_step(ticket.request.id) is None]
 
     @property
     def free_slots(self) -> int:
@@ -118,8 +145,14 @@ class ModelState:
 
     @property
     def loading(self) -> bool:
-        """A transfer of everything that it lacks is under way."""
+        """A transfer of pages that it lacks is under way."""
         return self.residency.swap is not None and not self.residency.swap.cancelled
+
+    @property
+    def completing(self) -> bool:
+        """The transfer under way is of everything that it lacks."""
+        swap = self.residency.swap
+        return swap is not None and not swap.cancelled and swap.rest == 0
 
     def cache_need(self, more_blocks: int = 0) -> int:
         """Frames for the blocks of all admitted sequences, and some more."""
@@ -141,8 +174,8 @@ class ModelState:
         return self.steps.service.value or self.expected_step() or 0.0
 
     def oldest_arrival(self) -> float:
-        """When the oldest of its requests came. The model has work."""
-        times = [ticket.request.arrival for ticket in self.admitted.values()]
+        """When the oldest of its requests that are in no step came. It has such."""
+        times = [] if self.under_way else [ticket.request.arrival for ticket in self.admitted.values()]
         if self.waiting:
             times.append(self.waiting.most_urgent().request.arrival)
         return min(times)

@@ -17,9 +17,10 @@ from computron.scheduling.actions import (
     Urgency,
 )
 from computron.scheduling.board import Board
-from computron.scheduling.frames import Reach, plan_room, preemption_order
+from computron.scheduling.frames import Offers, Reach, plan_room, preemption_order
 from computron.scheduling.models import ModelState, Step, frames_for
 from computron.scheduling.policies.policy import Policy
+from computron.scheduling.room import RoomPlan
 
 REASONS = {
     Urgency.DEMAND: EvictionReason.DEMAND,
@@ -35,11 +36,12 @@ class Orders:
         self.actions: list[Action] = []
         self._board = board
         self._policy = policy
+        self._offers = Offers(board, policy)
 
     def swap_in(self, model: ModelState, urgency: Urgency, reach: Reach, now: float) -> bool:
-        """Order the swap-in of everything that the model lacks; False if that cannot be now."""
+        """Order the swap-in of what the model lacks, or of the next piece of it; False if that cannot be now."""
         board, residency = self._board, model.residency
-        if residency.swap is not None or model.step is not None:
+        if residency.swap is not None or model.under_way:
             return False
         awaited = board.ledger.awaited(residency)
         if awaited is not None:
@@ -50,12 +52,19 @@ class Orders:
         frames = board.ledger.lacking(residency)
         if frames > board.ledger.free:
             self.set_cache(model, min(residency.cache, model.least_cache_need(now + board.lead)))
-        alone = board.room_alone(model) + frames - residency.cache if self._policy.alone else 0
-        while not self._make_room(
-            model, max(alone, frames + self._cache_gap(model, now)), reach, REASONS[urgency], now
-        ):
-            if reach < Reach.ALL or not self._preempt_own(model):
+        piece = self._piece(model, frames, urgency, reach, now)
+        if piece is not None:
+            if not self._make_room(model, piece, reach, REASONS[urgency], now):
                 return False
+            frames = piece
+            model.begun = urgency == Urgency.DEMAND
+        else:
+            alone = board.room_alone(model) + frames - residency.cache if self._policy.alone else 0
+            while not self._make_room(
+                model, max(alone, frames + self._cache_gap(model, now)), reach, REASONS[urgency], now
+            ):
+                if reach < Reach.ALL or not self._preempt_own(model):
+                    return False
         seconds = board.link.seconds(frames)
         start = now
         for other in board.loading.values():
@@ -66,32 +75,68 @@ class Orders:
                 start = max(start, swap.expected_end)
             else:
                 swap.expected_end += seconds
-        swap = board.begin_swap(model, urgency, now, start + seconds)
+        pages = residency.unmapped() if piece is None else board.ledger.first_lacking(residency, piece)
+        swap = board.begin_swap(model, pages, urgency, now, start + seconds)
         self.actions.append(SwapIn(model.name, swap.pages, urgency))
         return True
 
+    def _piece(self, model: ModelState, frames: int, urgency: Urgency, reach: Reach, now: float) -> int | None:
+        """How many of the `frames` that the model lacks shall be brought now; None: all of them.
+
+        1. What is due comes as a whole, and so does everything where models leave as a whole.
+        2. So does a model whose step may start at once, for which all its pages must be on their way: none of its steps
+           has been timed, or it generates and no other is resident.
+        3. What hides behind the step, which then starts early, comes with the last piece.
+        4. For those who wait the first piece comes only if there is room for all, from models without work. What models
+           with work give they give as a whole, and then nothing is gained by bringing less.
+        5. Nor is it if all who give will be asked for meanwhile: they would all be back before the first of them has
+           lost much, and then wait for each other.
+        """
+        board = self._board
+        if reach >= Reach.DUE or self._policy.whole_models or self._policy.alone:
+            return None
+        if model.expected_step() is None or (model.spec.continuous and board.complete == 0):
+            return None
+        ahead = urgency == Urgency.PREFETCH
+        piece = max(1, round(min(frames, board.tuning.piece / board.link.frame_seconds)))
+        if piece >= frames or (not ahead and board.link.seconds(frames - piece) < board.hides(model)):
+            return None
+        if not ahead and not model.begun:
+            plan = self._plan(model, frames + self._cache_gap(model, now), reach, now)
+            givers = plan.givers()
+            if plan.preempts or not plan.enough or any(giver.has_work for giver in givers):
+                return None
+            if givers and all(self._policy.missed(board, model, giver, now) for giver in givers):
+                return None
+        return piece
+
     def _make_room(self, model: ModelState, frames: int, reach: Reach, reason: EvictionReason, now: float) -> bool:
         """See to it that so many frames are free. A fetch behind the demand gives way if that helps."""
-        board = self._board
-        need = frames - board.ledger.free
-        if need <= 0:
-            return True
-        plan = plan_room(board, self._policy, model, need, reach, now)
+        plan = self._plan(model, frames, reach, now)
         if plan.enough:
             self.actions += plan.commit(reason)
             return True
+        board, need = self._board, frames - self._board.ledger.free
         for other in list(board.loading.values()):
             swap = other.residency.swap
             assert swap is not None
             if (
                 reach > Reach.IDLE
                 and other.loading
-                and other.step is None
+                and not other.under_way
                 and swap.urgency > Urgency.DEMAND
                 and plan.gained + swap.frames >= need
             ):
                 self.cancel(other)
         return False
+
+    def _plan(self, model: ModelState, frames: int, reach: Reach, now: float) -> RoomPlan:
+        """What to take so that so many frames are free."""
+        board = self._board
+        need = frames - board.ledger.free
+        if need <= 0:
+            return RoomPlan(board, 0, set())
+        return plan_room(board, self._policy, self._offers, model, need, reach, now)
 
     def _cache_gap(self, model: ModelState, now: float) -> int:
         """Frames that the model's cache lacks for its next step."""
@@ -118,7 +163,7 @@ class Orders:
         """Its pages that have come stay; its frames are its own until the cancellation is confirmed."""
         swap = model.residency.swap
         assert swap is not None
-        assert model.step is None
+        assert not model.under_way
         swap.cancelled = True
         self.actions.append(CancelSwap(model.name))
         self._board.file(model)
@@ -128,18 +173,20 @@ class Orders:
         return any(not model.loading for model in self._board.loading.values())
 
     def start(self, model: ModelState, reach: Reach, now: float) -> bool:
-        """Start a step with everything that is admitted and what may join; False if the cache lacks room."""
+        """Start a step with what may join, and with what is admitted and in no step; False if the cache lacks room."""
         board, residency = self._board, model.residency
         before = model.admitted.copy()
+        in_steps = len(before) if model.under_way else 0
         if model.spec.blocks_per_frame:
             if not self._fit_cache(model, reach, now):
                 return False
         else:
-            while model.waiting and model.free_slots > 0:
+            while model.waiting and model.free_slots + in_steps > 0:
                 board.admit(model.waiting.first(now + board.lead))
         opened = tuple(request for request in model.admitted if request not in before)
-        board.begin_step(model, Step(model.admitted.copy(), early=not residency.complete, opened=opened), now)
-        self.actions.append(Run(model.name, tuple(model.admitted)))
+        tickets = {request: model.admitted[request] for request in opened} if in_steps else model.admitted.copy()
+        board.begin_step(model, Step(tickets, early=not residency.complete, opened=opened), now)
+        self.actions.append(Run(model.name, tuple(tickets)))
         return True
 
     def _fit_cache(self, model: ModelState, reach: Reach, now: float) -> bool:

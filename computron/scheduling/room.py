@@ -22,6 +22,7 @@ class RoomPlan:
         self.gained = 0
         self._offered: dict[int, list[tuple[ModelState, int]]] = {}  # content -> those asked for it so far
         self._evictions: dict[str, list[int]] = {}
+        self._left: dict[str, list[int]] = {}  # model with shared pages -> those that it has not been asked for
         self._last: dict[str, int] = {}  # model without shared pages -> how many of its last ones leave
         self._caches: dict[str, int] = {}
         self._preempted: list[Ticket] = []
@@ -30,21 +31,37 @@ class RoomPlan:
     def enough(self) -> bool:
         return self.gained >= self._need
 
+    @property
+    def preempts(self) -> bool:
+        """Does it take sequences?"""
+        return bool(self._preempted)
+
+    def givers(self) -> list[ModelState]:
+        """The models whose pages it takes."""
+        names = (*self._last, *(name for name, pages in self._evictions.items() if pages))
+        return [self._board.models[name] for name in names]
+
     def take_spare_cache(self, model: ModelState) -> None:
         """Cache frames that no sequence of the model needs."""
         self._shrink(model, model.cache_need())
 
-    def take_pages(self, model: ModelState, whole: bool) -> None:
-        """Pages from the end of the model, as many as are needed; all of them if `whole`. Asked once for each model."""
+    def take_pages(self, model: ModelState, most: int | None) -> None:
+        """Pages from the end of the model, as many as are needed, but no more than `most`; None: all, needed or not.
+
+        Those of one that has given before are those before them.
+        """
         residency = model.residency
         if not residency.shared:
-            self._take_last(model, whole)
+            self._take_last(model, most)
             return
-        rest = list(residency.mapped_pages())
+        if model.name not in self._left:
+            self._left[model.name] = list(residency.mapped_pages())
+        left = self._left[model.name]
         taken = self._evictions.setdefault(model.name, [])
         holders = self._board.ledger.holders
-        while rest and (whole or not self.enough):
-            page = rest.pop()
+        last = 0 if most is None else max(0, len(left) - most)
+        while len(left) > last and (most is None or not self.enough):
+            page = left.pop()
             content = residency.contents[page]
             if content in self._keep:
                 continue
@@ -60,13 +77,15 @@ class RoomPlan:
                 for holder, shared in asked:
                     self._evictions[holder.name].append(shared)
 
-    def _take_last(self, model: ModelState, whole: bool) -> None:
+    def _take_last(self, model: ModelState, most: int | None) -> None:
         """Each of its pages is the only one with its content, so that counting them is enough."""
-        count = model.residency.count
-        if not whole:
-            count = min(count, self._need - self.gained)
-        self._last[model.name] = count
-        self.gained += count
+        taken = self._last.get(model.name, 0)
+        count = model.residency.count - taken
+        if most is not None:
+            count = min(count, most, self._need - self.gained)
+        if count:
+            self._last[model.name] = taken + count
+            self.gained += count
 
     def take_sequence(self, ticket: Ticket) -> None:
         """Drop a paused sequence's cache; it will be computed anew."""

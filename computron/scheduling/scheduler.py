@@ -17,6 +17,7 @@ from computron.scheduling.events import (
     Request,
     RequestArrived,
     RequestCancelled,
+    StageFreed,
     StepAborted,
     StepFailed,
     StepFinished,
@@ -45,8 +46,9 @@ class Scheduler(Views):
     frames, frame_bytes: the device's memory for parameters and KV caches together.
     link_bandwidth_hint: bytes a second; what is measured replaces it.
     max_wait: seconds; until overload no request waits longer because of others (docs/scheduling.md has the promise).
-    prefetch: use an idle link for a model whose next request can be foretold.
-    max_steps_in_flight: how many steps, of different models, the device takes at once.
+    prefetch: use an idle link for pages that will probably be wanted.
+    max_steps_in_flight: how many steps the device takes at once, each in another one of the stages of its pipeline. A
+        model has several only if one pass answers its requests, and `StageFreed` is told.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Scheduler(Views):
             link=Link(link_bandwidth_hint, frame_bytes, tuning.smoothing),
             max_wait=max_wait,
             tuning=tuning,
+            stages=max_steps_in_flight,
         )
         super().__init__(board)
         self._decisions = Decisions(board, policy, prefetch=prefetch, max_steps_in_flight=max_steps_in_flight)
@@ -80,6 +83,7 @@ class Scheduler(Views):
         self._handlers: dict[type, Callable[..., list[Action]]] = {
             RequestArrived: self._request_arrived,
             RequestCancelled: self._request_cancelled,
+            StageFreed: self._stage_freed,
             StepFinished: self._step_finished,
             StepFailed: self._step_failed,
             StepAborted: self._step_aborted,
@@ -102,9 +106,11 @@ class Scheduler(Views):
         if now < self._now:
             raise self._invalid(event, f"time went back from {self._now}")
         actions = self._handlers[type(event)](event, now)
+        if not isinstance(event, SwapFinished) or self._board.models[event.model].residency.complete:
+            self._board.happened += 1
         self._now = now
         self._history.append((now, event))
-        if isinstance(event, RequestArrived) and self._only_joins(event.request):
+        if self._changes_nothing(event):
             return actions
         return actions + self._decisions.decide(now)
 
@@ -124,8 +130,17 @@ class Scheduler(Views):
         board.file(model)
         return []
 
+    def _changes_nothing(self, event: Event) -> bool:
+        """Was there nothing new to be decided?
+
+        1. The most frequent event under load: a request waits with others of its model.
+        2. A stage is free that nothing waits for.
+        """
+        if isinstance(event, RequestArrived):
+            return self._only_joins(event.request)
+        return isinstance(event, StageFreed) and not self._board.overlaps(self._board.models[event.model])
+
     def _only_joins(self, request: Request) -> bool:
-        """The shortest way, and the most frequent one under load: the request waits with others of its model."""
         ticket = self._board.tickets.get(request.id)
         return ticket is not None and request.deadline is None and self._decisions.nothing_new(ticket.model)
 
@@ -150,8 +165,8 @@ class Scheduler(Views):
         ticket = self._board.tickets.get(event.request)
         if ticket is None:
             return []  # it ended while the cancellation was on its way
-        step = ticket.model.step
-        if step is not None and event.request in step.tickets:
+        step = ticket.model.in_step(event.request)
+        if step is not None:
             step.cancelled.add(event.request)
             return []
         self._end(ticket)
@@ -163,12 +178,19 @@ class Scheduler(Views):
 
     # Steps
 
+    def _stage_freed(self, event: StageFreed, now: float) -> list[Action]:
+        board, model = self._board, self._model(event, event.model)
+        self._first_step(event, model)
+        model.stage_free = model.single_pass
+        board.file(model)
+        return []
+
     def _step_finished(self, event: StepFinished, now: float) -> list[Action]:
         board, model = self._board, self._model(event, event.model)
-        step = self._ended_step(event, model)
-        strangers = set(event.finished) - model.admitted.keys()
+        step = self._first_step(event, model)
+        strangers = set(event.finished) - step.tickets.keys()
         if strangers:
-            raise self._invalid(event, f"requests {sorted(strangers)} are not admitted")
+            raise self._invalid(event, f"requests {sorted(strangers)} are not in it")
         going_on = model.spec.continuous
         model.steps.add(event.seconds, opening=bool(step.opened))
         board.end_step(model, now)
@@ -181,7 +203,7 @@ class Scheduler(Views):
         for request in step.cancelled & admitted.keys():
             board.forget(admitted[request])
         rejected: list[Action] = []
-        if admitted:
+        if admitted and going_on:
             limit = board.limit(now)
             for request in step.tickets.keys() & admitted.keys():
                 ticket = admitted[request]
@@ -204,12 +226,12 @@ class Scheduler(Views):
 
     def _step_failed(self, event: StepFailed, now: float) -> list[Action]:
         board, model = self._board, self._model(event, event.model)
-        step = self._ended_step(event, model)
-        strangers = set(event.failed) - model.admitted.keys()
+        step = self._first_step(event, model)
+        strangers = set(event.failed) - step.tickets.keys()
         if strangers:
-            raise self._invalid(event, f"requests {sorted(strangers)} are not admitted")
+            raise self._invalid(event, f"requests {sorted(strangers)} are not in it")
         board.end_step(model, now)
-        for request in set(event.failed) | step.tickets.keys():
+        for request in step.tickets:
             board.forget(model.admitted[request])
         board.file(model)
         return []
@@ -217,7 +239,7 @@ class Scheduler(Views):
     def _step_aborted(self, event: StepAborted, now: float) -> list[Action]:
         """Its requests wait again, unless their model has been given up; the transfer is as good as ended."""
         board, model = self._board, self._model(event, event.model)
-        step = self._ended_step(event, model)
+        step = self._first_step(event, model)
         board.end_step(model, now)
         model.stepped = False
         swap = model.residency.swap
@@ -237,10 +259,10 @@ class Scheduler(Views):
         board.file(model)
         return actions
 
-    def _ended_step(self, event: Event, model: ModelState) -> Step:
-        if model.step is None:
+    def _first_step(self, event: Event, model: ModelState) -> Step:
+        if not model.under_way:
             raise self._invalid(event, "no step of this model is under way")
-        return model.step
+        return model.under_way[0]
 
     # Swaps
 
@@ -269,9 +291,11 @@ class Scheduler(Views):
         board = self._board
         board.end_swap(model, pages)
         model.last_used = now
+        model.brought += swap.frames if len(pages) == len(swap.pages) else min(swap.frames, len(pages))
         if model.residency.complete:
             model.stepped = False
-            model.turn_end = now + board.tuning.keep * board.link.seconds(swap.frames)
+            model.turn_end = now + board.tuning.keep * board.link.seconds(model.brought)
+            model.brought, model.begun = 0, False
             board.ask(model, load=False, unload=model.unload_asked)
         board.file(model)
 
@@ -285,13 +309,11 @@ class Scheduler(Views):
         if model.failures > board.tuning.swap_retries:
             model.failures = 0
             board.ask(model, load=False, unload=model.unload_asked)
-            in_step = model.step.tickets if model.step else {}
-            if model.step is not None:
-                model.step.given_up = True
-            for ticket in model.tickets():
-                if ticket.request.id not in in_step:
-                    board.forget(ticket)
-                    actions.append(Reject(ticket.request.id, model.name, RejectReason.SWAP_FAILED))
+            for step in model.under_way:
+                step.given_up = True
+            for ticket in model.outside():
+                board.forget(ticket)
+                actions.append(Reject(ticket.request.id, model.name, RejectReason.SWAP_FAILED))
         board.file(model)
         return actions
 
@@ -320,14 +342,13 @@ class Scheduler(Views):
         actions: list[Action] = []
         if spec.pinned:
             for model in board.models.values():
-                in_step = model.step.tickets if model.step else {}
-                actions += self._reject_outgrown([t for t in model.tickets() if t.request.id not in in_step])
+                actions += self._reject_outgrown(model.outside())
                 board.file(model)
         return actions
 
     def _model_removed(self, event: ModelRemoved, now: float) -> list[Action]:
         model = self._model(event, event.model)
-        if model.step is not None or model.residency.swap is not None:
+        if model.under_way or model.residency.swap is not None:
             raise self._invalid(event, "it has a step or a transfer under way")
         self._board.remove_model(model)
         return []
@@ -336,6 +357,7 @@ class Scheduler(Views):
         model = self._model(event, event.model)
         load = not model.residency.complete and self._fits_alone(model, 0)
         self._board.ask(model, load=load, unload=False)
+        model.arrivals.expect(now)
         return []
 
     def _unload_asked(self, event: UnloadAsked, now: float) -> list[Action]:

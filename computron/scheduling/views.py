@@ -50,7 +50,7 @@ class Views:
 
     def state(self, model: str) -> Literal["absent", "partial", "loading", "resident", "running"]:
         known = self._board.models[model]
-        if known.step is not None:
+        if known.under_way:
             return "running"
         if known.loading:
             return "loading"

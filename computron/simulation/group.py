@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from computron.scheduling.events import (
     ModelSpec,
     Request,
     RequestArrived,
+    StageFreed,
     StepFinished,
     SwapCancelled,
     SwapFinished,
@@ -115,7 +117,7 @@ class VirtualGroup:
         self._page_counts: dict[str, int] = {}
         self.live: dict[int, Live] = {}
         self._swaps: dict[str, Swap] = {}
-        self._steps: dict[str, VirtualStep] = {}
+        self._steps: dict[str, deque[VirtualStep]] = {}  # under way, of each model, in order
         self._wake: float | None = None
 
     @property
@@ -193,9 +195,9 @@ class VirtualGroup:
     def _came(self, model: str, transfer: Transfer) -> None:
         swap = self._swaps.pop(model)
         self._log_swap(model, transfer, transfer.frames, cancelled=False)
-        step = self._steps.get(model)
-        if step is not None and step.arrivals is None and all(step is not held for held, _ in self._held):
-            step.arrivals = self._segments(model, swap)
+        for step in self._steps.get(model, ()):
+            if step.arrivals is None and all(step is not held for held, _ in self._held):
+                step.arrivals = self._segments(model, swap)
         self._let_go(model)
         self._pipeline.go_on()
         if self._observer is not None:
@@ -276,17 +278,24 @@ class VirtualGroup:
                 seconds = (seconds or 0.0) + live.arrival.seconds / live.steps
         if seconds is None:
             seconds = model.step.seconds(len(action.requests), prompt, context)
-        step = VirtualStep(name, action.requests, now, seconds, None, self._step_ended)
-        self._steps[name] = step
+        told = not model.continuous and not self._surroundings.silent_stages
+        freed = self._stage_freed if told else None
+        step = VirtualStep(name, action.requests, now, seconds, None, self._step_ended, freed)
+        self._steps.setdefault(name, deque()).append(step)
         if self._surroundings.steps_behind_copies and self._swaps:
             self._held.append((step, set(self._swaps)))
         elif name not in self._swaps:
             step.arrivals = ()
         self._pipeline.start(step)
 
+    def _stage_freed(self, step: VirtualStep) -> None:
+        self._tell_later(StageFreed(step.model))
+
     def _step_ended(self, step: VirtualStep) -> None:
-        now = self._clock.now
-        del self._steps[step.model]
+        now, steps = self._clock.now, self._steps[step.model]
+        assert steps.popleft() is step
+        if not steps:
+            del self._steps[step.model]
         epoch = self._future.begin
         self._log.steps.append(
             StepRow(self.number, step.model, step.begun - epoch, now - epoch, step.compute, len(step.requests))
@@ -311,9 +320,12 @@ class VirtualGroup:
                     self._observer.request_ended(self.number, step.model, live.seconds)
             elif continuous:
                 blocks[request] = self._blocks(live.tokens)
-        event = StepFinished(step.model, tuple(finished), step.compute, blocks)
+        self._tell_later(StepFinished(step.model, tuple(finished), step.compute, blocks))
+
+    def _tell_later(self, event: StageFreed | StepFinished) -> None:
+        """The scheduler hears of steps when the group does."""
         overhead = self._hardware.step_overhead
         if overhead:
-            self._clock.at(now + overhead, self._tell, event)
+            self._clock.at(self._clock.now + overhead, self._tell, event)
         else:
             self._tell(event)

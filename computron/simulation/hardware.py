@@ -96,7 +96,8 @@ class SimulatedModel:
 class Hardware:
     """One group. frames * frame_bytes: the device memory of one node, for parameters and KV caches.
 
-    stages: pipeline stages; so many steps, of different models, are under way at once, each on one stage at a time.
+    stages: pipeline stages; so many steps are under way at once, each on one stage at a time, several of one model only
+    if one step answers its requests.
     request_overhead: from the client's sending to the scheduler's hearing of it. answer_overhead: from the end of the
     step to the client's having the answer. step_overhead: between the end of a step and the start of the next one.
     block_tokens: tokens of one KV cache block.

@@ -11,7 +11,10 @@ from computron.simulation.clock import Clock
 
 @dataclass(slots=True, eq=False)
 class VirtualStep:
-    """arrivals: when each segment of a stage has come, None while that is not known. begun: when stage 0 had it."""
+    """arrivals: when each segment of a stage has come, None while that is not known. begun: when stage 0 had it.
+
+    freed: called when stage 0 is done with it, if there are others.
+    """
 
     model: str
     requests: tuple[int, ...]
@@ -19,6 +22,7 @@ class VirtualStep:
     compute: float
     arrivals: tuple[float, ...] | None
     done: Callable[[VirtualStep], None]
+    freed: Callable[[VirtualStep], None] | None = None
     begun: float = 0.0
 
 
@@ -38,10 +42,13 @@ class Pipeline:
         """Plan the ends of all steps for which they are known now."""
         while self._steps and self._steps[0].arrivals is not None:
             step = self._steps.popleft()
-            self._clock.at(self._pass(step, step.arrivals or ()), step.done, step)
+            self._pass(step, step.arrivals or ())
+            if step.freed is not None and len(self._free) > 1:
+                self._clock.at(self._free[0], step.freed, step)
+            self._clock.at(self._free[-1], step.done, step)
 
-    def _pass(self, step: VirtualStep, arrivals: tuple[float, ...]) -> float:
-        """Take the step through the stages; when the last one is through."""
+    def _pass(self, step: VirtualStep, arrivals: tuple[float, ...]) -> None:
+        """Take the step through the stages, each of which is free when it is through."""
         free, seconds = self._free, step.compute / len(self._free)
         time = step.begun = max(step.ordered, free[0])
         for stage in range(len(free)):
@@ -53,4 +60,3 @@ class Pipeline:
             else:
                 time += seconds
             free[stage] = time
-        return time

@@ -77,7 +77,7 @@ class FailingGate:
 @pytest.fixture
 def custom(monkeypatch, new_rig, new_group):
     module = types.ModuleType("user_models")
-    for each in (Double, Manager, Careless, Raw):
+    for each in (Double, StackTensors, Manager, Careless, Raw):
         setattr(module, each.__name__, each)
     monkeypatch.setitem(sys.modules, "user_models", module)
 
@@ -103,6 +103,11 @@ def outputs(one, *inputs: list[float]) -> list[Any]:
     answers = one.run([CustomJob(one.model.batch_manager.parse({"input": each})) for each in inputs])
     given = [answer.outputs[0] for answer in answers]
     return [output.value if isinstance(output, CustomOutput) else output.message for output in given]
+
+
+def test_steps_overlap_only_where_the_batch_manager_is_known_to_remember_nothing(custom) -> None:
+    assert custom("StackTensors").executor.overlaps
+    assert not custom("Careless").executor.overlaps
 
 
 def test_requests_that_fit_together_share_batches_up_to_the_limit(custom) -> None:

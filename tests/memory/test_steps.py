@@ -161,7 +161,6 @@ def test_orders_that_take_memory_from_a_step_are_refused(make_image, backend, fi
         lambda: swapper.evict("a", (0,)),
         lambda: swapper.set_cache("a", 1),
         lambda: swapper.unregister("a"),
-        lambda: swapper.begin_step("a"),
     ):
         with pytest.raises(OrderRefused, match=r"a cannot .* while a step of it runs"):
             order()
@@ -172,6 +171,35 @@ def test_orders_that_take_memory_from_a_step_are_refused(make_image, backend, fi
     swapper.evict("a", range(PAGES))
     assert swapper.free_frames == PAGES + 3
     swapper.unregister("a")
+
+
+def test_pages_are_held_until_the_last_step_has_ended(make_image, backend, finish):
+    swapper, *_ = make_image(backend)
+    swapper.swap_in("a", range(PAGES), DEMAND)
+    finish(swapper)
+    for _ in range(2):
+        assert swapper.begin_step("a").is_open
+    swapper.end_step("a")
+    with pytest.raises(OrderRefused, match=r"a cannot lose pages while a step of it runs"):
+        swapper.evict("a", (0,))
+    swapper.end_step("a")
+    swapper.evict("a", (0,))
+
+
+def test_a_swap_that_fails_is_told_after_the_last_step_that_began_during_it(make_image, slow):
+    swapper, *_ = make_image(slow)
+    swap = swapper.swap_in("a", range(PAGES), DEMAND)
+    gates = [swapper.begin_step("a") for _ in range(2)]
+    swapper.cancel_all()
+    assert swap.transfer.wait(30)
+    swapper._mapper.drain()
+    for gate in gates:
+        with pytest.raises(SwapFailed, match="it was cancelled"):
+            gate.wait(0)
+    swapper.end_step("a")
+    assert swapper.completions() == []
+    swapper.end_step("a")
+    assert [outcome.state for outcome in swapper.completions()] == ["cancelled"]
 
 
 def test_closing_ends_a_swap_that_waits_for_its_step(make_image, slow):

@@ -38,13 +38,13 @@ def worker(monkeypatch) -> Worker:
     return make_worker(monkeypatch)
 
 
-def make_worker(monkeypatch, place: Place | None = None) -> Worker:
+def make_worker(monkeypatch, place: Place | None = None, group: GroupConfig | None = None) -> Worker:
     backend = SimpleNamespace(kind="cuda", device_index=3, free_memory=1000)
     monkeypatch.setattr(node_worker, "open_backend", lambda *_: backend)
     monkeypatch.setattr(node_worker, "page_size", lambda *_: 100)
     monkeypatch.setattr(node_worker, "open_store", lambda *_: None)
     monkeypatch.setattr(device, "Swapper", lambda *_, **settings: SimpleNamespace(**settings))
-    return Worker(Config(group=GroupConfig(tensor_parallel=1 if place is None else 2)), place)
+    return Worker(Config(group=group or GroupConfig(tensor_parallel=1 if place is None else 2)), place)
 
 
 def measured(worker: Worker, monkeypatch, error: Exception | None, function: Any) -> tuple[Any, Stream]:
@@ -115,3 +115,20 @@ def test_models_are_loaded_on_the_nodes_own_gpu(worker, current):
 def test_a_group_leaves_more_of_a_gpu_free(monkeypatch, place, expected):
     swapper: Any = make_worker(monkeypatch, place).swapper
     assert swapper.device_memory == expected
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+def test_a_stage_whose_step_failed_has_nothing_to_do_with_the_others_any_more(monkeypatch, tensor, pipeline):
+    """They have sent it what the step lacked to read, which the next one would take for its own."""
+    place = Place(1, 2, 1, 2, "127.0.0.1", 1)
+    worker = make_worker(monkeypatch, place, GroupConfig(tensor, pipeline))
+    said: list[str] = []
+    worker._communicator = SimpleNamespace(abort=said.append, settle=lambda: None)  # type: ignore[assignment]
+    assert measured(worker, monkeypatch, None, lambda: 7)[0] == 7
+    assert said == []
+
+    def fail() -> None:
+        raise ExecutionFailed("the model failed")
+
+    measured(worker, monkeypatch, None, fail)
+    assert said == (["a step failed: the model failed"] if pipeline > 1 else [])

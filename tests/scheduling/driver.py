@@ -31,6 +31,7 @@ from computron.scheduling.events import (
     Request,
     RequestArrived,
     RequestCancelled,
+    StageFreed,
     StepAborted,
     StepFailed,
     StepFinished,
@@ -57,8 +58,11 @@ class Driver:
         *,
         step_seconds: float | dict[str, float] = 0.05,
         step_limit: int = 20_000,
+        tells_stages: bool = True,
+        max_steps_in_flight: int = 1,
         **scheduler: object,
     ) -> None:
+        scheduler["max_steps_in_flight"] = self.stages = max_steps_in_flight
         self.scheduler = Scheduler(frames=frames, frame_bytes=FRAME_BYTES, link_bandwidth_hint=BANDWIDTH, **scheduler)
         self.device = Device(frames)
         self.now = 0.0
@@ -66,7 +70,7 @@ class Driver:
         self.live: dict[int, Live] = {}
         self.outcomes: dict[int, str] = {}
         self.waits: dict[int, float] = {}
-        self.steps: dict[str, RunningStep] = {}
+        self.steps: dict[str, list[RunningStep]] = {}  # of each model, in order
         self.failing_swaps: set[int] = set()  # by the number of the transfer
         self.failing_steps: set[int] = set()  # by the number of the step
         self.steps_needed: dict[int, int] = {}
@@ -74,6 +78,7 @@ class Driver:
         self.longest_step = 0.0
         self.on_run: Callable[[str, tuple[int, ...]], None] = lambda model, requests: None
         self._seconds = step_seconds
+        self._tells_stages = tells_stages and max_steps_in_flight > 1
         self._planned: list[tuple[float, int, Event]] = []
         self._numbers = itertools.count()
         self._transfer_number = itertools.count()
@@ -152,7 +157,7 @@ class Driver:
         transfer = self._on_link()
         if transfer is not None:
             times.append(max(self.now, self._moved_until + self.device.transfers[transfer].left))
-        times += [step.compute_begins + step.seconds for step in self.steps.values() if step.compute_begins is not None]
+        times += [time for steps in self.steps.values() for step in steps for time in step.times]
         return min(times) if times else None
 
     def _advance(self, time: float) -> None:
@@ -161,9 +166,9 @@ class Driver:
         self.now = time
         for name in [name for name, transfer in self.device.transfers.items() if transfer.left <= 1e-9]:
             self._end_transfer(name)
-        for name, step in list(self.steps.items()):
-            if step.compute_begins is not None and step.compute_begins + step.seconds <= time + 1e-9:
-                self._end_step(name, step)
+        for name, steps in list(self.steps.items()):
+            for step in steps[:]:
+                self._move_step(name, step, time + 1e-9)
         while self._planned and self._planned[0][0] <= time:
             self.tell(heapq.heappop(self._planned)[2])
         if self._wake is not None and self._wake <= time:
@@ -195,7 +200,7 @@ class Driver:
             self.device.mapped[name] |= set(arrived)
             self.tell(SwapCancelled(name, transfer.pages, arrived))
         elif transfer.fails:
-            step = self.steps.pop(name, None)
+            (step,) = self.steps.pop(name, [None])  # a second one waits for no pages
             if step is None:
                 self.tell(SwapFailed(name, transfer.pages))
             elif transfer.number % 2:
@@ -208,14 +213,23 @@ class Driver:
                 self.tell(SwapFailed(name, transfer.pages))
         else:
             self.device.mapped[name] |= set(transfer.pages)
-            if name in self.steps:
-                self.steps[name].compute_begins = self.now
+            for step in self.steps.get(name, ()):
+                step.compute_begins = self.now
             self.tell(SwapFinished(name, transfer.pages, self.now - transfer.ordered))
 
     # Steps
 
+    def _move_step(self, name: str, step: RunningStep, time: float) -> None:
+        if len(step.times) > 1 and step.times[0] <= time:
+            step.freed = True
+            self.tell(StageFreed(name))
+        if step.times and step.times[-1] <= time:
+            self._end_step(name, step)
+
     def _end_step(self, name: str, step: RunningStep) -> None:
-        del self.steps[name]
+        assert self.steps[name].pop(0) is step
+        if not self.steps[name]:
+            del self.steps[name]
         if next(self._step_number) in self.failing_steps:
             self._end_requests(step.requests, "failed")
             self.tell(StepFailed(name, step.requests))
@@ -296,14 +310,14 @@ class Driver:
                 live = self.live[request]
                 assert live.request.model == model
                 assert live.holds_cache or not self.device.specs[model].blocks_per_frame
-                assert model not in self.steps or request not in self.steps[model].requests
+                assert all(request not in step.requests for step in self.steps.get(model, ()))
                 self._check_not_the_oldest(live)
                 live.holds_cache = False
             case Run():
                 self._run(action)
             case Reject(request, _, reason):
                 assert request in self.live
-                assert not any(request in step.requests for step in self.steps.values())
+                assert all(request not in step.requests for steps in self.steps.values() for step in steps)
                 self._end_requests((request,), reason.value)
             case WakeAt(time):
                 assert time > self.now
@@ -314,9 +328,11 @@ class Driver:
         contents = device.specs[name].pages
         assert name not in device.transfers, "two transfers of one model"
         missing = [page for page in range(len(contents)) if page not in device.mapped[name]]
-        assert list(action.pages) == missing, "a swap-in lists all pages that are not mapped, in image order"
-        assert not {contents[page] for page in missing} & device.in_flight(), "a content is in flight already"
-        new = tuple(dict.fromkeys(contents[page] for page in missing if contents[page] not in device.contents()))
+        assert action.pages
+        assert list(action.pages) == missing[: len(action.pages)], "the first pages that lack, in image order"
+        coming = [contents[page] for page in action.pages]
+        assert not set(coming) & device.in_flight(), "a content is in flight already"
+        new = tuple(dict.fromkeys(content for content in coming if content not in device.contents()))
         assert len(new) <= device.free, "frames are over-committed"
         number = next(self._transfer_number)
         seconds = len(new) * PAGE_SECONDS
@@ -337,7 +353,10 @@ class Driver:
     def _run(self, action: Run) -> None:
         device, name = self.device, action.model
         spec = device.specs[name]
-        assert name not in self.steps, "two steps of one model"
+        before = self.steps.setdefault(name, [])
+        assert all(step.freed for step in before), "two steps of one model on a stage"
+        assert not before or not (spec.continuous or spec.blocks_per_frame), "two steps of one sequence"
+        assert sum(map(len, self.steps.values())) < self.stages, "more steps than the device takes"
         assert action.requests
         assert len(set(action.requests)) == len(action.requests) <= spec.max_batch_size
         transfer = device.transfers.get(name)
@@ -356,11 +375,14 @@ class Driver:
         seconds = self._seconds if isinstance(self._seconds, float) else self._seconds[name]
         self.longest_step = max(self.longest_step, seconds)
         begins = None if on_the_way else self.now
-        self.steps[name] = RunningStep(action.requests, self.now, seconds, opened, begins)
+        stage = seconds / self.stages if self._tells_stages else math.inf
+        before.append(RunningStep(action.requests, seconds, stage, opened, begins))
 
     def _check_not_the_oldest(self, preempted: Live) -> None:
         """The oldest sequence on the device keeps its cache, or two could take it from each other for ever."""
-        if any(request not in self.live for step in self.steps.values() for request in step.requests):
+        if any(
+            request not in self.live for steps in self.steps.values() for step in steps for request in step.requests
+        ):
             return  # one whose client has left holds its place until its step ends
         holders = [
             live
@@ -375,18 +397,3 @@ class Driver:
             held = sum(live.blocks for live in self.live.values() if live.request.model == name and live.holds_cache)
             room = math.floor(self.device.cache[name] * spec.blocks_per_frame)
             assert held <= room, f"{name} holds {held} blocks, its cache has room for {room}"
-
-
-def spec(
-    model: str, pages: int | tuple[int, ...] = 2, *, batch: int = 4, first: int | None = None, **more: object
-) -> ModelSpec:
-    """A model of so many private pages, or of the given contents."""
-    if isinstance(pages, int):
-        start = hash_of(model) if first is None else first
-        pages = tuple(range(start, start + pages))
-    return ModelSpec(model, pages, (len(pages),), batch, **more)
-
-
-def hash_of(model: str) -> int:
-    """A range of contents of the model's own."""
-    return 1000 * (1 + int.from_bytes(model.encode(), "big"))

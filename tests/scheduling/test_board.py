@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from driver import Driver, spec
+from driver import Driver
+from virtual_device import spec
 
 from computron.scheduling.agenda import Agenda
 from computron.scheduling.tuning import Tuning

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from driver import BANDWIDTH, FRAME_BYTES, Driver, spec
+from driver import BANDWIDTH, FRAME_BYTES, Driver
+from virtual_device import spec
 
 from computron.scheduling.actions import Run, SwapIn
 from computron.scheduling.events import (
@@ -103,7 +104,7 @@ def test_step_cannot_finish_requests_that_were_not_in_it():
     scheduler.handle(ModelAdded(spec("a", 2, continuous=True, blocks_per_frame=1.0)), 0.0)
     scheduler.handle(RequestArrived(Request(1, "a", 0.0, cache_blocks=1)), 0.0)
     scheduler.handle(SwapFinished("a", (0, 1), 0.1), 0.1)
-    with pytest.raises(InvalidTransition, match=r"requests \[7\] are not admitted"):
+    with pytest.raises(InvalidTransition, match=r"requests \[7\] are not in it"):
         scheduler.handle(StepFinished("a", (7,), 0.1, {1: 1}), 0.2)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from driver import Driver, spec
+from driver import Driver
+from virtual_device import spec
 
 from computron.scheduling.actions import Evict, EvictionReason, Preempt, Run, SwapIn, Urgency
 from computron.scheduling.events import LoadAsked, ModelAdded, ModelRemoved, Request, RequestArrived, UnloadAsked

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from driver import Driver
+from driver import PAGE_SECONDS, Driver
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -81,8 +82,13 @@ def scenarios(draw, *, caches=True, faults=True, deadlines=True):
             "policy": draw(st.sampled_from(sorted(POLICIES))),
             "max_wait": draw(st.sampled_from([0.2, 1.0, 30.0])),
             "prefetch": draw(st.booleans()),
-            "max_steps_in_flight": draw(st.sampled_from([1, 1, 2])),
-            "tuning": Tuning(keep=draw(st.sampled_from([0.0, 1.0])), candidates=draw(st.sampled_from([2, 16]))),
+            "max_steps_in_flight": draw(st.sampled_from([1, 1, 2, 3])),
+            "tells_stages": draw(st.booleans()),
+            "tuning": Tuning(
+                keep=draw(st.sampled_from([0.0, 1.0])),
+                candidates=draw(st.sampled_from([2, 16])),
+                piece=draw(st.sampled_from([PAGE_SECONDS, 2.5 * PAGE_SECONDS, math.inf])),
+            ),
             "step_seconds": draw(st.sampled_from([0.02, 0.1, 0.5])),
         },
         requests=draw(st.lists(request, min_size=1, max_size=25)),

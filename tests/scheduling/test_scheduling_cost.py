@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 import pytest
-from driver import Driver, spec
+from driver import Driver
+from virtual_device import spec
 
 from computron.scheduling.policies import POLICIES
 

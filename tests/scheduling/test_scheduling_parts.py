@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
-from driver import spec
 from hypothesis import given
 from hypothesis import strategies as st
+from virtual_device import spec
 
 from computron.scheduling.actions import Urgency
 from computron.scheduling.agenda import Agenda
-from computron.scheduling.estimates import Arrivals, Link, Mean
+from computron.scheduling.estimates import Arrivals, Link, Mean, distribution, soon
 from computron.scheduling.events import Request
 from computron.scheduling.ledger import Ledger, Residency
 from computron.scheduling.models import ModelState, frames_for
@@ -34,7 +36,7 @@ def ledger_with(frames, **contents):
 def test_shared_page_leaves_with_its_last_holder():
     ledger, a, b = ledger_with(5, a=(1, 2), b=(2, 3))
     for model in (a, b):
-        ledger.order(model, Urgency.DEMAND, 0.0, 1.0)
+        ledger.order(model, model.unmapped(), Urgency.DEMAND, 0.0, 1.0)
         ledger.finish(model, (0, 1))
     assert ledger.free == 2
     ledger.evict(a, [1])
@@ -47,14 +49,14 @@ def test_shared_page_leaves_with_its_last_holder():
 def test_repeated_content_within_a_model_takes_one_frame():
     ledger, a = ledger_with(3, a=(7, 7, 8))
     assert ledger.lacking(a) == 2
-    assert ledger.order(a, Urgency.DEMAND, 0.0, 1.0).frames == 2
+    assert ledger.order(a, a.unmapped(), Urgency.DEMAND, 0.0, 1.0).frames == 2
     ledger.finish(a, (0, 1, 2))
     ledger.check([a])
 
 
 def test_cancelled_transfer_keeps_its_frames_until_it_has_ended():
     ledger, a = ledger_with(4, a=(1, 2, 3))
-    ledger.order(a, Urgency.DEMAND, 0.0, 1.0)
+    ledger.order(a, a.unmapped(), Urgency.DEMAND, 0.0, 1.0)
     assert ledger.free == 1
     ledger.finish(a, (0,))
     assert ledger.free == 3
@@ -64,7 +66,7 @@ def test_cancelled_transfer_keeps_its_frames_until_it_has_ended():
 
 def test_content_on_its_way_for_another_model_is_awaited():
     ledger, a, b = ledger_with(4, a=(1, 2), b=(2, 3))
-    ledger.order(a, Urgency.DEMAND, 0.0, 1.0)
+    ledger.order(a, a.unmapped(), Urgency.DEMAND, 0.0, 1.0)
     assert ledger.awaited(b) is a
     ledger.finish(a, (0, 1))
     assert ledger.awaited(b) is None
@@ -73,7 +75,7 @@ def test_content_on_its_way_for_another_model_is_awaited():
 
 def test_check_finds_wrong_books():
     ledger, a = ledger_with(4, a=(1, 2))
-    ledger.order(a, Urgency.DEMAND, 0.0, 1.0)
+    ledger.order(a, a.unmapped(), Urgency.DEMAND, 0.0, 1.0)
     ledger.finish(a, (0, 1))
     ledger.free += 1
     with pytest.raises(AssertionError, match="3 frames free, 2 of 4 used"):
@@ -150,8 +152,8 @@ def arrivals_at(*times):
 
 def test_regular_requests_come_closer_with_time():
     arrivals = arrivals_at(*range(0, 5000, 10))
-    assert arrivals.next_in(4990) == pytest.approx(10)
-    assert arrivals.next_in(4998) == pytest.approx(2, rel=0.1)
+    assert arrivals.chance(2.0, 4991) < 0.01
+    assert arrivals.chance(2.0, 4999) > 0.7
     assert arrivals.regular_next() == pytest.approx(5000)
 
 
@@ -169,17 +171,38 @@ def test_model_of_which_little_is_known_varies_as_others_do():
 
 def test_requests_of_a_burst_recede_with_time():
     arrivals = arrivals_at(0, 0.1, 0.2, 0.3, 20, 20.1, 20.2, 20.3)
-    assert arrivals.next_in(21.0) > arrivals.next_in(20.4)
+    assert arrivals.chance(1.0, 21.0) < arrivals.chance(1.0, 20.4)
     assert arrivals.regular_next() is None
 
 
 def test_silence_outweighs_old_habits():
-    assert arrivals_at(0, 1, 2, 3).next_in(103) == pytest.approx(100)
+    assert arrivals_at(0, 1, 2, 3).chance(10, 103) == pytest.approx(1 - math.exp(-10 / 100))
 
 
-def test_model_never_asked_for_is_never_expected():
-    assert arrivals_at().next_in(5.0) == float("inf")
-    assert arrivals_at(1.0).next_in(5.0) == pytest.approx(4.0)
+def test_model_never_asked_for_is_expected_only_if_somebody_says_so():
+    arrivals = arrivals_at()
+    assert arrivals.chance(1e9, 5.0) == 0.0
+    arrivals.expect(5.0)
+    assert arrivals.chance(1.0, 5.0) == 1.0
+    assert arrivals.chance(1.0, 9.0) == pytest.approx(1 - math.exp(-1 / 4))
+    arrivals.add(10.0)
+    assert (arrivals.rate, arrivals.silence(12.0)) == (0.0, 2.0)
+    arrivals.expect(13.0)
+    assert arrivals.silence(14.0) == 4.0
+
+
+@pytest.mark.parametrize("variation", [0.0, 0.06, 0.5, 1.0, 4.0, 16.0])
+def test_distribution_of_intervals_has_the_mean_and_the_variation_that_were_learnt(variation):
+    shape, scale = distribution(variation)
+    mean = scale * math.gamma(1 + 1 / shape)
+    assert mean == pytest.approx(1.0)
+    assert scale**2 * math.gamma(1 + 2 / shape) / mean**2 - 1.0 == pytest.approx(max(variation, 1 / 64), rel=0.05)
+
+
+def test_chance_of_a_poisson_process_does_not_depend_on_the_silence():
+    shape, scale = distribution(1.0)
+    for elapsed in (0.0, 1.0, 50.0):
+        assert soon(shape, 4.0 * scale, elapsed, 2.0) == pytest.approx(1 - math.exp(-0.5), rel=1e-3)
 
 
 def test_bandwidth_follows_what_is_measured():

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from driver import Driver, spec
+from driver import Driver
 from hypothesis import given
 from hypothesis import strategies as st
+from virtual_device import spec
 
 from computron.scheduling.actions import Urgency
 from computron.scheduling.events import ModelAdded
@@ -19,7 +20,7 @@ FRAMES = 40
 
 def mapped_on(ledger: Ledger, residency: Residency) -> Residency:
     ledger.add(residency)
-    ledger.order(residency, Urgency.DEMAND, 0.0, 1.0)
+    ledger.order(residency, residency.unmapped(), Urgency.DEMAND, 0.0, 1.0)
     ledger.finish(residency, tuple(range(len(residency.contents))))
     return residency
 
@@ -40,7 +41,7 @@ def test_mapped_pages_are_shared_from_the_moment_on_when_another_model_has_them(
     ledger.add(b)
     assert (a.shared, b.shared) == ([2], [0])
     assert ledger.lacking(b) == 1
-    assert ledger.order(b, Urgency.DEMAND, 0.0, 1.0).frames == 1
+    assert ledger.order(b, b.unmapped(), Urgency.DEMAND, 0.0, 1.0).frames == 1
     ledger.evict(a, a.last_pages(1))
     assert ledger.free == 4  # 3 stays for b
     ledger.check([a, b])
@@ -50,7 +51,7 @@ def test_pages_on_their_way_are_awaited_by_a_model_that_is_added_meanwhile():
     ledger = Ledger(8)
     a, b = Residency("a", (1, 2, 3)), Residency("b", (4, 2))
     ledger.add(a)
-    ledger.order(a, Urgency.DEMAND, 0.0, 1.0)
+    ledger.order(a, a.unmapped(), Urgency.DEMAND, 0.0, 1.0)
     ledger.add(b)
     assert ledger.awaited(b) is a
     ledger.check([a, b])
@@ -63,7 +64,7 @@ def test_pages_on_their_way_are_awaited_by_a_model_that_is_added_meanwhile():
 def test_pages_with_a_hole_are_told_apart():
     ledger, a = Ledger(8), Residency("a", (1, 2, 3, 4))
     ledger.add(a)
-    ledger.order(a, Urgency.DEMAND, 0.0, 1.0)
+    ledger.order(a, a.unmapped(), Urgency.DEMAND, 0.0, 1.0)
     ledger.finish(a, (0, 3))
     assert (a.mapped_pages(), a.unmapped(), a.last_pages(1)) == ((0, 3), (1, 2), (3,))
     ledger.evict(a, (0,))
@@ -99,9 +100,15 @@ def test_ledger_agrees_with_counting_every_frame(data):
             ledger.add(models[-1])
         elif action == "order" and idle:
             model = data.draw(st.sampled_from(idle))
-            if ledger.awaited(model) is None:
+            if ledger.awaited(model) is None and not model.complete:
                 lacking = ledger.lacking(model)
-                assert ledger.order(model, Urgency.DEMAND, 0.0, 1.0).frames == lacking
+                most = data.draw(st.integers(1, max(1, lacking)))
+                pages = ledger.first_lacking(model, most)
+                assert pages == model.unmapped()[: len(pages)]
+                swap = ledger.order(model, pages, Urgency.DEMAND, 0.0, 1.0)
+                assert swap.frames == min(most, lacking)
+                assert (swap.rest == 0) == (len(pages) == len(model.unmapped()))
+                assert swap.rest == 0 or swap.frames < lacking
         elif action == "finish" and len(idle) < len(models):
             model = data.draw(st.sampled_from([model for model in models if model.swap is not None]))
             pages = model.swap.pages

@@ -22,11 +22,24 @@ class Transfer:
 
 @dataclass
 class RunningStep:
+    """stage_seconds: on the first stage, if its end is told. freed: it has been."""
+
     requests: tuple[int, ...]
-    started: float
     seconds: float
+    stage_seconds: float
     opened: tuple[int, ...]
     compute_begins: float | None  # None: it waits for pages
+    freed: bool = False
+
+    @property
+    def times(self) -> list[float]:
+        """When something happens to it."""
+        if self.compute_begins is None:
+            return []
+        stage = (
+            [self.compute_begins + self.stage_seconds] if self.stage_seconds < self.seconds and not self.freed else []
+        )
+        return [*stage, self.compute_begins + self.seconds]
 
 
 @dataclass
@@ -64,3 +77,18 @@ class Device:
     @property
     def free(self) -> int:
         return self.frames - len(self.contents()) - sum(self.cache.values())
+
+
+def spec(
+    model: str, pages: int | tuple[int, ...] = 2, *, batch: int = 4, first: int | None = None, **more: object
+) -> ModelSpec:
+    """A model of so many private pages, or of the given contents."""
+    if isinstance(pages, int):
+        start = hash_of(model) if first is None else first
+        pages = tuple(range(start, start + pages))
+    return ModelSpec(model, pages, (len(pages),), batch, **more)
+
+
+def hash_of(model: str) -> int:
+    """A range of contents of the model's own."""
+    return 1000 * (1 + int.from_bytes(model.encode(), "big"))

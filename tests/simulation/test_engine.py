@@ -7,6 +7,7 @@ import pytest
 from computron.scheduling.actions import CancelSwap, Evict, EvictionReason, RaiseUrgency, Run, SwapIn, Urgency, WakeAt
 from computron.scheduling.events import (
     ModelAdded,
+    StageFreed,
     StepFinished,
     SwapCancelled,
     SwapFinished,
@@ -14,13 +15,14 @@ from computron.scheduling.events import (
 )
 from computron.simulation.clock import Clock
 from computron.simulation.future import Future
-from computron.simulation.group import VirtualGroup
+from computron.simulation.group import Live, VirtualGroup
 from computron.simulation.hardware import Hardware, Link, SimulatedModel, StepTime
 from computron.simulation.link import VirtualLink
 from computron.simulation.log import Log
 from computron.simulation.pipeline import Pipeline, VirtualStep
 from computron.simulation.simulate import model_specs, simulate
 from computron.simulation.surroundings import Surroundings
+from computron.simulation.systems import System
 from computron.simulation.workload import Arrival, Workload
 
 FRAME = 100
@@ -148,6 +150,17 @@ class TestPipeline:
         run(clock)
         assert ends == {"a": 6.0, "b": 7.0}
 
+    def test_the_first_stage_says_when_it_is_done_if_there_are_others(self):
+        for stages, expected in ((2, {"a": 2.0, "b": 4.0}), (1, {})):
+            clock, pipeline, ends = self.steps(stages)
+            freed = {}
+            for name in "ab":
+                step = self.step(name, clock, ends, 4.0)
+                step.freed = lambda step, clock=clock, freed=freed: freed.update({step.model: clock.now})
+                pipeline.start(step)
+            run(clock)
+            assert freed == expected
+
 
 class Script:
     """Orders what it is told to order after each event of these types; keeps what happened, and when."""
@@ -256,6 +269,34 @@ def test_copies_of_steps_queue_behind_swaps_where_they_share_the_engine(behind: 
     made.arrive(0, Arrival(0.0, "a"))
     run(clock)
     assert log.finished[0] == end
+
+
+@pytest.mark.parametrize(("silent", "ends"), [(False, [4.0, 6.0, 8.0]), (True, [4.0, 8.0, 12.0])])
+def test_steps_of_a_model_that_answers_in_one_overlap_in_the_stages(silent: bool, ends: list[float]):
+    workload = Workload("w", ("a",), tuple(Arrival(10.0, "a") for _ in range(3)))
+    hardware = Hardware(Link(float(FRAME)), FRAME, 4, stages=2)
+    system = System("s", lambda setup: setup.scheduler("default"), surroundings=Surroundings(silent_stages=silent))
+    log = simulate(workload, hardware, [model("a", 4, 4.0, max_batch_size=1)], system=system)
+    assert [finished - 10.0 for finished in log.finished] == ends
+
+
+def test_steps_of_one_model_end_in_their_order():
+    script = Script(RequestArrived=[[Run("a", (0,))]], StageFreed=[[Run("a", (1,))]])
+    clock, made, _ = group(script, model("a", 1, 2.0), stages=2)
+    made.arrive(0, Arrival(0.0, "a"))
+    made.live[1] = Live(1, Arrival(0.0, "a"), 1)
+    run(clock)
+    assert [(now, event.finished) for now, event in script.of(StepFinished)] == [(2.0, (0,)), (3.0, (1,))]
+    assert [now for now, _ in script.of(StageFreed)] == [1.0, 2.0]
+    assert not made.at_work
+
+
+def test_a_generation_does_not_say_when_a_stage_is_free():
+    script = Script(RequestArrived=[[Run("a", (0,))]])
+    clock, made, _ = group(script, model("a", 1, 2.0, continuous=True), stages=2)
+    made.arrive(0, Arrival(0.0, "a"))
+    run(clock)
+    assert not script.of(StageFreed)
 
 
 def test_continuous_request_takes_a_step_for_each_token():

@@ -18,14 +18,20 @@ class Default:
     2. Several absent models have work: of the highest priority, the one that serves most requests for each second of
        link and device comes first, counting those that will probably arrive meanwhile, and more the longer it waited.
        The others follow in that order if their frames can be had from models without work, so that the link is never
-       idle for the sake of order.
-    3. Pages leave whose model is expected to be wanted latest: as many as are needed, the last ones first, so that what
-       stays is what its next run needs first.
-    4. A model with work gives its frames, all of them, to one without a place if all its requests are younger, its turn
+       idle for the sake of order. It is asked anew after each piece of a swap-in, until the oldest request that this
+       one is for has waited for as long as the whole of it takes: from then on nothing of the same priority overtakes,
+       or models that are asked for all the time could take a page from each other for ever.
+    3. The cheapest pages leave, of each model the last ones first, so that what stays is what its next run needs first.
+       What a page is worth is how many requests will probably wait for it, while the new model comes, for each second
+       that it takes to bring back. A model's last pages hide behind the step that is ordered before they have come, and
+       then nobody waits, unless the link has something else to do: they are worth less.
+    4. Frames are wanted, and a step that is under way will soon set cheaper ones free: it is waited for, if that costs
+       those who wait now less than those would lose whose pages left instead.
+    5. A model with work gives its frames, all of them, to one without a place if all its requests are younger, its turn
        is over, and the requests of the other have together waited for as long as its own would lose by the change: the
        swap-ins, and the time that the other takes. Rent for as long as buying costs.
-    5. On an idle link, of the models whose requests come regularly, that one is fetched which is expected first, if
-       those that give pages for it are expected so much later that chance does not decide.
+    6. On an idle link the model is fetched whose next page is worth most, piece by piece, while those that leave for it
+       are worth so much less that chance does not decide.
     """
 
     name = "default"
@@ -35,25 +41,14 @@ class Default:
     def next_request(self, model: ModelState, now: float) -> float | None:
         return model.arrivals.regular_next()
 
-    def next_in(self, model: ModelState, now: float) -> float:
-        """Expected seconds until the model's next request."""
-        return model.arrivals.next_in(now)
-
-    def missed_in(self, model: ModelState, now: float) -> float:
-        """The same for who decides what leaves: the longer a model has been silent, the more its past is doubted.
-
-        Where requests come at random, this lies half-way between least recently and least frequently used.
-        """
-        return self.next_in(model, now) + min(1.0, self.variation(model)) * model.arrivals.silence(now)
-
-    def variation(self, model: ModelState) -> float:
-        """Squared coefficient of variation of the intervals between its requests."""
-        return model.arrivals.variation
+    def chance(self, model: ModelState, within: float, now: float) -> float:
+        """How likely the model is asked for within so many seconds."""
+        return model.arrivals.chance(within, now)
 
     def next_to_run(self, board: Board, ready: Sequence[ModelState], now: float) -> ModelState:
         first = ready[0]
         for model in ready:
-            if model.admitted and now < model.slice_end and board.rank(model)[0] == board.rank(first)[0]:
+            if model.spec.continuous and model.admitted and now < model.slice_end and model.rank[0] == first.rank[0]:
                 return model
         return first
 
@@ -62,8 +57,11 @@ class Default:
             return list(absent)
 
         def place(model: ModelState) -> tuple[float, float]:
-            priority, since = board.rank(model)
-            return priority, -self._return(board, model, now - since)
+            priority, since = model.rank
+            waited = now - since
+            if model.begun and waited >= board.tuning.patience * whole_swap_seconds(board, model):
+                return priority, -math.inf
+            return priority, -self._return(board, model, waited)
 
         return sorted(absent, key=place)
 
@@ -79,8 +77,60 @@ class Default:
         served = min(model.work, model.spec.max_batch_size) + model.arrivals.rate * seconds
         return served / seconds * (1.0 + waited / seconds)
 
-    def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Sequence[ModelState]:
-        return sorted(idle, key=lambda model: -self.missed_in(model, now))
+    def offers(
+        self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float, *, ahead: bool
+    ) -> list[tuple[ModelState, int]]:
+        within = whole_swap_seconds(board, target)
+        if ahead:
+            limit = self._next_page(board, target, now) / board.tuning.fetch_margin
+        elif target.has_work and board.running and not board.is_due(target, now):
+            limit = self._worth_waiting(board, target, within, now)
+        else:
+            limit = math.inf
+        offers = []
+        for place, model in enumerate(idle):
+            worth = self.worth(board, model, within, now)
+            hidden = board.hidden_pages(model) - board.ledger.lacking(model.residency)
+            if hidden > 0:
+                less = worth * self._unhidden(board, model, now)
+                if less < limit:
+                    offers.append((less, place, model, hidden))
+            if worth < limit:
+                offers.append((worth, place, model, model.residency.count))
+        offers.sort()
+        return [(model, pages) for _, _, model, pages in offers]
+
+    def worth(self, board: Board, model: ModelState, within: float, now: float) -> float:
+        """Requests that will wait for each second of link that the model lacks: whether one comes within so many
+        seconds, and those that come behind it.
+        """
+        return self.chance(model, within, now) * (1.0 + model.arrivals.rate * whole_swap_seconds(board, model))
+
+    def _unhidden(self, board: Board, model: ModelState, now: float) -> float:
+        """How likely somebody waits for hidden pages of the model: as likely as two requests come during a swap-in."""
+        return self.chance(model, whole_swap_seconds(board, model), now)
+
+    def _next_page(self, board: Board, model: ModelState, now: float) -> float:
+        """What the next page is worth that comes for a model that nobody waits for."""
+        worth = self.worth(board, model, whole_swap_seconds(board, model), now)
+        if board.ledger.lacking(model.residency) <= board.hidden_pages(model):
+            worth *= self._unhidden(board, model, now)
+        return worth
+
+    def _worth_waiting(self, board: Board, target: ModelState, within: float, now: float) -> float:
+        """What pages must at least be worth so that those of a model in a step are waited for."""
+        swap = swap_seconds(board, target)
+        if swap == 0.0:
+            return math.inf
+        soon_idle = [
+            self.worth(board, model, within, now)
+            for model in board.running.values()
+            if not model.waiting and not model.spec.continuous and model.residency.swap is None
+        ]
+        return min(soon_idle, default=math.inf) + target.work * (target.expected_step() or 0.0) / swap
+
+    def missed(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
+        return self.chance(victim, whole_swap_seconds(board, target), now) >= board.tuning.sure
 
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         if victim.oldest_arrival() <= target.oldest_arrival():
@@ -89,18 +139,14 @@ class Default:
         return target.waited(now) >= victim.work * (change + target.expected_service())
 
     def next_to_fetch(self, board: Board, lacking: Sequence[ModelState], now: float) -> list[ModelState]:
-        regular = [model for model in lacking if self.variation(model) <= board.tuning.regular]
-        return sorted(regular, key=lambda model: self.next_in(model, now))[: board.tuning.fetch_tries]
-
-    def spare(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> list[ModelState]:
-        variation = self.variation(target)
-        if variation > board.tuning.regular:
-            return []  # where requests come at random, pages are better left to whom they serve
-        margin = 1.0 + board.tuning.fetch_margin * variation
-        wanted = max(swap_seconds(board, target), margin * self.next_in(target, now))
-        return [model for model in idle if self.next_in(model, now) > wanted]
+        return [max(lacking, key=lambda model: self._next_page(board, model, now))] if lacking else []
 
 
 def swap_seconds(board: Board, model: ModelState) -> float:
     """How long bringing what the model lacks would take on an idle link."""
     return board.link.seconds(board.ledger.lacking(model.residency))
+
+
+def whole_swap_seconds(board: Board, model: ModelState) -> float:
+    """How long bringing all of the model would take on an idle link."""
+    return board.link.seconds(len(model.spec.pages))

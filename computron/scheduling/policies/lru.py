@@ -30,14 +30,16 @@ class Lru:
     def next_to_bring(self, board: Board, absent: Sequence[ModelState], now: float) -> list[ModelState]:
         return list(absent[:1])
 
-    def victims(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> Sequence[ModelState]:
-        return idle
+    def offers(
+        self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float, *, ahead: bool
+    ) -> Sequence[tuple[ModelState, int]]:
+        return [] if ahead else [(model, model.residency.count) for model in idle]
+
+    def missed(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
+        return False
 
     def may_take(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         return victim.oldest_arrival() > target.oldest_arrival()
 
     def next_to_fetch(self, board: Board, lacking: Sequence[ModelState], now: float) -> list[ModelState]:
-        return []
-
-    def spare(self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float) -> list[ModelState]:
         return []

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from computron.scheduling.estimates import residual_life
+from computron.scheduling.board import Board
+from computron.scheduling.estimates import distribution, soon
 from computron.scheduling.models import ModelState
-from computron.scheduling.policies.default import Default
+from computron.scheduling.policies.default import Default, whole_swap_seconds
+from computron.scheduling.tuning import Tuning
 from computron.simulation.future import Future
 from computron.simulation.hardware import Hardware, SimulatedModel
 from computron.simulation.systems.system import System
@@ -34,11 +36,15 @@ class Clairvoyant(Default):
     def __init__(self, future: Future) -> None:
         self._future = future
 
-    def next_in(self, model: ModelState, now: float) -> float:
-        return self._future.next_arrival(model.name, now) - now
+    def chance(self, model: ModelState, within: float, now: float) -> float:
+        """Falls with the time until the next request, so that pages leave in the order of these times."""
+        return within / (within + self._future.next_arrival(model.name, now) - now)
 
-    def variation(self, model: ModelState) -> float:
-        return 0.0
+    def worth(self, board: Board, model: ModelState, within: float, now: float) -> float:
+        return self.chance(model, within, now)
+
+    def missed(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
+        return self._future.next_arrival(victim.name, now) - now <= whole_swap_seconds(board, target)
 
     def next_request(self, model: ModelState, now: float) -> float | None:
         expected = self._future.next_arrival(model.name, now)
@@ -55,22 +61,18 @@ class Informed(Default):
 
     def __init__(self, future: Future) -> None:
         self._future = future
-        self._variation = future.variation()
+        self._distribution = distribution(future.variation())
 
-    def next_in(self, model: ModelState, now: float) -> float:
-        mean = self._future.mean_interval(model.name)
-        return residual_life(mean, self._variation, model.arrivals.silence(now)) if math.isfinite(mean) else mean
-
-    def missed_in(self, model: ModelState, now: float) -> float:
-        return self.next_in(model, now)
-
-    def variation(self, model: ModelState) -> float:
-        return self._variation
+    def chance(self, model: ModelState, within: float, now: float) -> float:
+        mean, (shape, scale) = self._future.mean_interval(model.name), self._distribution
+        return soon(shape, scale * mean, model.arrivals.silence(now), within) if math.isfinite(mean) else 0.0
 
 
 ALL_RESIDENT = System("all-resident", lambda setup: setup.scheduler("default"), hardware=_room_for_all)
 INFORMED = System("informed", lambda setup: setup.scheduler(Informed(setup.future)))
 CLAIRVOYANT = System("clairvoyant", lambda setup: setup.scheduler(Clairvoyant(setup.future), prefetch=False))
 CLAIRVOYANT_PREFETCH = System(
-    "clairvoyant-prefetch", lambda setup: setup.scheduler(Clairvoyant(setup.future)), foresees=True
+    "clairvoyant-prefetch",
+    lambda setup: setup.scheduler(Clairvoyant(setup.future), tuning=Tuning(fetch_margin=1.0)),  # it leaves no chance
+    foresees=True,
 )
