@@ -1,7 +1,8 @@
 """Systems that have, or know, what no real one does.
 
-They queue and choose as the default policy does; a cleverer order of the same requests could still pass them. What
-comes is known of each model on the whole, not group by group, so that behind a router they are no bounds at all.
+They queue and choose as the default policy does; a cleverer order of the same requests could still pass them. So can
+the default policy where it has means that a bound lacks: only `clairvoyant-default` has all of them. What comes is
+known of each model on the whole, not group by group, so that behind a router they are no bounds at all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from computron.scheduling.policies.default import Default, whole_swap_seconds
 from computron.scheduling.tuning import Tuning
 from computron.simulation.future import Future
 from computron.simulation.hardware import Hardware, SimulatedModel
+from computron.simulation.surroundings import Surroundings
 from computron.simulation.systems.system import System
+
+CERTAIN = 1.0  # `fetch_margin` of who knows what comes: nothing is left to chance
 
 
 def _room_for_all(hardware: Hardware, models: Sequence[SimulatedModel]) -> Hardware:
@@ -68,11 +72,25 @@ class Informed(Default):
         return soon(shape, scale * mean, model.arrivals.silence(now), within) if math.isfinite(mean) else 0.0
 
 
+def _foreseeing(name: str, *, prefetch: bool) -> System:
+    """Clairvoyant about what leaves, on pages, and with prefetch about what comes: swap-ins come as a whole, and a
+    model has one step at a time.
+    """
+    tuning = Tuning(piece=math.inf, fetch_margin=CERTAIN)
+    return System(
+        name,
+        lambda setup: setup.scheduler(Clairvoyant(setup.future), prefetch=prefetch, tuning=tuning),
+        surroundings=Surroundings(silent_stages=True),
+        foresees=prefetch,
+    )
+
+
 ALL_RESIDENT = System("all-resident", lambda setup: setup.scheduler("default"), hardware=_room_for_all)
 INFORMED = System("informed", lambda setup: setup.scheduler(Informed(setup.future)))
-CLAIRVOYANT = System("clairvoyant", lambda setup: setup.scheduler(Clairvoyant(setup.future), prefetch=False))
-CLAIRVOYANT_PREFETCH = System(
-    "clairvoyant-prefetch",
-    lambda setup: setup.scheduler(Clairvoyant(setup.future), tuning=Tuning(fetch_margin=1.0)),  # it leaves no chance
+CLAIRVOYANT = _foreseeing("clairvoyant", prefetch=False)
+CLAIRVOYANT_PREFETCH = _foreseeing("clairvoyant-prefetch", prefetch=True)
+CLAIRVOYANT_DEFAULT = System(
+    "clairvoyant-default",
+    lambda setup: setup.scheduler(Clairvoyant(setup.future), tuning=Tuning(fetch_margin=CERTAIN)),
     foresees=True,
 )
