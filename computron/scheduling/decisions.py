@@ -11,7 +11,7 @@ The cases, in this order:
    - else also pages of models with work whose turn is over, if the policy says so.
 4. A step can start: the policy's choice of the resident models runs; else a model whose pages are on their way. A model
    that is in a step has another one behind it, in the stage of the pipeline that it has left, unless its pages are
-   wanted once the first one has ended.
+   promised to whoever comes next, or to a resident model whose cache lacks them.
 5. The link is idle: what an operator asked for is loaded, or unloaded.
 6. The link is idle, and nothing waits for it: the next piece comes of the model that the policy chooses, into frames
    that it can spare for that.
@@ -31,10 +31,11 @@ from computron.scheduling.actions import (
     WakeAt,
 )
 from computron.scheduling.board import Board
-from computron.scheduling.frames import Reach, gives
+from computron.scheduling.frames import Reach
 from computron.scheduling.models import ModelState
 from computron.scheduling.orders import Orders
 from computron.scheduling.policies.policy import Policy
+from computron.scheduling.promises import Promises
 
 
 class Decisions:
@@ -42,6 +43,7 @@ class Decisions:
         self._board = board
         self._policy = policy
         self._orders = Orders(board, policy)
+        self._promises = Promises(board, policy)
         self._prefetch = prefetch
         self._max_steps = max_steps_in_flight
         self._wake: float | None = None
@@ -105,10 +107,18 @@ class Decisions:
                 return
         fetched = [model for model in board.loading.values() if model.loading and model.has_work]
         reach = Reach.AGREED
-        for model in fetched or self._policy.next_to_bring(board, board.absent.head(board.tuning.candidates), now):
+        for model in fetched or self._next_to_bring(now):
             if self._want(model, reach, now):
                 return
             reach = Reach.IDLE
+
+    def _next_to_bring(self, now: float) -> list[ModelState]:
+        """The policy's choice; before it, what pages have been promised to."""
+        board, promised = self._board, self._promises.target
+        chosen = self._policy.next_to_bring(board, board.absent.head(board.tuning.candidates), now)
+        if promised is None or promised not in board.absent:
+            return chosen
+        return [promised, *(model for model in chosen if model is not promised)]
 
     def _want(self, model: ModelState, reach: Reach, now: float) -> bool:
         if model.loading:
@@ -129,30 +139,39 @@ class Decisions:
         board = self._board
         if board.steps >= self._max_steps:
             return
-        refused = self._wanted_after_their_steps(now)
+        self._promises.review(now)
+        self._promise(now)
+        refused: set[str] = set()
         while board.steps < self._max_steps:
-            model = self._choose(refused, now)
+            model = self._choose(refused | self._promises.held_back(self._demand(), now), now)
             if model is None:
                 return
             reach = Reach.DUE if board.is_due(model, now) else Reach.AGREED
             if not self._orders.start(model, reach, now):
                 refused.add(model.name)
+                self._promises.make(model, self._orders.frames_wanted(model, now), reach, now)
+                self._promises.in_vain(model)
 
-    def _wanted_after_their_steps(self, now: float) -> set[str]:
-        """Models in a step that shall have no other behind it: whoever comes next, because it is due or as the policy
-        says, has their pages as soon as they are in none, which would else never be.
-        """
-        board, policy = self._board, self._policy
-        again = [model for model in board.running.values() if board.overlaps(model)]
-        if not again or self._demand() is not None:
-            return set()
-        due = board.due_absent.first()
-        reach = Reach.AGREED
-        if due is not None and board.is_due(due, now):
-            comes, reach = [due], Reach.DUE
-        else:
-            comes = policy.next_to_bring(board, board.absent.head(board.tuning.candidates), now)[:1]
-        return {model.name for model in again for target in comes if gives(board, policy, target, model, reach, now)}
+    def _promise(self, now: float) -> None:
+        """Whoever comes next, as it is due or as the policy says, shall have the pages of models that never pause."""
+        board = self._board
+        target, reach = board.due_absent.first(), Reach.DUE
+        if target is None or not any(board.overlaps(model) for model in board.running.values()):
+            return
+        if not board.is_due(target, now):
+            if self._promises.target is not None:
+                return
+            target, reach = self._next_choice(now), Reach.AGREED
+        if target is not None and not target.loading:
+            self._promises.make(target, self._orders.frames_wanted(target, now), reach, now)
+
+    def _next_choice(self, now: float) -> ModelState | None:
+        """Who the policy would bring next. That may be again who has a piece on the link now."""
+        board, demand = self._board, self._demand()
+        absent = board.absent.head(board.tuning.candidates)
+        if demand is not None and demand.has_work and not demand.completing:
+            absent = sorted([*absent, demand], key=lambda model: model.rank)
+        return next(iter(self._policy.next_to_bring(board, absent, now)), None)
 
     def _choose(self, refused: set[str], now: float) -> ModelState | None:
         board = self._board

@@ -109,7 +109,9 @@ def gives(board: Board, policy: Policy, target: ModelState, victim: ModelState, 
     """Does the victim, which has work, give its pages to the target? While it is in a step: once that has ended."""
     if victim is target or _has_turn(board, target, victim, reach, now):
         return False
-    return reach > Reach.AGREED or _hoards(target, victim) or policy.may_take(board, target, victim, now)
+    if reach > Reach.AGREED or victim.promised is target or _hoards(target, victim):
+        return True
+    return policy.may_take(board, target, victim, now)
 
 
 def _hoards(target: ModelState, victim: ModelState) -> bool:

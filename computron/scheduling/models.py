@@ -64,6 +64,7 @@ class ModelState:
         "load_asked",
         "name",
         "number",
+        "promised",
         "rank",
         "residency",
         "room_alone",
@@ -95,6 +96,7 @@ class ModelState:
         self.stepped = False  # has run since it came in
         self.begun = False  # the first pieces of a swap-in for its requests have come, and none has left since
         self.brought = 0  # frames that its swap-in has filled since it was last complete
+        self.promised: ModelState | None = None  # it has no further step until that one has its pages
         self.turn_end = -math.inf  # until then it keeps its frames while it has work
         self.limit = math.inf  # the earliest of those of requests that it could run now; never if there are none
         self.rank = (0.0, 0.0)  # of the same requests: priority, then how long they wait; smaller comes first

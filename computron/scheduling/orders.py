@@ -138,6 +138,10 @@ class Orders:
             return RoomPlan(board, 0, set())
         return plan_room(board, self._policy, self._offers, model, need, reach, now)
 
+    def frames_wanted(self, model: ModelState, now: float) -> int:
+        """Frames that the model lacks for its next step."""
+        return self._board.ledger.lacking(model.residency) + self._cache_gap(model, now)
+
     def _cache_gap(self, model: ModelState, now: float) -> int:
         """Frames that the model's cache lacks for its next step."""
         return max(0, model.least_cache_need(now + self._board.lead) - model.residency.cache)
