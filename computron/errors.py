@@ -113,6 +113,10 @@ class GroupBroken(ComputronError):
     code = "group_broken"
 
 
+class StepLost(GroupBroken):
+    """Another step failed in a way that broke the group. Nothing speaks against the requests of this one."""
+
+
 class OutOfMemory(ComputronError):
     """Something does not fit the device's or the host's budget now. The message gives both numbers."""
 

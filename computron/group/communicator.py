@@ -55,6 +55,7 @@ class GroupCommunicator:
         self._device = torch.device(device)
         self._lock = threading.Lock()
         self._links: Links | None = None
+        self._left: Links | None = None  # of this epoch: other nodes may still receive what was sent on them
         self._attempt: _Attempt | None = None
         self._epoch = -1  # the latest that was to be formed
         self._why = "the group has not been formed yet"
@@ -103,10 +104,18 @@ class GroupCommunicator:
             before = self._take(reason)
         _end(*before, reason)
 
+    def leave(self, reason: str) -> None:
+        """Have no further part in the epoch. Every later operation here raises GroupBroken; what was sent before still
+        arrives, and whoever waits for this node does so until `abort`. From the thread that makes the operations.
+        """
+        with self._lock:
+            if self._links is not None:
+                self._left, self._links, self._why = self._links, None, reason
+
     def _take(self, reason: str) -> tuple[Links | None, _Attempt | None]:
         """What there is to be ended. The lock must be held."""
-        before = self._links, self._attempt
-        self._links = self._attempt = None
+        before = self._links or self._left, self._attempt
+        self._links = self._left = self._attempt = None
         if before != (None, None):
             self._why = reason
         return before

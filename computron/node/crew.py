@@ -8,62 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
-from computron.config import Config, SchedulerConfig
+from computron.config import Config
 from computron.errors import ComputronError, ExecutionFailed, GroupBroken, SwapFailed
 from computron.execution.executor import make_executor
-from computron.execution.protocols import Executor
 from computron.execution.requests import StepResult
-from computron.execution.steps import StepInput
 from computron.group.codec import encode
 from computron.group.environment import LEADER, Place
 from computron.memory.swap import SwapOutcome
-from computron.models.loading import LoadedModel
-from computron.models.plan import ModelPlan
 from computron.node import wire
-from computron.node.agreement import Agreement, GroupModel, NodeDiffers, agree
-from computron.node.group_steps import GroupStep
+from computron.node.agreement import Agreement, NodeDiffers, agree
+from computron.node.group_runner import GroupRunner
 from computron.node.group_swaps import GroupSwaps, Merged
 from computron.node.measured_gate import MeasuredGate
 from computron.node.peers import Peers
 from computron.node.progress import Progress
+from computron.node.served_model import ServedModel
 from computron.node.sizes import check_sizes
 from computron.node.worker import Worker, load_all
 from computron.scheduling.actions import CancelSwap, Evict, Preempt, RaiseUrgency, Run, SetCache, SwapIn
-from computron.scheduling.events import ModelSpec
 
 log = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 1.0  # seconds between two attempts to form the group
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model as requests see it. `loaded`: the leader's shard of it; `held`: what the group holds."""
-
-    plan: ModelPlan
-    loaded: LoadedModel
-    executor: Executor
-    held: GroupModel
-
-
-def model_spec(served: ServedModel, scheduler: SchedulerConfig) -> ModelSpec:
-    """The model as the scheduler knows it."""
-    config = served.plan.config
-    return ModelSpec(
-        model=config.id,
-        pages=served.held.pages,
-        segments=(len(served.held.pages),),
-        max_batch_size=config.max_batch_size,
-        max_queue=scheduler.max_queue if config.max_queue is None else config.max_queue,
-        pinned=config.pinned,
-        continuous=config.task == "generate",
-        blocks_per_frame=served.executor.blocks_per_frame,
-    )
 
 
 class Listener(Protocol):
@@ -92,9 +62,8 @@ class Crew:
         self._agreement: Agreement | None = None
         self._swaps = GroupSwaps({})
         self._late_swaps: dict[str, Merged] = {}  # not all done, and ended during a step of their model
-        self._steps: dict[int, GroupStep] = {}
-        self._next_step = 0
-        self._whole = place is None  # every node is there and follows
+        self._runner = None if self.peers is None else GroupRunner(worker, self.peers, config.group, self)
+        self.whole = place is None  # every node is there and follows
 
     # Start and recovery
 
@@ -135,7 +104,7 @@ class Crew:
         peers = self.peers
         assert peers is not None
         pause = 0.0
-        while not self._whole:
+        while not self.whole:
             try:
                 await peers.gather(self.worker)
                 agreement = self._agree([self.worker.loaded(), *peers.loaded()])
@@ -152,7 +121,7 @@ class Crew:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause + 0.1, LONGEST_PAUSE)
                 continue
-            self._whole = True
+            self.whole = True
             peers.why_not_formed = None
             log.info("group_formed nodes=%d epoch=%d", self._config.group.nodes, peers.epoch)
 
@@ -178,17 +147,16 @@ class Crew:
         assert self._agreement is not None, "the group has been formed"
         return self._agreement
 
-    def break_up(self, reason: str) -> None:
-        """Let nobody wait for anybody; everything under way comes to nothing."""
-        if not self._whole:
+    def break_up(self, reason: str, error: type[GroupBroken] = GroupBroken) -> None:
+        """Let nobody wait for anybody; everything under way comes to nothing. `error`: of the steps under way."""
+        if not self.whole:
             return
-        self._whole = False
+        self.whole = False
         assert self.peers is not None
         log.error("group_broken reason=%s", reason)
         self.worker.abort()
         self.peers.reset()
-        for step in list(self._steps.values()):
-            step.tear(reason)
+        self._tear_steps(error(reason))
         self._swaps.forget()
         self._late_swaps.clear()
         self._listener.broken(reason)
@@ -207,10 +175,13 @@ class Crew:
     def cancel_transfers(self) -> None:
         """Free whoever waits for pages or for another node, and hear of no further swap."""
         asyncio.get_running_loop().remove_reader(self.worker.completions_fd)
-        self._whole = self._whole and self.peers is None
+        self.whole = self.whole and self.peers is None
         self.worker.abort()
-        for step in list(self._steps.values()):
-            step.tear("the server is shutting down")
+        self._tear_steps(GroupBroken("the server is shutting down"))
+
+    def _tear_steps(self, error: GroupBroken) -> None:
+        if self._runner is not None:
+            self._runner.steps.tear(error)
 
     # Orders
 
@@ -273,67 +244,15 @@ class Crew:
         """
         served = self.models[action.model]
         try:
-            if self.peers is None:
+            if self._runner is None:
                 result = await self.worker.run_alone(served.executor, action.model, action.requests, gate)
                 return result, gate.computed_seconds()
-            return await self._run_together(self.peers, served, action, gate, stage_freed)
+            return await self._runner.run(served, action, gate, stage_freed)
         finally:
             self.worker.end_step(action.model, gate)
             late = None if action.model in self.worker.gates else self._late_swaps.pop(action.model, None)
             if late is not None:
                 asyncio.get_running_loop().call_soon(self._tell_swap, late)  # the end of the step is told before
-
-    async def _run_together(
-        self, peers: Peers, served: ServedModel, action: Run, gate: MeasuredGate, stage_freed: Callable[[], None]
-    ) -> tuple[StepResult, float]:
-        executor, worker = served.executor, self.worker
-        if served.plan.task == "custom":  # its batch manager's code may take its time, and use the module
-            step = await worker.plan(action.model, executor, action.requests, gate)
-        else:
-            step = executor.plan(action.requests)
-        if step is None:
-            return executor.empty_result(), 0.0
-        number = self._next_step
-        self._next_step += 1
-        group = self._config.group
-        together = self._steps[number] = GroupStep(range(group.nodes), chained=group.pipeline_parallel > 1)
-        try:
-            if not self._whole:
-                raise GroupBroken("the group is being formed anew")
-            began = time.monotonic()
-            peers.broadcast(encode(wire.RunStep(number, action.model, step)))
-            own = asyncio.ensure_future(self._run_own(together, action.model, step, gate, stage_freed))
-            try:
-                await together.done
-            finally:
-                if together.torn:  # this node may wait for the one that failed
-                    self.break_up(f"a step of {action.model} did not end on all nodes")
-                await own
-            assert together.output is not None, "a node of the last stage reports a result"
-            seconds = max(0.0, time.monotonic() - began - together.waited)
-            if executor.overlaps:  # it uses nothing that later steps do, and need not wait for them
-                return await worker.beside_compute(executor.finish, step, together.output), seconds
-            return await worker.compute(executor.finish, step, together.output), seconds
-        except BaseException:
-            executor.abandon(step)
-            raise
-        finally:
-            del self._steps[number]
-
-    async def _run_own(
-        self, together: GroupStep, model: str, step: StepInput, gate: MeasuredGate, freed: Callable[[], None]
-    ) -> None:
-        try:
-            output = await self.worker.run(model, step, gate)
-        except ComputronError as error:
-            together.fail(LEADER, error)
-        except BaseException as error:
-            together.fail(LEADER, ExecutionFailed(f"{type(error).__name__}: {error}"))
-            raise
-        else:
-            together.succeed(LEADER, output, gate.waited_seconds())
-            if self._config.group.pipeline_parallel > 1 and not together.done.done():  # the leader is in the first
-                freed()
 
     def device_error(self) -> str | None:
         return self.worker.device_error()
@@ -357,7 +276,7 @@ class Crew:
             self._listener.failed(reason)
 
     def _swap_ended(self, rank: int, outcome: SwapOutcome) -> None:
-        if not self._whole:
+        if not self.whole:
             return
         merged = self._swaps.end(rank, outcome)
         if merged is None:
@@ -368,21 +287,20 @@ class Crew:
             self._tell_swap(merged)
 
     def _tell_swap(self, merged: Merged) -> None:
-        if self._whole:
+        if self.whole:
             self._drop(merged.outcome.image_id, merged.surplus)
             self._listener.swap_ended(merged.outcome)
 
     def reported(self, rank: int, report: wire.PagesCame | wire.StepDone | wire.StepFailed) -> None:
         """Another node tells how an order ended."""
+        assert self._runner is not None, "there are other nodes"
         match report:
             case wire.PagesCame(outcome):
                 self._swap_ended(rank, wire.as_of_now(outcome))
             case wire.StepDone(number, waited, output):
-                if (step := self._steps.get(number)) is not None:
-                    step.succeed(rank, output, waited)
+                self._runner.steps.succeed(number, rank, output, waited)
             case wire.StepFailed(number, cause, reason):
-                if (step := self._steps.get(number)) is not None:
-                    step.fail(rank, _ERRORS[cause](f"node {rank}: {reason}"))
+                self._runner.steps.fail(number, rank, _ERRORS[cause](f"node {rank}: {reason}"))
 
     def lost(self, rank: int, reason: str) -> None:
         """Another node has gone."""

@@ -191,10 +191,14 @@ class Follower:
         try:
             gate = worker.begin_step(model)
         except SwapFailed as error:
-            worker.leave_stages(error)
-            self._send(wire.StepFailed(number, "swap", error.message))
+            self._spawn(self._skip(worker, number, error))
             return
         self._spawn(self._run(worker, number, model, step, gate))
+
+    async def _skip(self, worker: Worker, number: int, error: SwapFailed) -> None:
+        """A step cannot begin here. Those ahead of it end first."""
+        await worker.compute(worker.leave_stages, error)
+        self._send(wire.StepFailed(number, "swap", error.message))
 
     async def _run(self, worker: Worker, number: int, model: str, step: StepInput, gate: MeasuredGate) -> None:
         report: wire.Report

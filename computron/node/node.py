@@ -20,11 +20,12 @@ from computron.execution.requests import Job
 from computron.group.environment import Place
 from computron.memory.swap import SwapOutcome
 from computron.metrics import Metrics
-from computron.node.crew import Crew, ServedModel, model_spec
+from computron.node.crew import Crew
 from computron.node.handle import RequestHandle
 from computron.node.progress import Progress
 from computron.node.rejections import RETRY_AFTER, rejection
 from computron.node.requests import Requests
+from computron.node.served_model import ServedModel, model_spec
 from computron.node.snapshot import NodeSnapshot, NodeState, model_snapshots
 from computron.node.steps import Steps
 from computron.node.worker import open_worker

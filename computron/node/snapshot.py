@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from computron.execution.blocks import BLOCK_TOKENS
-from computron.node.crew import ServedModel
+from computron.node.served_model import ServedModel
 from computron.node.wire import Figures
 from computron.scheduling.scheduler import Scheduler
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from computron.errors import GroupBroken, SwapFailed
+from computron.errors import GroupBroken, StepLost, SwapFailed
 from computron.node.busy import BusyClock, Interval
 from computron.node.crew import Crew
 from computron.node.handle import RequestHandle
@@ -99,7 +99,8 @@ class Steps:
             event = self._aborted(action, error)
         except GroupBroken as error:
             log.warning("step_lost model=%s error=%s", model, error)
-            self._requests.lose_step(action.requests, error)
+            if not isinstance(error, StepLost):
+                self._requests.lose_step(action.requests, error)
             event = None  # the scheduler that ordered it is gone
         except Exception as error:
             log.exception("step_failed model=%s requests=%s", model, self._names(action.requests))

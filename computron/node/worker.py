@@ -287,9 +287,11 @@ class Worker:
             gate.end()
 
     def leave_stages(self, error: BaseException) -> None:
-        """A step has failed here: no later one shall take for its own what other stages have sent for that."""
+        """A step has failed here: no later one shall take for its own what other stages have sent for that. On the
+        compute thread.
+        """
         if self._communicator is not None and self.shard.pipeline_parallel > 1:
-            self._communicator.abort(f"a step failed: {error}")
+            self._communicator.leave(f"a step failed: {error}")
 
     def _settle(self) -> None:
         if self._communicator is not None:

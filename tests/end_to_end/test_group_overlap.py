@@ -74,6 +74,28 @@ async def test_a_step_that_fails_fails_its_own_requests_and_no_other(tmp_path):
         assert await infer(group, "relay", [4.0]) == (200, [4.0])
 
 
+async def test_a_step_that_fails_leaves_the_one_ahead_of_it_alone(tmp_path):
+    """That one takes its time in the last stage, and is not computed again."""
+    patient = replace(
+        relay(tmp_path, total=0),
+        id="patient",
+        factory="tests.end_to_end.split_models:make_patient",
+        arguments={"folder": str(tmp_path)},
+    )
+    async with group_of(config(patient), tmp_path) as group:
+        ahead = asyncio.ensure_future(infer(group, "patient", [1.0]))
+        while not (tmp_path / "reached").exists():
+            assert not ahead.done(), ahead.result()
+            await asyncio.sleep(0.005)
+        failing = asyncio.ensure_future(infer(group, "patient", [-1.0]))
+        behind = asyncio.ensure_future(infer(group, "patient", [2.0]))
+        assert await ahead == (200, [1.0])
+        status, answer = await failing
+        assert (status, "-1 is negative" in str(answer)) == (500, True)
+        assert await behind == (200, [2.0])
+    assert (tmp_path / "passed").read_text().split() == ["1", "2"]
+
+
 @pytest.mark.parametrize("stages", [2, 3])
 async def test_overlapped_steps_give_what_transformers_does(tmp_path, stages):
     """Texts of different lengths, one or two a step, while another model takes its turns."""

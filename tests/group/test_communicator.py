@@ -109,6 +109,21 @@ def test_sending_waits_for_nobody(threads: Form) -> None:
     assert group.start(1, group.communicators[1].receive, torch.empty(3)).result(30).tolist() == [1, 1, 1]
 
 
+def test_what_was_sent_before_a_node_left_still_arrives(threads: Form) -> None:
+    """However large it is."""
+    group = threads(1, 2)
+    first, second = group.communicators
+    sent = filled((4 << 20,), torch.float32, 1)
+    first.send(sent)
+    first.leave("it has failed")
+    assert torch.equal(second.receive(sent), sent)
+    with pytest.raises(GroupBroken, match="it has failed"):
+        first.send(sent)
+    first.abort()
+    with pytest.raises(GroupBroken):
+        second.receive(sent)
+
+
 def test_a_node_alone_needs_nobody() -> None:
     alone = GroupCommunicator(Shard())
     tensor = torch.ones(2)

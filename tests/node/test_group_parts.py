@@ -1,21 +1,13 @@
-"""What a leader puts together from what its nodes report: shards to models, swaps to one swap, steps to one step."""
+"""What a leader puts together from what its nodes report: shards to models, swaps to one swap."""
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
-from computron.errors import ExecutionFailed, GroupBroken, SwapFailed
-from computron.execution.steps import TokensOutput
 from computron.memory.swap import SwapOutcome
-from computron.node import group_steps
 from computron.node.agreement import NodeDiffers, agree
-from computron.node.group_steps import GroupStep
 from computron.node.group_swaps import GroupSwaps
 from computron.node.wire import Loaded, ShardInfo
-
-OUTPUT = TokensOutput(tokens=None)  # type: ignore[arg-type]
 
 
 def loaded(
@@ -102,67 +94,3 @@ def test_a_node_without_such_pages_is_not_asked(swaps):
     assert swaps.begin("m", (2,)) == {0: (2,)}
     assert swaps.end(0, outcome((2,))).outcome.state == "done"
     assert swaps.pages_of("m", (2, 1)) == {0: (2, 1), 1: (1,)}
-
-
-# Steps
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(group_steps, "STRAGGLERS", 0.02)
-
-
-async def test_a_step_ends_with_the_last_node():
-    step = GroupStep(range(2), chained=False)
-    step.succeed(1, None, 0.5)
-    assert not step.done.done()
-    step.succeed(0, OUTPUT, 0.25)
-    await step.done
-    assert (step.output, step.waited, step.torn) == (OUTPUT, 0.5, False)
-
-
-async def test_a_model_that_raises_on_all_nodes_leaves_the_group_whole():
-    step = GroupStep(range(2), chained=False)
-    for rank in range(2):
-        step.fail(rank, ExecutionFailed("its code raised"))
-    with pytest.raises(ExecutionFailed, match="its code raised"):
-        await step.done
-    assert not step.torn
-
-
-@pytest.mark.parametrize("chained", [False, True])
-async def test_a_node_that_fails_alone_tears_the_group(impatient, chained):
-    step = GroupStep(range(3), chained=chained)
-    step.succeed(2, OUTPUT, 0.0)
-    step.fail(1, SwapFailed("no pages"))
-    with pytest.raises(SwapFailed, match="no pages"):
-        async with asyncio.timeout(10):
-            await step.done
-    assert step.torn
-
-
-async def test_a_failed_swap_ends_the_step_though_another_node_never_reports():
-    step = GroupStep(range(2), chained=False)
-    step.fail(1, SwapFailed("no pages"))
-    assert step.done.done()
-    assert step.torn
-    step.fail(0, GroupBroken("freed"))
-    with pytest.raises(SwapFailed, match="no pages"):
-        await step.done
-
-
-async def test_what_failed_first_hand_is_to_blame_and_not_what_followed_from_it():
-    step = GroupStep(range(2), chained=False)
-    step.fail(0, GroupBroken("node 1 has gone"))
-    step.fail(1, SwapFailed("no pages"))
-    with pytest.raises(SwapFailed):
-        await step.done
-    assert step.torn
-
-
-async def test_a_group_that_is_gone_ends_its_steps():
-    step = GroupStep(range(2), chained=False)
-    step.tear("node 1 was lost")
-    with pytest.raises(GroupBroken, match="node 1 was lost"):
-        await step.done
-    step.succeed(0, OUTPUT, 0.0)

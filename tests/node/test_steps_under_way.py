@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from computron.errors import ExecutionFailed, GroupBroken, SwapFailed
+from computron.errors import ExecutionFailed, GroupBroken, StepLost, SwapFailed
 from computron.execution.requests import StepResult
 from computron.node.steps import Steps
 from computron.scheduling.actions import Run
@@ -141,6 +141,13 @@ async def test_of_steps_that_the_group_lost_nothing_is_told(steps, crew, request
     await waiting
     await settle()
     assert (sorted(requests.lost), told, bool(steps)) == ([1, 2], [], False)
+
+
+async def test_requests_of_a_step_that_another_one_took_along_are_not_blamed(steps, crew, requests):
+    await start(steps, crew, 1)
+    crew.ends[1,].set_exception(StepLost("another one failed"))
+    await settle()
+    assert (requests.lost, bool(steps)) == ([], False)
 
 
 async def test_an_executor_forgets_requests_after_the_last_step_that_may_know_them(steps, crew):

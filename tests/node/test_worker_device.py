@@ -123,7 +123,7 @@ def test_a_stage_whose_step_failed_has_nothing_to_do_with_the_others_any_more(mo
     place = Place(1, 2, 1, 2, "127.0.0.1", 1)
     worker = make_worker(monkeypatch, place, GroupConfig(tensor, pipeline))
     said: list[str] = []
-    worker._communicator = SimpleNamespace(abort=said.append, settle=lambda: None)  # type: ignore[assignment]
+    worker._communicator = SimpleNamespace(leave=said.append, settle=lambda: None)  # type: ignore[assignment]
     assert measured(worker, monkeypatch, None, lambda: 7)[0] == 7
     assert said == []
 
