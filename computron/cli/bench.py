@@ -116,11 +116,12 @@ def tables(measured: Measured) -> Sequence[Table]:
 
 
 def _link(measured: MeasuredLink) -> Table:
-    table = Table("load of", "size", "time", "bandwidth", "fit", title="Link", title_justify="left", box=None)
+    table = Table("load of", "size", "pieces", "time", "bandwidth", "fit", title="Link", title_justify="left", box=None)
     for load, error in zip(measured.loads, measured.errors, strict=True):
         table.add_row(
             load.model,
             f"{load.nbytes / 2**20:.1f} MiB",
+            str(load.swaps),
             _time(load.seconds),
             f"{load.nbytes / load.seconds / 1e9:.2f} GB/s",
             f"{error:+.1%}",

@@ -17,11 +17,12 @@ LOADS = 5  # of each model
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A model came to the device: the median of its loads."""
+    """A model came to the device: the median of its loads. `swaps`: pieces in which it came, one after the other."""
 
     model: str
     nbytes: int
     seconds: float
+    swaps: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +43,12 @@ async def measure_link(server: Server, models: Sequence[Details]) -> MeasuredLin
         )
     loads = [await _time_loads(server, model.id) for model in movable]
     link = fit_link(loads)
-    errors = tuple((link.latency + load.nbytes / link.bandwidth) / load.seconds - 1.0 for load in loads)
+    errors = tuple((load.swaps * link.latency + load.nbytes / link.bandwidth) / load.seconds - 1.0 for load in loads)
     return MeasuredLink(link, tuple(loads), errors)
 
 
 async def _time_loads(server: Server, model: str) -> Load:
-    seconds, sizes = [], []
+    loads = []
     last = await server.counts(model)
     for _ in range(LOADS):
         await server.unload(model)
@@ -56,24 +57,23 @@ async def _time_loads(server: Server, model: str) -> Load:
         now = await server.counts(model)
         now.since(last).refuse_others(model)
         took, last = now.since(before), now
-        if not took.step_requests and took.swaps == 1 and took.swap_bytes and took.swap_seconds:
-            seconds.append(took.swap_seconds)
-            sizes.append(took.swap_bytes)
-    if not seconds:
+        if not took.step_requests and took.swaps and took.swap_bytes and took.swap_seconds:
+            loads.append(Load(model, took.swap_bytes, took.swap_seconds, took.swaps))
+    if not loads:
         raise CannotProfile(f"no load of {model} could be timed: measure a server that nobody else uses")
-    return Load(model, round(statistics.median(sizes)), statistics.median(seconds))
+    return sorted(loads, key=lambda load: load.seconds)[len(loads) // 2]
 
 
 def fit_link(loads: Sequence[Load]) -> Link:
-    """Bandwidth and latency from loads of several sizes; of one size, bandwidth alone."""
-    sizes = [load.nbytes for load in loads]
+    """Bandwidth and latency from loads whose pieces have several sizes; of one size, bandwidth alone."""
+    sizes = [load.nbytes / load.swaps for load in loads]
     if max(sizes) < DISTINCT * min(sizes):
         return Link(statistics.median(load.nbytes / load.seconds for load in loads))
-    rows = np.array([[load.nbytes / load.seconds, 1.0 / load.seconds] for load in loads])
+    rows = np.array([[load.nbytes / load.seconds, load.swaps / load.seconds] for load in loads])
     per_byte, latency = non_negative_least_squares(rows, np.ones(len(loads)))
     if per_byte <= 0.0:
         raise CannotProfile("loads take no longer for more bytes: the link cannot be measured")
     return Link(1.0 / float(per_byte), float(latency))
 
 
-DISTINCT = 1.5  # sizes that differ by less say nothing of latency
+DISTINCT = 1.5  # sizes of pieces that differ by less say nothing of latency

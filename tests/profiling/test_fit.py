@@ -80,6 +80,16 @@ def test_link_of_several_sizes_has_a_latency() -> None:
     assert (link.bandwidth, link.latency) == (pytest.approx(4e9), pytest.approx(0.002))
 
 
+def test_each_piece_of_a_load_has_the_latency() -> None:
+    link = fit_link([Load("a", 10_000_000, 0.002 + 0.0025), Load("b", 300_000_000, 4 * 0.002 + 0.075, swaps=4)])
+    assert (link.bandwidth, link.latency) == (pytest.approx(4e9), pytest.approx(0.002))
+
+
+def test_loads_in_pieces_of_one_size_tell_the_bandwidth_alone() -> None:
+    link = fit_link([Load("a", 100_000_000, 0.05, swaps=2), Load("b", 1_000_000_000, 0.5, swaps=20)])
+    assert (link.bandwidth, link.latency) == (pytest.approx(2e9), 0.0)
+
+
 def test_loads_of_one_size_tell_the_bandwidth_alone() -> None:
     link = fit_link([Load("a", 100_000_000, 0.05), Load("b", 100_000_000, 0.06), Load("c", 110_000_000, 0.05)])
     assert (link.bandwidth, link.latency) == (pytest.approx(2e9), 0.0)

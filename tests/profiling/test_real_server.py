@@ -20,7 +20,7 @@ from computron.profiling.shapes import Shape
 
 PAGE = 16 << 10
 FRAMES = 200
-BANDWIDTH = 100_000_000
+FAST, SLOW = 100_000_000, 5_000_000  # bandwidths: a model comes at once; it comes in pieces
 
 
 @pytest.fixture
@@ -35,10 +35,13 @@ def models(tmp_path: Path) -> tuple[ModelConfig, ...]:
     )
 
 
-async def test_profile_of_a_real_server(models: tuple[ModelConfig, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bandwidth", [FAST, SLOW])
+async def test_profile_of_a_real_server(
+    bandwidth: int, models: tuple[ModelConfig, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shapes, "PROMPTS", (8, 32))
     monkeypatch.setattr(shapes, "OUTPUTS", (1, 4))
-    device = DeviceConfig(kind="host", memory=FRAMES * PAGE, page_size=PAGE, chunk_size=PAGE, link_bandwidth=BANDWIDTH)
+    device = DeviceConfig(kind="host", memory=FRAMES * PAGE, page_size=PAGE, chunk_size=PAGE, link_bandwidth=bandwidth)
     metrics = Metrics()
     node = Node(Config(device=device, host=HostConfig(memory=64 << 20), models=models), metrics)
     app = make_app(node, ServerConfig(port=0), metrics)
@@ -54,6 +57,8 @@ async def test_profile_of_a_real_server(models: tuple[ModelConfig, ...], monkeyp
     hardware, (chat, embed) = measured.profile.hardware, measured.profile.models
     assert (hardware.frames, hardware.frame_bytes, hardware.stages) == (FRAMES, PAGE, 1)
     assert 0.0 < hardware.link.bandwidth < math.inf
+    assert all((load.swaps > 1) == (bandwidth == SLOW) for load in measured.link.loads)
+    assert [load.nbytes for load in measured.link.loads] == [chat.bytes, embed.bytes]
     assert (chat.continuous, embed.continuous) == (True, False)
     assert chat.cache_bytes_per_token == 2 * 2 * 64 * 4  # keys and values of two layers
     assert 1 < chat.segments < 8
