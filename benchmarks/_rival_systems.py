@@ -227,8 +227,8 @@ def _loads_of_computron(url: str, log: Path) -> Loads:
 
 
 def computron_loads(metrics: str) -> Loads:
-    """From Prometheus' text: swaps that brought bytes, also part of a model, and the bytes."""
-    swaps = re.findall(r'^computron_swaps_total\{[^}]*outcome="done"[^}]*\} (\S+)', metrics, re.M)
+    """From Prometheus' text: swap-ins after which a model was there, also if part of it had stayed, and the bytes."""
+    swaps = re.findall(r"^computron_swap_ins_total\{[^}]*\} (\S+)", metrics, re.M)
     nbytes = re.findall(r"^computron_transfer_bytes_total\{[^}]*\} (\S+)", metrics, re.M)
     return Loads(sum(map(float, swaps)), sum(map(float, nbytes)))
 

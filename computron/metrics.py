@@ -99,9 +99,12 @@ class Metrics:
         self._step_seconds = self._histogram(
             "computron_step_seconds", "Time in which a step computed, beside waiting for pages", TOKEN_BUCKETS
         )
-        self._swap_seconds = self._histogram("computron_swap_in_seconds", "Length of a swap-in", SWAP_BUCKETS)
+        self._swap_ins = self._counter("computron_swap_ins", "Swap-ins after which all of the model was there")
+        self._swap_seconds = self._histogram(
+            "computron_swap_in_seconds", "Length of a piece of a swap-in", SWAP_BUCKETS
+        )
         self._swap_hidden = self._histogram(
-            "computron_swap_hidden_ratio", "Share of a swap-in during which the device computed", SHARE_BUCKETS
+            "computron_swap_hidden_ratio", "Share of such a piece during which the device computed", SHARE_BUCKETS
         )
         self._swap_bytes = self._counter("computron_swap_in_bytes", "Bytes that swap-ins brought")
 
@@ -132,10 +135,14 @@ class Metrics:
         self._step_seconds.observe(model, seconds)
 
     def swap_finished(self, model: str, seconds: float, hidden_ratio: float, nbytes: int) -> None:
-        """A swap-in has arrived. `hidden_ratio`: share of its `seconds` in which the device computed, 0 to 1."""
+        """A piece of a swap-in is there. `hidden_ratio`: share of its `seconds` in which the device computed."""
         self._swap_seconds.observe(model, seconds)
         self._swap_hidden.observe(model, hidden_ratio)
         self._swap_bytes.add(nbytes, model)
+
+    def swap_in_completed(self, model: str) -> None:
+        """All of the model is there."""
+        self._swap_ins.add(1, model)
 
     def eviction(self, model: str, reason: str, pages: int) -> None:
         self._evictions.add(1, model, reason)
@@ -223,7 +230,7 @@ def _node_metrics(nodes: Mapping[int, DeviceFigures]) -> Iterator[Metric]:
         "computron_link_busy_seconds", "Time in which the link to the device moved pages", labels=["node"]
     )
     swaps = CounterMetricFamily(
-        "computron_swaps", "Swap-ins that have ended: done, failed or cancelled", labels=["node", "outcome"]
+        "computron_swaps", "Pieces of swap-ins that have ended: done, failed or cancelled", labels=["node", "outcome"]
     )
     for rank, node in nodes.items():
         label = str(rank)

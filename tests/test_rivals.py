@@ -152,8 +152,9 @@ def test_rivals_are_chosen_among_those_that_serve_the_workload() -> None:
 
 def test_loads_of_computron_are_read_from_its_metrics() -> None:
     text = (
-        'computron_swaps_total{node="0",outcome="done"} 3.0\n'
-        'computron_swaps_total{node="0",outcome="cancelled"} 9.0\n'
+        'computron_swap_ins_total{model="a"} 1.0\n'
+        'computron_swap_ins_total{model="b"} 2.0\n'
+        'computron_swaps_total{node="0",outcome="done"} 9.0\n'
         'computron_transfer_bytes_total{node="0"} 2.5e+09\n'
     )
     systems = module("_rival_systems")

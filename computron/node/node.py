@@ -20,6 +20,7 @@ from computron.execution.requests import Job
 from computron.group.environment import Place
 from computron.memory.swap import SwapOutcome
 from computron.metrics import Metrics
+from computron.node.consistency import check
 from computron.node.crew import Crew
 from computron.node.handle import RequestHandle
 from computron.node.progress import Progress
@@ -28,6 +29,7 @@ from computron.node.requests import Requests
 from computron.node.served_model import ServedModel, model_spec
 from computron.node.snapshot import NodeSnapshot, NodeState, model_snapshots
 from computron.node.steps import Steps
+from computron.node.swap_ins import SwapIns
 from computron.node.worker import open_worker
 from computron.scheduling import actions, events
 from computron.scheduling.scheduler import Scheduler
@@ -56,6 +58,7 @@ class Node:
         self._handling = False
         self._steps = Steps(self._requests, self._handle, self.failed)
         self._wake: asyncio.TimerHandle | None = None
+        self._swap_ins = SwapIns(self.metrics)
         self._swap_errors: dict[str, str] = {}  # the last one of each model
         self._recovery: asyncio.Task[None] | None = None
         self._recoveries = 0
@@ -110,6 +113,7 @@ class Node:
 
     def _stop_scheduling(self) -> None:
         self._scheduler = None
+        self._swap_ins.forget()
         self._events.clear()
         if self._wake is not None:
             self._wake.cancel()
@@ -302,7 +306,9 @@ class Node:
             case actions.Evict():
                 crew.perform(action)
                 self.metrics.eviction(action.model, action.reason.value, len(action.pages))
-                log.info("evict model=%s pages=%d reason=%s", action.model, len(action.pages), action.reason.value)
+                level = logging.DEBUG if self._scheduler.resident_fraction(action.model) else logging.INFO
+                pages, reason = len(action.pages), action.reason.value
+                log.log(level, "evict model=%s pages=%d reason=%s", action.model, pages, reason)
             case actions.Preempt():
                 crew.perform(action)
                 log.info("preempt model=%s request=%d", action.model, action.request)
@@ -323,14 +329,10 @@ class Node:
         model = outcome.image_id
         match outcome.state:
             case "done":
+                complete = self._scheduler is not None and self._scheduler.lacking(model) == len(outcome.pages)
                 self._requests.charge_swap(outcome)
                 self._handle(events.SwapFinished(model, outcome.pages, outcome.seconds))
-                hidden = self._hidden_share(outcome)
-                self.metrics.swap_finished(model, outcome.seconds, hidden, outcome.bytes_moved)
-                log.info(
-                    "swap_in model=%s pages=%d bytes=%d seconds=%.4f hidden=%.2f",
-                    model, len(outcome.pages), outcome.bytes_moved, outcome.seconds, hidden,
-                )  # fmt: skip
+                self._swap_ins.arrived(outcome, self._hidden_share(outcome), complete=complete)
             case "cancelled":
                 self._handle(events.SwapCancelled(model, outcome.pages, outcome.arrived))
             case _:
@@ -384,17 +386,6 @@ class Node:
 
         For tests, at a moment when no transfer is under way. Looks at this node alone.
         """
-        crew, scheduler = self._crew, self._scheduler
-        assert crew is not None
-        assert scheduler is not None
-        worker = crew.worker
-        worker.swapper.check()
-        worker.store.check()
-        scheduler.check()
-        if crew.peers is None:
-            assert worker.swapper.free_frames == scheduler.free_frames
-        for model, held in worker.models.items():
-            resident = len(worker.swapper.resident_pages(model))
-            if crew.peers is None:
-                assert resident == round(scheduler.resident_fraction(model) * len(held.image.pages)) or not resident
-            assert worker.swapper.cache_frames(model) <= scheduler.cache_frames(model)
+        assert self._crew is not None
+        assert self._scheduler is not None
+        check(self._crew, self._scheduler)

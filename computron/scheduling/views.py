@@ -45,6 +45,11 @@ class Views:
         residency = self._board.models[model].residency
         return residency.count / len(residency.contents) if residency.contents else 1.0
 
+    def lacking(self, model: str) -> int:
+        """Its pages that are not on the device, or still on their way."""
+        residency = self._board.models[model].residency
+        return len(residency.contents) - residency.count
+
     def cache_frames(self, model: str) -> int:
         return self._board.models[model].residency.cache
 

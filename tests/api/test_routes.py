@@ -125,6 +125,7 @@ async def test_metrics_have_their_fixed_names(server):
     metrics.inter_token("chat", 0.01)
     metrics.step("chat", 4, 0.02)
     metrics.swap_finished("chat", 0.2, 0.5, 1000)
+    metrics.swap_in_completed("chat")
     metrics.eviction("chat", "demand", 3)
     await server.post("/v1/chat/completions", {"model": "chat", "messages": []})
     status, text = await server.get("/metrics")
@@ -137,6 +138,7 @@ async def test_metrics_have_their_fixed_names(server):
         'computron_inter_token_seconds_count{model="chat"} 1.0',
         'computron_batch_size_sum{model="chat"} 4.0',
         'computron_step_seconds_sum{model="chat"} 0.02',
+        'computron_swap_ins_total{model="chat"} 1.0',
         'computron_swap_in_seconds_sum{model="chat"} 0.2',
         'computron_swap_hidden_ratio_sum{model="chat"} 0.5',
         'computron_swap_in_bytes_total{model="chat"} 1000.0',

@@ -14,6 +14,7 @@ from computron.config import Config, DeviceConfig, HostConfig, ModelConfig, Serv
 from computron.metrics import Metrics
 from computron.node.node import Node
 from computron.profiling import shapes
+from computron.profiling.link import LOADS
 from computron.profiling.measuring import measure
 from computron.profiling.server import Server
 from computron.profiling.shapes import Shape
@@ -59,6 +60,10 @@ async def test_profile_of_a_real_server(
     assert 0.0 < hardware.link.bandwidth < math.inf
     assert all((load.swaps > 1) == (bandwidth == SLOW) for load in measured.link.loads)
     assert [load.nbytes for load in measured.link.loads] == [chat.bytes, embed.bytes]
+    swap_ins = {
+        m: metrics.registry.get_sample_value("computron_swap_ins_total", {"model": m}) for m in ("chat", "embed")
+    }
+    assert swap_ins == dict.fromkeys(swap_ins, LOADS + 1), "one for the steps"
     assert (chat.continuous, embed.continuous) == (True, False)
     assert chat.cache_bytes_per_token == 2 * 2 * 64 * 4  # keys and values of two layers
     assert 1 < chat.segments < 8
