@@ -225,6 +225,7 @@ class Swapper:
 
     def end_step(self, image_id: str) -> None:
         """A step reads nothing any more. What waited for the end of the last one comes out of `completions` now."""
+        assert self._stepping[image_id] > 0, f"no step of {image_id} has begun"
         self._stepping[image_id] -= 1
         if self._stepping[image_id]:
             return

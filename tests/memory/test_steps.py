@@ -186,6 +186,17 @@ def test_pages_are_held_until_the_last_step_has_ended(make_image, backend, finis
     swapper.evict("a", (0,))
 
 
+def test_a_step_that_has_not_begun_cannot_end(make_image, backend, finish):
+    swapper, *_ = make_image(backend)
+    swapper.swap_in("a", range(PAGES), DEMAND)
+    finish(swapper)
+    swapper.begin_step("a")
+    swapper.end_step("a")
+    with pytest.raises(AssertionError, match="no step of a has begun"):
+        swapper.end_step("a")
+    swapper.evict("a", (0,))
+
+
 def test_a_swap_that_fails_is_told_after_the_last_step_that_began_during_it(make_image, slow):
     swapper, *_ = make_image(slow)
     swap = swapper.swap_in("a", range(PAGES), DEMAND)
