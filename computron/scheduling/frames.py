@@ -17,10 +17,11 @@ class Reach(enum.IntEnum):
     """How far to go for frames; each one includes those before it.
 
     SPARE: spare cache, and pages of models without work that the policy can spare for a fetch ahead.
-    IDLE: spare cache, and pages of models without work.
+    IDLE: spare cache, and pages of models without work that the policy offers.
     AGREED: pages of models with work whose turn is over, where the policy agrees; and those of younger requests' models
-        that cannot run with what they have.
-    DUE: pages of any model with work whose turn is over and that is not due earlier; then paused sequences.
+        that cannot run with what they have. Not while the policy keeps pages of models without work.
+    DUE: all pages of models without work; those of any model with work whose turn is over and that is not due earlier;
+        then paused sequences.
     ALL: the same without regard to turns. Only when nothing is under way and nothing could start otherwise.
     """
 
@@ -77,6 +78,7 @@ def plan_room(
             return plan
     if need > plan.gained + board.idle_pages and reach <= Reach.IDLE:
         return plan
+    withheld = False
     for place, group in enumerate(_groups(board.idle, board.tuning.candidates)):
         ahead = reach == Reach.SPARE
         offers = (
@@ -84,25 +86,45 @@ def plan_room(
             if place
             else offers_of.of(target, group, now, ahead=ahead)
         )
-        if not offers:
-            break  # from those that were used later still less could be had
         for model, pages in offers:
-            if model is not target:
+            if model is not target and model.held_in is board.idle:
                 plan.take_pages(model, None if policy.whole_models else pages)
             if plan.enough:
                 return plan
-    if reach >= Reach.AGREED:
-        for model in sorted(board.busy.values(), key=lambda model: (model.residency.complete, model.last_used)):
-            if gives(board, policy, target, model, reach, now):
-                plan.take_pages(model, None)
-            if plan.enough:
-                return plan
+        withheld = withheld or _keeps(group, offers)
+        if not offers:
+            break  # from those that were used later still less could be had
+    if reach < Reach.AGREED or (reach == Reach.AGREED and withheld):
+        return plan
+    if withheld:
+        _take_idle(board, plan, target, whole=policy.whole_models)
+    for model in sorted(board.busy.values(), key=lambda model: (model.residency.complete, model.last_used)):
+        if not plan.enough and gives(board, policy, target, model, reach, now):
+            whole = policy.whole_models or model.residency.complete  # what lacks pages already may lack some more
+            plan.take_pages(model, None if whole else model.residency.count)
     if reach >= Reach.DUE:
         for ticket in _sequences(board, target, reach, now):
             plan.take_sequence(ticket)
             if plan.enough:
                 return plan
     return plan
+
+
+def _keeps(idle: Sequence[ModelState], offers: Sequence[tuple[ModelState, int]]) -> bool:
+    """Does the policy withhold pages of these models?"""
+    offered: dict[str, int] = {}
+    for model, pages in offers:
+        offered[model.name] = max(pages, offered.get(model.name, 0))
+    return any(offered.get(model.name, 0) < model.residency.count for model in idle)
+
+
+def _take_idle(board: Board, plan: RoomPlan, target: ModelState, *, whole: bool) -> None:
+    """Pages of models without work, whether the policy offers them or not."""
+    for model in list(board.idle.values()):
+        if plan.enough:
+            return
+        if model is not target:
+            plan.take_pages(model, None if whole else model.residency.count)
 
 
 def gives(board: Board, policy: Policy, target: ModelState, victim: ModelState, reach: Reach, now: float) -> bool:

@@ -19,17 +19,27 @@ class Swap:
     """A transfer under way.
 
     frames: those that it fills; its other pages were on the device and are only mapped.
-    rest: pages that will still lack when it has ended; where there are none, a step may wait for its end.
+    rest: frames that are still to be filled when it has ended. completing: no page lacks then, and so a step may wait
+        for its end.
     """
 
-    __slots__ = ("alone", "cancelled", "expected_end", "frames", "ordered", "pages", "rest", "urgency")
+    __slots__ = ("alone", "cancelled", "completing", "expected_end", "frames", "ordered", "pages", "rest", "urgency")
 
     def __init__(
-        self, pages: tuple[int, ...], frames: int, rest: int, urgency: Urgency, now: float, expected_end: float
+        self,
+        pages: tuple[int, ...],
+        frames: int,
+        urgency: Urgency,
+        now: float,
+        expected_end: float,
+        *,
+        rest: int,
+        completing: bool,
     ) -> None:
         self.pages = pages
         self.frames = frames
         self.rest = rest
+        self.completing = completing
         self.urgency = urgency
         self.ordered = now
         self.expected_end = expected_end
@@ -185,7 +195,7 @@ class Ledger:
         assert pages
         assert residency.swap is None
         assert self.awaited(residency) is None
-        frames = len(pages)
+        frames, lacking = len(pages), self.lacking(residency)
         for page in residency.shared:
             if page > pages[-1]:
                 break
@@ -200,8 +210,9 @@ class Ledger:
             self._holders[content] = count + 1
         assert frames <= self.free, f"{residency.name} needs {frames} frames, {self.free} are free"
         self.free -= frames
-        rest = len(residency.contents) - residency.count - len(pages)
-        residency.swap = Swap(pages, frames, rest, urgency, now, expected_end)
+        completing = residency.count + len(pages) == len(residency.contents)
+        rest = lacking - frames
+        residency.swap = Swap(pages, frames, urgency, now, expected_end, rest=rest, completing=completing)
         return residency.swap
 
     def finish(self, residency: Residency, arrived: Sequence[int]) -> None:
@@ -212,7 +223,7 @@ class Ledger:
         last = swap.pages[-1]
         shared = [page for page in residency.shared if page <= last and not residency.mapped[page]]
         lost = len(swap.pages) - len(arrived)
-        if lost == swap.rest == 0:
+        if swap.completing and not lost:
             residency.mapped = bytearray(b"\x01" * len(residency.contents))
         else:
             for page in arrived:

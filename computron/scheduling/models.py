@@ -154,7 +154,7 @@ class ModelState:
     def completing(self) -> bool:
         """The transfer under way is of everything that it lacks."""
         swap = self.residency.swap
-        return swap is not None and not swap.cancelled and swap.rest == 0
+        return swap is not None and not swap.cancelled and swap.completing
 
     def cache_need(self, more_blocks: int = 0) -> int:
         """Frames for the blocks of all admitted sequences, and some more."""
@@ -169,7 +169,8 @@ class ModelState:
         return self.cache_need(self.waiting.first(horizon).blocks)
 
     def expected_step(self) -> float | None:
-        return self.steps.expected(opening=bool(self.waiting))
+        """Seconds of its next step, which takes in new requests if any wait, or if it has none to go on with."""
+        return self.steps.expected(opening=bool(self.waiting) or not self.admitted)
 
     def expected_service(self) -> float:
         """Seconds of compute until a request that starts now is answered; 0 while that is not known."""

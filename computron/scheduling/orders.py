@@ -88,9 +88,10 @@ class Orders:
            has been timed, or it generates and no other is resident.
         3. What hides behind the step, which then starts early, comes with the last piece.
         4. For those who wait the first piece comes only if there is room for all, from models without work. What models
-           with work give they give as a whole, and then nothing is gained by bringing less.
-        5. Nor is it if all who give will be asked for meanwhile: they would all be back before the first of them has
-           lost much, and then wait for each other.
+           with work give they give as a whole, and then nothing is gained by bringing less; but those that were asked
+           for when they had lost pages to earlier pieces lose no more with each further one than it needs.
+        5. Nor is anything gained if all who give will be asked for meanwhile: they would all be back before the first
+           of them has lost much, and then wait for each other.
         """
         board = self._board
         if reach >= Reach.DUE or self._policy.whole_models or self._policy.alone:
@@ -101,12 +102,14 @@ class Orders:
         piece = max(1, round(min(frames, board.tuning.piece / board.link.frame_seconds)))
         if piece >= frames or (not ahead and board.link.seconds(frames - piece) < board.hides(model)):
             return None
-        if not ahead and not model.begun:
-            plan = self._plan(model, frames + self._cache_gap(model, now), reach, now)
+        if not ahead and (not model.begun or board.busy):
+            plan = self._plan(model, piece if model.begun else frames + self._cache_gap(model, now), reach, now)
             givers = plan.givers()
-            if plan.preempts or not plan.enough or any(giver.has_work for giver in givers):
+            if plan.preempts or not plan.enough:
                 return None
-            if givers and all(self._policy.missed(board, model, giver, now) for giver in givers):
+            if any(giver.has_work and (giver.residency.complete or not model.begun) for giver in givers):
+                return None
+            if not model.begun and givers and all(self._policy.missed(board, model, giver, now) for giver in givers):
                 return None
         return piece
 

@@ -11,9 +11,9 @@ from computron.scheduling.policies.policy import Policy
 
 
 class Promises:
-    """A model that has one step behind the other has no moment in which its pages could be taken. Who wants them and may
-    have them is promised them, and those of others in a step that it needs as well. Then none of these models has a
-    further step, but for what ends before the link is free.
+    """A model that has one step behind the other has no moment in which its pages could be taken. Who wants them and
+    may have them is promised them, and those of others in a step that it needs as well. Then none of these models has
+    a further step, but for what ends before the link is free.
 
     That is decided once: what they do not serve gathers, which must not be a reason to take the promise back. It ends
     when `target` has what it wanted or does not want it any more, when the pages are lost or due for an earlier limit,

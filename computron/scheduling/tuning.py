@@ -32,7 +32,9 @@ class Tuning:
     regular: up to this squared coefficient of variation the next request of a model can be foretold.
     fetch_lead: a model whose next request can be foretold is fetched this many swap-in times before it.
     fetch_margin: pages come ahead of requests only if they are worth this many times those that leave for them, so that
-        two models do not take them from each other all the time, and the link does not work for next to nothing.
+        two models do not take them from each other all the time.
+    fetch_chance: and only if they will be asked for at least so likely before those usually are, so that the link does
+        not work for next to nothing.
     time_slice: seconds for which a model that generates goes on before others that are resident have their turn. Long
         enough that requests gather meanwhile and share steps, short enough to wait for a first token.
     history: how many of the last events an error tells.
@@ -52,6 +54,7 @@ class Tuning:
     regular: float = 0.3
     fetch_lead: float = 1.5
     fetch_margin: float = 2.0
+    fetch_chance: float = 0.1
     prior: float = 20.0
     pooled_smoothing: float = 0.02
     time_slice: float = 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 from driver import PAGE_SECONDS, Driver
@@ -10,6 +11,7 @@ from virtual_device import spec
 
 from computron.scheduling.actions import CancelSwap, Evict, Preempt, Run, SwapIn, Urgency
 from computron.scheduling.events import UnloadAsked
+from computron.scheduling.policies.default import Default
 from computron.scheduling.tuning import Tuning
 
 
@@ -233,3 +235,66 @@ def test_lru_brings_nothing_before_the_oldest_request():
         driver.arrive(10 + number, "many", 0.2)
     driver.drain()
     assert [swap.model for swap in driver.of(SwapIn)] == ["now", "few", "many"]
+
+
+@pytest.mark.parametrize("pages", [10, 60])
+def test_small_and_large_models_do_not_take_pages_from_each_other_all_the_time(pages):
+    driver = Driver(pages + 1, [spec("large", pages), spec("small", 1), spec("hot", 1)], max_wait=1000.0)
+    chance = random.Random(1)
+    for number in range(20):
+        driver.arrive(number, "large", 5.0 + 10.0 * number)
+        driver.arrive(100 + number, "small", 10.0 * number + chance.uniform(0.0, 10.0))
+    for number in range(600):
+        driver.arrive(1000 + number, "hot", 0.3 * number)
+    driver.run_until(90.0)
+    driver.actions.clear()
+    driver.run_until(170.0)
+    assert len(driver.of(SwapIn)) <= 60, "eight requests to each of the two that lack a page now and then"
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_end_of_a_step_is_not_waited_for_if_its_pages_are_not_enough_or_stay(pinned):
+    models = [spec("long", 1, pinned=pinned), spec("idle", 8), spec("wanted", 8)]
+    driver = Driver(
+        9, models, step_seconds={"long": 5.0, "idle": 0.02, "wanted": 0.02},
+        max_wait=1000.0, prefetch=False, max_steps_in_flight=2,
+    )  # fmt: skip
+    driver.arrive(1, "wanted")
+    driver.arrive(2, "long", 4.0)
+    for number in range(60):
+        driver.arrive(10 + number, "idle", 20.0 + number)
+    driver.arrive(3, "long", 80.1)
+    driver.arrive(4, "wanted", 80.3)
+    driver.drain()
+    assert driver.waits[4] <= 8 * PAGE_SECONDS
+
+
+class Miser(Default):
+    """Offers nothing."""
+
+    def offers(self, board, target, idle, now, *, ahead):
+        return []
+
+
+def test_policy_that_offers_nothing_delays_until_the_limit_and_robs_nobody_meanwhile():
+    models = [spec("running", 2), spec("idle", 4), spec("busy", 2, batch=1), spec("wanted", 4)]
+    seconds = {"running": 40.0, "idle": 0.05, "busy": 0.05, "wanted": 0.05}
+    driver = Driver(8, models, policy=Miser(), step_seconds=seconds, max_wait=10.0, prefetch=False)
+    driver.arrive(1, "idle")
+    driver.arrive(2, "busy", 1.0)
+    driver.arrive(3, "running", 2.0)
+    driver.arrive(4, "wanted", 3.0)
+    driver.arrive(5, "busy", 3.1)
+    driver.drain()
+    due = 3.0 + 10.0 - (1.0 + Tuning().keep) * 4 * PAGE_SECONDS
+    evictions = [(time, action.model) for time, action in driver.actions if isinstance(action, Evict)]
+    assert evictions[0] == (pytest.approx(due), "idle")
+    assert set(driver.outcomes.values()) == {"finished"}
+
+
+def test_policy_that_offers_nothing_loses_no_request():
+    driver = Driver(4, [spec("a", 4), spec("b", 4)], policy=Miser())
+    driver.arrive(1, "a")
+    driver.arrive(2, "b", 5.0)
+    driver.drain()
+    assert set(driver.outcomes.values()) == {"finished"}

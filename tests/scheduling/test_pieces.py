@@ -67,6 +67,33 @@ def test_victim_asked_for_meanwhile_lacks_only_what_the_pieces_have_taken():
     assert set(driver.outcomes.values()) == {"finished"}
 
 
+def test_victim_that_lost_pages_and_is_asked_for_loses_no_more_than_each_piece_needs():
+    driver = known(8, [spec("a", 8), spec("b", 8)], step_seconds={"a": 2.0, "b": 0.05})
+    driver.arrive(1, "b", BEGIN)
+    driver.arrive(2, "a", BEGIN + 5.0)
+    driver.arrive(3, "a", BEGIN + 20.0)
+    driver.arrive(4, "b", BEGIN + 20.01)  # b waits for the end of a step, and then nothing overtakes it any more
+    driver.arrive(5, "a", BEGIN + 22.25)
+    driver.run_until(BEGIN + 22.5)
+    driver.actions.clear()
+    driver.run_until(BEGIN + 22.75)
+    assert [action.pages for action in driver.of(Evict)] == [(1,), (0,)]
+    driver.drain()
+
+
+def test_rest_that_a_complete_model_with_work_gives_its_frames_for_comes_as_a_whole():
+    models = [spec("a", 4), spec("b", 8), spec("c", 4, batch=1)]
+    driver = known(8, models, step_seconds={"a": 0.5, "b": 0.05, "c": 0.05})
+    driver.arrive(1, "a", BEGIN)  # is asked for no more
+    driver.arrive(2, "c", BEGIN + 3.0)
+    driver.arrive(3, "b", BEGIN + 5.0)
+    for number in range(20):
+        driver.arrive(10 + number, "c", BEGIN + 5.15)
+    driver.drain()
+    assert Evict("c", (3, 2, 1, 0), "demand") in driver.of(Evict)
+    assert [pages for _, pages in swaps(driver, "b")] == [(0,), (1,), (2,), (3,), (4, 5, 6, 7)]
+
+
 def test_link_decides_anew_after_each_piece():
     driver = known(9, [spec("big", 8), spec("small", 1)])
     driver.arrive(1, "big", BEGIN)
@@ -145,12 +172,12 @@ def test_what_models_with_work_give_is_filled_at_once():
 
 def test_due_model_whose_piece_is_on_its_way_gets_all_the_rest_with_the_next_one():
     driver = known(10, [spec("a", 8)], max_wait=4.0)
-    limit = BEGIN + 4.0
-    driver.arrive(1, "a", limit - 2.0 - 0.25)  # due two seconds ahead of its limit
+    lead = (1.0 + Tuning().keep) * 8 * PAGE_SECONDS
     driver.at(BEGIN, LoadAsked("a"))
+    driver.arrive(1, "a", BEGIN + 0.25, deadline=BEGIN + 0.45 + lead)  # due in the middle of a piece
     driver.drain()
-    assert sum(len(pages) for _, pages in swaps(driver, "a")) == 8
-    assert driver.waits[1] <= 4.0
+    assert [pages for _, pages in swaps(driver, "a")] == [(0,), (1,), (2,), (3,), (4,), (5, 6, 7)]
+    assert swaps(driver, "a")[-1][0] == BEGIN + 0.5
 
 
 def test_step_starts_early_behind_the_last_piece():
@@ -216,13 +243,27 @@ def test_piece_that_fails_for_good_ends_what_waits():
 
 
 def test_fetch_ahead_is_overtaken_after_its_piece_and_goes_on_afterwards():
-    driver = known(14, [spec("clock", 8), spec("other", 6)], prefetch=True, step_seconds=0.01)
+    models = [spec("clock", 8), spec("other", 6)]
+    driver = Driver(8, models, step_seconds=0.01, max_wait=1000.0, tuning=Tuning(piece=PAGE_SECONDS))
+    driver.arrive(100, "other")
     for number in range(12):
-        driver.arrive(number, "clock", BEGIN + 10.0 * number)
-    driver.at(BEGIN + 115.0, UnloadAsked("clock"))
+        driver.arrive(number, "clock", 10.0 * number)
+    driver.arrive(101, "other", 93.0)
+    driver.run_until(93.0)
+    driver.actions.clear()
+    driver.arrive(102, "other", 93.25)  # while the clock's third piece comes back
+    driver.run_until(100.0)
+    came = [(swap.model, swap.urgency, swap.pages) for swap in driver.of(SwapIn)]
+    place = next(place for place, (model, _, _) in enumerate(came) if model == "other")
+    rest = next(place for place in range(place, len(came)) if came[place][0] == "clock")
+    assert place == 3
+    assert {urgency for _, urgency, _ in came[place:rest]} == {Urgency.DEMAND}
+    fetched = [*came[:place], *came[rest:]]
+    assert {(model, urgency) for model, urgency, _ in fetched} == {("clock", Urgency.PREFETCH)}
+    assert [pages for _, _, pages in came[rest:]] == [(2,), (3,), (4,), (5,), (6,), (7,)], (
+        "what came has left for others"
+    )
     driver.drain()
-    fetched = [swap for swap in driver.of(SwapIn) if swap.urgency == Urgency.PREFETCH]
-    assert not [swap for swap in fetched if len(swap.pages) > 1]
 
 
 def test_first_piece_waits_until_there_is_room_for_all():

@@ -73,6 +73,27 @@ def test_content_on_its_way_for_another_model_is_awaited():
     assert ledger.lacking(b) == 1
 
 
+def test_rest_of_a_transfer_counts_only_frames_that_are_still_to_be_filled():
+    ledger = Ledger(10)
+    base, tuned = Residency("base", (1, 2, 3, 4)), Residency("tuned", (11, 12, 2, 3, 13))
+    ledger.add(base)
+    ledger.add(tuned)
+    ledger.order(base, (0, 1, 2, 3), Urgency.DEMAND, 0.0, 1.0)
+    ledger.finish(base, (0, 1, 2, 3))
+    swap = ledger.order(tuned, (0,), Urgency.DEMAND, 1.0, 2.0)
+    assert (swap.rest, swap.completing) == (2, False)
+    ledger.finish(tuned, (0,))
+    swap = ledger.order(tuned, (1, 2, 3, 4), Urgency.DEMAND, 2.0, 3.0)
+    assert (swap.rest, swap.completing) == (0, True)
+
+
+def test_idle_model_that_generates_is_expected_to_open_with_its_next_step():
+    model = ModelState(spec("a", 2, continuous=True, blocks_per_frame=1.0), 0, Tuning(), Mean(0.1, 2.0))
+    model.steps.add(2.0, opening=True)
+    model.steps.add(0.1, opening=False)
+    assert model.expected_step() == 2.0
+
+
 def test_check_finds_wrong_books():
     ledger, a = ledger_with(4, a=(1, 2))
     ledger.order(a, a.unmapped(), Urgency.DEMAND, 0.0, 1.0)

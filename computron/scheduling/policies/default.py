@@ -25,13 +25,14 @@ class Default:
        What a page is worth is how many requests will probably wait for it, while the new model comes, for each second
        that it takes to bring back. A model's last pages hide behind the step that is ordered before they have come, and
        then nobody waits, unless the link has something else to do: they are worth less.
-    4. Frames are wanted, and a step that is under way will soon set cheaper ones free: it is waited for, if that costs
-       those who wait now less than those would lose whose pages left instead.
+    4. Frames are wanted, and a step that is under way will soon set cheaper ones free, and enough: it is waited for, if
+       the rest of it costs those who wait now less than those would lose whose pages left instead.
     5. A model with work gives its frames, all of them, to one without a place if all its requests are younger, its turn
        is over, and the requests of the other have together waited for as long as its own would lose by the change: the
        swap-ins, and the time that the other takes. Rent for as long as buying costs.
     6. On an idle link the model is fetched whose next page is worth most, piece by piece, while those that leave for it
-       are worth so much less that chance does not decide.
+       are worth so much less that chance does not decide, both until it has come and until they would be back; not if
+       it is hardly asked for before they usually are.
     """
 
     name = "default"
@@ -80,31 +81,49 @@ class Default:
     def offers(
         self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float, *, ahead: bool
     ) -> list[tuple[ModelState, int]]:
-        within = whole_swap_seconds(board, target)
+        priced = self._priced(board, target, idle, now, ahead=ahead)
         if ahead:
             limit = self._next_page(board, target, now) / board.tuning.fetch_margin
+            priced = [offer for offer in priced if offer[0] < limit and self._may_be_used(board, target, offer[2], now)]
         elif target.has_work and board.running and not board.is_due(target, now):
-            limit = self._worth_waiting(board, target, within, now)
+            limit = self._worth_waiting(board, target, priced, now)
         else:
             limit = math.inf
-        offers = []
+        return [(model, pages) for worth, _, model, pages in priced if worth < limit]
+
+    def _priced(
+        self, board: Board, target: ModelState, idle: Sequence[ModelState], now: float, *, ahead: bool
+    ) -> list[tuple[float, int, ModelState, int]]:
+        """What so many of the last pages of each model are worth, the cheapest first.
+
+        To leave for a fetch ahead they must also be worth little within the time in which they would come back, or a
+        large model and a small one could take the same page from each other for ever.
+        """
+        within = whole_swap_seconds(board, target)
+        priced = []
         for place, model in enumerate(idle):
             worth = self.worth(board, model, within, now)
+            if ahead:
+                worth = max(worth, self.worth(board, model, whole_swap_seconds(board, model), now))
             hidden = board.hidden_pages(model) - board.ledger.lacking(model.residency)
             if hidden > 0:
-                less = worth * self._unhidden(board, model, now)
-                if less < limit:
-                    offers.append((less, place, model, hidden))
-            if worth < limit:
-                offers.append((worth, place, model, model.residency.count))
-        offers.sort()
-        return [(model, pages) for _, _, model, pages in offers]
+                priced.append((worth * self._unhidden(board, model, now), place, model, hidden))
+            priced.append((worth, place, model, model.residency.count))
+        priced.sort()
+        return priced
 
     def worth(self, board: Board, model: ModelState, within: float, now: float) -> float:
         """Requests that will wait for each second of link that the model lacks: whether one comes within so many
         seconds, and those that come behind it.
         """
         return self.chance(model, within, now) * (1.0 + model.arrivals.rate * whole_swap_seconds(board, model))
+
+    def _may_be_used(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
+        """May `target` be asked for before `victim` usually is? Else its pages would come and go again between two
+        requests of the other, for next to nothing.
+        """
+        rate = victim.arrivals.rate
+        return not rate or self.chance(target, 1.0 / rate, now) >= board.tuning.fetch_chance
 
     def _unhidden(self, board: Board, model: ModelState, now: float) -> float:
         """How likely somebody waits for hidden pages of the model: as likely as two requests come during a swap-in."""
@@ -117,17 +136,25 @@ class Default:
             worth *= self._unhidden(board, model, now)
         return worth
 
-    def _worth_waiting(self, board: Board, target: ModelState, within: float, now: float) -> float:
-        """What pages must at least be worth so that those of a model in a step are waited for."""
-        swap = swap_seconds(board, target)
-        if swap == 0.0:
-            return math.inf
-        soon_idle = [
-            self.worth(board, model, within, now)
-            for model in board.running.values()
-            if not model.waiting and not model.spec.continuous and model.residency.swap is None
-        ]
-        return min(soon_idle, default=math.inf) + target.work * (target.expected_step() or 0.0) / swap
+    def _worth_waiting(
+        self, board: Board, target: ModelState, priced: list[tuple[float, int, ModelState, int]], now: float
+    ) -> float:
+        """What pages must at least be worth so that those of a model in a step are waited for: one that will have
+        nothing to do then, and whose pages are enough, with those that are worth less.
+        """
+        need = board.ledger.lacking(target.residency)
+        limit = math.inf
+        if need == 0:
+            return limit
+        within, swap = whole_swap_seconds(board, target), swap_seconds(board, target)
+        for model in board.running.values():
+            if model.waiting or model.spec.continuous or model.spec.pinned or model.residency.swap is not None:
+                continue
+            worth = self.worth(board, model, within, now) + target.work * remaining_step(model, now) / swap
+            cheaper = {other.name: pages for price, _, other, pages in priced if price < worth}
+            if board.ledger.free + model.residency.count + sum(cheaper.values()) >= need:
+                limit = min(limit, worth)
+        return limit
 
     def missed(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         return self.chance(victim, whole_swap_seconds(board, target), now) >= board.tuning.sure
@@ -150,3 +177,8 @@ def swap_seconds(board: Board, model: ModelState) -> float:
 def whole_swap_seconds(board: Board, model: ModelState) -> float:
     """How long bringing all of the model would take on an idle link."""
     return board.link.seconds(len(model.spec.pages))
+
+
+def remaining_step(model: ModelState, now: float) -> float:
+    """Seconds until the model's step is expected to end; one that is late is believed in less and less."""
+    return abs(model.last_used + (model.expected_step() or 0.0) - now)

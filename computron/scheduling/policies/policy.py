@@ -10,7 +10,11 @@ from computron.scheduling.models import ModelState
 
 
 class Policy(Protocol):
-    """Reads the board, never changes it. Requests that are due (`max_wait`, deadlines) never come to a policy."""
+    """Reads the board, never changes it.
+
+    Of requests that are due (`max_wait`, deadlines) it is asked only whose pages leave first, and what it does not
+    offer is taken from models without work nevertheless.
+    """
 
     name: str
     whole_models: bool  # who gives pages gives all of them; one with work does so under any policy, for it cannot run
