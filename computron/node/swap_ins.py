@@ -40,7 +40,8 @@ class SwapIns:
         coming.seconds += outcome.seconds
         coming.hidden += hidden_ratio * outcome.seconds
         if not complete:
-            log.debug("swap_in_piece model=%s pages=%d bytes=%d", model, len(outcome.pages), outcome.bytes_moved)
+            pages, nbytes, seconds = len(outcome.pages), outcome.bytes_moved, outcome.seconds
+            log.debug("swap_in_piece model=%s pages=%d bytes=%d seconds=%.4f", model, pages, nbytes, seconds)
             return
         del self._coming[model]
         self._metrics.swap_in_completed(model)

@@ -101,7 +101,7 @@ def test_each_step_has_a_batch_of_its_own():
 
 def test_a_step_that_waits_for_pages_has_no_other_behind_it():
     """The first stage may have its pages, and be done, before the later ones have theirs."""
-    scheduler, _ = started()
+    scheduler = started()
     scheduler.handle(StepFinished("a", (0,), STEP), 1.0)
     for request in (1, 2):
         scheduler.handle(RequestArrived(Request(request, "b", 1.0)), 1.0)
@@ -109,19 +109,19 @@ def test_a_step_that_waits_for_pages_has_no_other_behind_it():
     assert scheduler.handle(SwapFinished("b", (0, 1), 0.2), 1.2) == [Run("b", (2,))]
 
 
-def started() -> tuple[Scheduler, list[object]]:
-    """Two models without a timed step, "a" resident with one step, and what was ordered last."""
+def started() -> Scheduler:
+    """Two models without a timed step, "a" resident with one step."""
     scheduler = Scheduler(frames=8, frame_bytes=FRAME_BYTES, link_bandwidth_hint=BANDWIDTH, max_steps_in_flight=3)
     for name in "ab":
         scheduler.handle(ModelAdded(spec(name, 2, batch=1)), 0.0)
     scheduler.handle(RequestArrived(Request(0, "a", 0.0)), 0.0)
     scheduler.handle(SwapFinished("a", (0, 1), 0.2), 0.2)
-    return scheduler, []
+    return scheduler
 
 
 def overlapped() -> Scheduler:
     """Requests 0 and 1 of "a" are in a step each, 2 waits, and the first stage computes for 1."""
-    scheduler, _ = started()
+    scheduler = started()
     for request in (1, 2):
         assert scheduler.handle(RequestArrived(Request(request, "a", 0.2)), 0.2) == []
     assert scheduler.handle(StageFreed("a"), 0.3) == [Run("a", (1,))]
@@ -165,7 +165,7 @@ def test_steps_end_in_their_order(event):
 
 
 def test_a_stage_cannot_be_free_of_a_step_that_is_not():
-    scheduler, _ = started()
+    scheduler = started()
     with pytest.raises(InvalidTransition, match="no step of this model is under way"):
         scheduler.handle(StageFreed("b"), 0.3)
 
