@@ -197,7 +197,7 @@ class Follower:
 
     async def _skip(self, worker: Worker, number: int, error: SwapFailed) -> None:
         """A step cannot begin here. Those ahead of it end first."""
-        await worker.compute(worker.leave_stages, error)
+        await worker.leave_stages(error)
         self._send(wire.StepFailed(number, "swap", error.message))
 
     async def _run(self, worker: Worker, number: int, model: str, step: StepInput, gate: MeasuredGate) -> None:

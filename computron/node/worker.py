@@ -9,19 +9,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from computron import _transfer
 from computron.config import Config
-from computron.errors import ExecutionFailed, SwapFailed
+from computron.errors import SwapFailed
 from computron.execution.attention import IMPLEMENTATION
-from computron.execution.batching import execution_error
 from computron.execution.blocks import BLOCK_TOKENS, blocks_for
 from computron.execution.executor import make_runner, run_step
 from computron.execution.protocols import Executor, Runner
@@ -37,6 +33,7 @@ from computron.models.plan import ModelPlan, plan_model
 from computron.models.shard import WHOLE, Shard
 from computron.node import wire
 from computron.node.busy import Interval
+from computron.node.compute import ComputeThread, Result
 from computron.node.device import (
     GPU_SHARE,
     GROUP_GPU_SHARE,
@@ -51,8 +48,6 @@ from computron.node.progress import LoadProgress, Progress
 from computron.node.sizes import Need, check_sizes, pinned_beside
 
 SETTLING = 0.002  # seconds between two looks at whether cancelled transfers have ended
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +83,12 @@ class Worker:
         self.gates: dict[str, list[MeasuredGate]] = {}  # of each model's steps that have begun and not ended
         self.needs: tuple[Need, ...] = ()
         self._cache_wanted: dict[str, int] = {}  # frames, as last ordered
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute", initializer=self._use_device)
         self._resetting = asyncio.Lock()
         self._communicator: GroupCommunicator | None = None
         if not self.shard.whole:
             kind = torch.device("cpu" if self.backend.kind == "host" else f"cuda:{self.backend.device_index}")
             self._communicator = GroupCommunicator(self.shard, kind)
+        self._compute = ComputeThread(self.backend, self._communicator, chained=self.shard.pipeline_parallel > 1)
 
     @property
     def frames(self) -> int:
@@ -113,7 +108,7 @@ class Worker:
 
         Raises CheckpointError if it cannot be read.
         """
-        self._use_device()
+        self._compute.use_device()
         model_id = plan.config.id
         report = None if progress is None else LoadProgress(progress, model_id, plan.image.nbytes)
         image = self.store.add(model_id, plan.image, report)
@@ -246,7 +241,7 @@ class Worker:
         Raises SwapFailed, GroupBroken, or ExecutionFailed if the model's code raised.
         """
         held = self.models[model]
-        return await self._in_compute(self._measured, held, gate, lambda: held.runner.run(step, gate))
+        return await self._compute.run(self._compute.step, held.loaded, gate, lambda: held.runner.run(step, gate))
 
     async def plan(
         self, model: str, executor: Executor, requests: Sequence[int], gate: MeasuredGate
@@ -258,60 +253,20 @@ class Worker:
             held.loaded.gate = gate
             return executor.plan(requests)
 
-        return await self._in_compute(plan)
+        return await self._compute.run(plan)
 
     async def run_alone(
         self, executor: Executor, model: str, requests: Sequence[int], gate: MeasuredGate
     ) -> StepResult:
         """A whole step of a model that is whole here. Raises as `run`, and OutOfMemory."""
         held = self.models[model]
-        return await self._in_compute(
-            self._measured, held, gate, lambda: run_step(executor, held.runner, requests, gate)
+        return await self._compute.run(
+            self._compute.step, held.loaded, gate, lambda: run_step(executor, held.runner, requests, gate)
         )
 
-    def _measured(self, held: HeldModel, gate: MeasuredGate, function: Callable[[], Result]) -> Result:
-        gate.begin()
-        held.loaded.gate = gate  # also for a batch manager, which may use the module before its forward
-        try:
-            result = function()
-            self._settle()
-        except BaseException as error:
-            self.leave_stages(error)
-            with suppress(ExecutionFailed):  # what was raised first is told; `device_error` tells of the device
-                self._synchronize()
-            raise
-        else:
-            self._synchronize()
-            return result
-        finally:
-            gate.end()
-
-    def leave_stages(self, error: BaseException) -> None:
-        """A step has failed here: no later one shall take for its own what other stages have sent for that. On the
-        compute thread.
-        """
-        if self._communicator is not None and self.shard.pipeline_parallel > 1:
-            self._communicator.leave(f"a step failed: {error}")
-
-    def _settle(self) -> None:
-        if self._communicator is not None:
-            try:
-                self._communicator.settle()
-            except RuntimeError as error:
-                raise execution_error(error) from error
-
-    def _synchronize(self) -> None:
-        """Nothing may read pages or cache after the step, also if it raised half way or gave no token."""
-        if self.backend.kind == "cuda":
-            try:
-                torch.cuda.current_stream(self.backend.device_index).synchronize()
-            except RuntimeError as error:
-                raise execution_error(error) from error
-
-    def _use_device(self) -> None:
-        """What this thread does from now on without naming a device, it does on this node's."""
-        if self.backend.kind == "cuda":
-            torch.cuda.set_device(self.backend.device_index)
+    async def leave_stages(self, error: BaseException) -> None:
+        """A step cannot begin here: once those ahead of it have run, have no part in any."""
+        await self._compute.run(self._compute.leave_stages, error)
 
     def end_step(self, model: str, gate: MeasuredGate) -> None:
         """The step that began with this gate reads nothing any more."""
@@ -327,14 +282,11 @@ class Worker:
 
     async def compute(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call this on the compute thread, after the steps given to it before."""
-        return await self._in_compute(function, *arguments)
+        return await self._compute.run(function, *arguments)
 
     async def beside_compute(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call this on a thread of no steps."""
         return await self._in_thread(function, *arguments)
-
-    async def _in_compute(self, function: Callable[..., Result], *arguments: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._compute, function, *arguments)
 
     async def _in_thread(self, function: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(None, function, *arguments)
@@ -377,7 +329,7 @@ class Worker:
     def close(self) -> None:
         if self._communicator is not None:
             self._communicator.close()
-        self._compute.shutdown(wait=True)
+        self._compute.close()
         self.models.clear()
         self.swapper.close()
         self.store.close()

@@ -15,6 +15,7 @@ from computron.group.environment import Place
 from computron.memory.gate import OPEN
 from computron.node import device
 from computron.node import worker as node_worker
+from computron.node.compute import ComputeThread
 from computron.node.measured_gate import MeasuredGate
 from computron.node.worker import Worker
 
@@ -47,41 +48,47 @@ def make_worker(monkeypatch, place: Place | None = None, group: GroupConfig | No
     return Worker(Config(group=group or GroupConfig(tensor_parallel=1 if place is None else 2)), place)
 
 
-def measured(worker: Worker, monkeypatch, error: Exception | None, function: Any) -> tuple[Any, Stream]:
+def step(
+    monkeypatch, error: Exception | None, function: Any, communicator: Any = None, chained: bool = False
+) -> tuple[Any, Stream]:
+    """What comes of a step on GPU 3, of which `error` is told."""
     stream = Stream(error)
     monkeypatch.setattr(torch.cuda, "current_stream", {3: stream}.__getitem__)
-    held: Any = SimpleNamespace(loaded=SimpleNamespace(gate=None))
+    backend: Any = SimpleNamespace(kind="cuda", device_index=3)
+    loaded: Any = SimpleNamespace(gate=None)
+    thread = ComputeThread(backend, communicator, chained=chained)
     try:
-        return worker._measured(held, MeasuredGate(OPEN), function), stream
+        return thread.step(loaded, MeasuredGate(OPEN), function), stream
     except (ExecutionFailed, SwapFailed) as raised:
         return raised, stream
+    finally:
+        thread.close()
 
 
-def test_the_error_of_a_step_is_not_replaced_by_that_of_waiting_for_it(worker, monkeypatch):
+def test_the_error_of_a_step_is_not_replaced_by_that_of_waiting_for_it(monkeypatch):
     first = SwapFailed("the first")
 
     def fail() -> None:
         raise first
 
     for error in (RuntimeError("CUDA error"), None):
-        raised, stream = measured(worker, monkeypatch, error, fail)
+        raised, stream = step(monkeypatch, error, fail)
         assert raised is first
         assert stream.waits == 1
 
 
-def test_a_device_that_fails_after_a_step_fails_the_step_only(worker, monkeypatch):
-    raised, _ = measured(worker, monkeypatch, RuntimeError("CUDA error: an illegal memory access"), lambda: 7)
+def test_a_device_that_fails_after_a_step_fails_the_step_only(monkeypatch):
+    raised, _ = step(monkeypatch, RuntimeError("CUDA error: an illegal memory access"), lambda: 7)
     assert isinstance(raised, ExecutionFailed)
     assert "an illegal memory access" in raised.message
-    assert measured(worker, monkeypatch, None, lambda: 7)[0] == 7
+    assert step(monkeypatch, None, lambda: 7)[0] == 7
 
 
-def test_a_group_that_cannot_settle_for_an_error_of_the_device_fails_the_step(worker, monkeypatch):
+def test_a_group_that_cannot_settle_for_an_error_of_the_device_fails_the_step(monkeypatch):
     def settle() -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
-    worker._communicator = SimpleNamespace(settle=settle)
-    raised, stream = measured(worker, monkeypatch, None, lambda: 7)
+    raised, stream = step(monkeypatch, None, lambda: 7, SimpleNamespace(settle=settle))
     assert isinstance(raised, ExecutionFailed)
     assert stream.waits == 1
 
@@ -117,18 +124,16 @@ def test_a_group_leaves_more_of_a_gpu_free(monkeypatch, place, expected):
     assert swapper.device_memory == expected
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
-def test_a_stage_whose_step_failed_has_nothing_to_do_with_the_others_any_more(monkeypatch, tensor, pipeline):
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_stage_whose_step_failed_has_nothing_to_do_with_the_others_any_more(monkeypatch, chained):
     """They have sent it what the step lacked to read, which the next one would take for its own."""
-    place = Place(1, 2, 1, 2, "127.0.0.1", 1)
-    worker = make_worker(monkeypatch, place, GroupConfig(tensor, pipeline))
     said: list[str] = []
-    worker._communicator = SimpleNamespace(leave=said.append, settle=lambda: None)  # type: ignore[assignment]
-    assert measured(worker, monkeypatch, None, lambda: 7)[0] == 7
+    communicator = SimpleNamespace(leave=said.append, settle=lambda: None)
+    assert step(monkeypatch, None, lambda: 7, communicator, chained)[0] == 7
     assert said == []
 
     def fail() -> None:
         raise ExecutionFailed("the model failed")
 
-    measured(worker, monkeypatch, None, fail)
-    assert said == (["a step failed: the model failed"] if pipeline > 1 else [])
+    step(monkeypatch, None, fail, communicator, chained)
+    assert said == (["a step failed: the model failed"] if chained else [])
