@@ -120,6 +120,20 @@ class Swap:
             self._ended = True
             self._changed.notify_all()
 
+    def outcome(self, state: SwapState, arrived: tuple[int, ...]) -> SwapOutcome:
+        """Of a swap that has ended now."""
+        return SwapOutcome(
+            image_id=self.image_id,
+            pages=self.pages,
+            state=state,
+            arrived=arrived,
+            seconds=self.transfer.seconds,
+            bytes_moved=self.transfer.bytes_done,
+            error=self.error if state == "failed" else None,
+            started=self.started,
+            finished=time.monotonic(),
+        )
+
     def map_all(self, parameters: MappedRange) -> None:
         """Map the pages group by group. An error fails the swap and stops its transfer."""
         try:

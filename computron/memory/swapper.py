@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import functools
 import select
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from computron import _transfer
 from computron.errors import CheckpointError, OutOfMemory, SwapFailed
-from computron.memory.device_statistics import DeviceStatistics
+from computron.memory.device_statistics import DeviceStatistics, SwapTotals
 from computron.memory.gate import OPEN, Gate
 from computron.memory.host_store import HostStore
 from computron.memory.images import StoredImage
@@ -66,9 +65,7 @@ class Swapper:
         self._swaps: dict[str, Swap] = {}
         self._by_transfer: dict[int, Swap] = {}
         self._stepping: Counter[str] = Counter()  # images that steps may be reading, and how many
-        self._outcomes: dict[SwapState, int] = {"done": 0, "failed": 0, "cancelled": 0}
-        self._bytes_moved = 0
-        self._bytes_shared = 0
+        self._totals = SwapTotals()
         self._bell = Bell()
         self._mapper = Mapper(self._bell)
         self._epoll = select.epoll()
@@ -311,7 +308,10 @@ class Swapper:
         elif swap.cancelled:
             state = "cancelled"
         swap.end(error)
-        return self._account(swap, state, tuple(page for page in swap.pages if page not in gone))
+        outcome = swap.outcome(state, tuple(page for page in swap.pages if page not in gone))
+        sizes = self._registered[image_id].image.page_sizes
+        self._totals.add(outcome, sum(sizes[page] for page in swap.pages))
+        return outcome
 
     def _error_of(self, swap: Swap) -> str | None:
         if swap.error is not None:
@@ -325,41 +325,8 @@ class Swapper:
                 return str(error)
         return None
 
-    def _account(self, swap: Swap, state: SwapState, arrived: tuple[int, ...]) -> SwapOutcome:
-        moved = swap.transfer.bytes_done
-        self._outcomes[state] += 1
-        self._bytes_moved += moved
-        if state == "done":
-            sizes = self._registered[swap.image_id].image.page_sizes
-            self._bytes_shared += sum(sizes[page] for page in swap.pages) - moved
-        return SwapOutcome(
-            image_id=swap.image_id,
-            pages=swap.pages,
-            state=state,
-            arrived=arrived,
-            seconds=swap.transfer.seconds,
-            bytes_moved=moved,
-            error=swap.error if state == "failed" else None,
-            started=swap.started,
-            finished=time.monotonic(),
-        )
-
     def statistics(self) -> DeviceStatistics:
-        counts = self._residency.counts()
-        return DeviceStatistics(
-            frames=self.frames,
-            free_frames=counts.free,
-            parameter_frames=counts.parameters,
-            cache_frames=counts.cache,
-            arriving_frames=counts.arriving,
-            shared_frames=counts.shared,
-            bytes_moved=self._bytes_moved,
-            bytes_shared=self._bytes_shared,
-            swaps_done=self._outcomes["done"],
-            swaps_failed=self._outcomes["failed"],
-            swaps_cancelled=self._outcomes["cancelled"],
-            link_seconds=self._engine.statistics()["seconds_busy"],
-        )
+        return self._totals.statistics(self.frames, self._residency.counts(), self._engine.statistics()["seconds_busy"])
 
     def check(self) -> None:
         """Raises AssertionError if a frame has two owners or none, or a range maps what it should not.
