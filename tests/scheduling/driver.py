@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable
 
-from virtual_device import Device, Live, RunningStep, Transfer
+from virtual_device import PAGE_SECONDS, Device, Live, RunningStep
 
 from computron.scheduling.actions import (
     Action,
@@ -42,8 +42,6 @@ from computron.scheduling.events import (
 )
 from computron.scheduling.scheduler import Scheduler
 
-PAGE_SECONDS = 0.1
-CHUNK_SECONDS = 0.01  # a cancelled transfer ends with the chunk that is in flight
 FRAME_BYTES = 1_000_000
 BANDWIDTH = FRAME_BYTES / PAGE_SECONDS
 
@@ -193,12 +191,7 @@ class Driver:
     def _end_transfer(self, name: str) -> None:
         transfer = self.device.transfers.pop(name)
         if transfer.cancelled:
-            count = len(transfer.new_contents)
-            came = count - math.ceil(transfer.left_at_cancel / PAGE_SECONDS)
-            missing = set(transfer.new_contents[came:])
-            arrived = tuple(page for page in transfer.pages if self.device.specs[name].pages[page] not in missing)
-            self.device.mapped[name] |= set(arrived)
-            self.tell(SwapCancelled(name, transfer.pages, arrived))
+            self.tell(SwapCancelled(name, transfer.pages, self.device.keep_what_came(name, transfer)))
         elif transfer.fails:
             (step,) = self.steps.pop(name, [None])  # a second one waits for no pages
             if step is None:
@@ -265,10 +258,7 @@ class Driver:
 
     def _note(self, event: Event) -> None:
         if isinstance(event, ModelAdded):
-            name = event.spec.model
-            self.device.specs[name] = event.spec
-            self.device.mapped[name] = set()
-            self.device.cache[name] = 0
+            self.device.add(event.spec)
         elif isinstance(event, RequestArrived):
             request = event.request
             assert request.id not in self.outcomes
@@ -287,19 +277,17 @@ class Driver:
     def _perform(self, action: Action) -> None:
         match action:
             case SwapIn():
-                self._swap_in(action)
+                number = next(self._transfer_number)
+                self.device.bring(action, number, self.now, fails=number in self.failing_swaps)
             case RaiseUrgency(model, urgency):
                 assert not self.device.transfers[model].cancelled
                 self.device.transfers[model].urgency = urgency
             case CancelSwap(model):
                 assert model not in self.steps, "a step waits for these pages"
-                transfer = self.device.transfers[model]
-                assert not transfer.cancelled
-                transfer.cancelled = True
-                transfer.left_at_cancel = transfer.left
-                transfer.left = min(transfer.left, CHUNK_SECONDS)
+                self.device.transfers[model].cancel()
             case Evict():
-                self._evict(action)
+                assert action.model not in self.steps, "pages of a running model were evicted"
+                self.device.evict(action)
             case SetCache(model, frames):
                 assert model not in self.steps, "the cache of a running model was changed"
                 assert frames >= 0
@@ -322,33 +310,6 @@ class Driver:
             case WakeAt(time):
                 assert time > self.now
                 self._wake = time
-
-    def _swap_in(self, action: SwapIn) -> None:
-        device, name = self.device, action.model
-        contents = device.specs[name].pages
-        assert name not in device.transfers, "two transfers of one model"
-        missing = [page for page in range(len(contents)) if page not in device.mapped[name]]
-        assert action.pages
-        assert list(action.pages) == missing[: len(action.pages)], "the first pages that lack, in image order"
-        coming = [contents[page] for page in action.pages]
-        assert not set(coming) & device.in_flight(), "a content is in flight already"
-        new = tuple(dict.fromkeys(content for content in coming if content not in device.contents()))
-        assert len(new) <= device.free, "frames are over-committed"
-        number = next(self._transfer_number)
-        seconds = len(new) * PAGE_SECONDS
-        fails = number in self.failing_swaps
-        device.transfers[name] = Transfer(action.pages, new, action.urgency, number, self.now, seconds, fails)
-
-    def _evict(self, action: Evict) -> None:
-        device, name = self.device, action.model
-        assert name not in self.steps, "pages of a running model were evicted"
-        assert name not in device.transfers, "pages of a model with a transfer under way were evicted"
-        if device.specs[name].pinned:
-            assert action.reason == "unload", "pages of a pinned model were evicted"
-        assert len(set(action.pages)) == len(action.pages)
-        assert set(action.pages) <= device.mapped[name], "pages were evicted that are not mapped"
-        assert list(action.pages) == sorted(action.pages, reverse=True), "last pages first"
-        device.mapped[name] -= set(action.pages)
 
     def _run(self, action: Run) -> None:
         device, name = self.device, action.model

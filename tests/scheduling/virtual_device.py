@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+from computron.scheduling.actions import Evict, SwapIn
 from computron.scheduling.events import ModelSpec, Request
+
+PAGE_SECONDS = 0.1
+CHUNK_SECONDS = 0.01  # a cancelled transfer ends with the chunk that is in flight
 
 
 @dataclass
@@ -18,6 +23,12 @@ class Transfer:
     fails: bool = False
     cancelled: bool = False
     left_at_cancel: float = 0.0
+
+    def cancel(self) -> None:
+        assert not self.cancelled
+        self.cancelled = True
+        self.left_at_cancel = self.left
+        self.left = min(self.left, CHUNK_SECONDS)
 
 
 @dataclass
@@ -77,6 +88,43 @@ class Device:
     @property
     def free(self) -> int:
         return self.frames - len(self.contents()) - sum(self.cache.values())
+
+    def add(self, spec: ModelSpec) -> None:
+        self.specs[spec.model] = spec
+        self.mapped[spec.model] = set()
+        self.cache[spec.model] = 0
+
+    def bring(self, action: SwapIn, number: int, now: float, *, fails: bool) -> None:
+        """Begin a transfer, which will have failed at its end if it `fails`."""
+        name = action.model
+        contents = self.specs[name].pages
+        assert name not in self.transfers, "two transfers of one model"
+        missing = [page for page in range(len(contents)) if page not in self.mapped[name]]
+        assert action.pages
+        assert list(action.pages) == missing[: len(action.pages)], "the first pages that lack, in image order"
+        coming = [contents[page] for page in action.pages]
+        assert not set(coming) & self.in_flight(), "a content is in flight already"
+        new = tuple(dict.fromkeys(content for content in coming if content not in self.contents()))
+        assert len(new) <= self.free, "frames are over-committed"
+        self.transfers[name] = Transfer(action.pages, new, action.urgency, number, now, len(new) * PAGE_SECONDS, fails)
+
+    def keep_what_came(self, name: str, transfer: Transfer) -> tuple[int, ...]:
+        """The pages that had arrived when the transfer, which is over, was cancelled."""
+        came = len(transfer.new_contents) - math.ceil(transfer.left_at_cancel / PAGE_SECONDS)
+        missing = set(transfer.new_contents[came:])
+        arrived = tuple(page for page in transfer.pages if self.specs[name].pages[page] not in missing)
+        self.mapped[name] |= set(arrived)
+        return arrived
+
+    def evict(self, action: Evict) -> None:
+        name = action.model
+        assert name not in self.transfers, "pages of a model with a transfer under way were evicted"
+        if self.specs[name].pinned:
+            assert action.reason == "unload", "pages of a pinned model were evicted"
+        assert len(set(action.pages)) == len(action.pages)
+        assert set(action.pages) <= self.mapped[name], "pages were evicted that are not mapped"
+        assert list(action.pages) == sorted(action.pages, reverse=True), "last pages first"
+        self.mapped[name] -= set(action.pages)
 
 
 def spec(
