@@ -156,10 +156,10 @@ class Decisions:
         """Whoever comes next, as it is due or as the policy says, shall have the pages of models that never pause."""
         board = self._board
         target, reach = board.due_absent.first(), Reach.DUE
-        if target is None or not any(board.overlaps(model) for model in board.running.values()):
+        if target is None or not board.running:
             return
         if not board.is_due(target, now):
-            if self._promises.target is not None:
+            if self._promises.target is not None or not any(board.overlaps(model) for model in board.running.values()):
                 return
             target, reach = self._next_choice(now), Reach.AGREED
         if target is not None and not target.loading:

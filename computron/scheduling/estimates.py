@@ -105,7 +105,7 @@ class Arrivals:
         assert mean is not None
         assert square is not None
         assert usual is not None
-        if mean == 0.0:
+        if mean * mean == 0.0:
             return 1.0
         prior = self._tuning.prior
         relative = (self.count * square / (mean * mean) + prior * usual) / (self.count + prior)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 
 from computron.scheduling.board import Board
 from computron.scheduling.frames import Reach, gives
@@ -24,31 +24,43 @@ class Promises:
         self._board = board
         self._policy = policy
         self._givers: list[ModelState] = []
+        self._awaited: list[ModelState] = []  # these, and those that will have nothing to do when their step has ended
         self.target: ModelState | None = None
 
     def make(self, target: ModelState, need: int, reach: Reach, now: float) -> None:
-        """Promise `target` so many frames, if models in a step and those that pause have them together, and only so."""
+        """Promise `target` so many frames, if models in a step and those that pause have them together, and only so.
+
+        For what is not due that is so only where a model never pauses; for what is due also where models pause, but not
+        all at the same time.
+        """
         board = self._board
-        need -= board.ledger.free + board.idle_pages
-        if need <= 0 or not any(board.overlaps(model) for model in board.running.values()):
-            return
-        if target is not self.target and self.target is not None and reach < Reach.DUE:
-            return
-        free = [model for model in board.running.values() if not model.work and not model.spec.pinned]
-        paused = self._giving(target, board.busy.values(), reach, now)
-        stepping = [model for model in board.running.values() if model.work and not model.spec.pinned]
-        givers = self._giving(target, stepping, reach, now)
-        if not givers or need > sum(model.residency.count for model in (*free, *paused, *givers)):
+        if reach < Reach.DUE:
+            settled = self.target is not None and self.target is not target
+            if settled or not any(board.overlaps(model) for model in board.running.values()):
+                return
+        idle_soon = [model for model in board.running.values() if not model.work and not model.spec.pinned]
+        need -= board.ledger.free + board.idle_pages + sum(model.residency.count for model in idle_soon)
+        givers = self._givers_of(target, need, reach, now)
+        if not givers or not any(model.under_way for model in (*idle_soon, *givers)):
             return
         if target is self.target:
             givers += [model for model in self._givers if model not in givers]
         self._withdraw()
-        self.target, self._givers = target, givers
+        self.target, self._givers, self._awaited = target, givers, [*idle_soon, *givers]
         for model in givers:
             model.promised = target
 
-    def _giving(self, target: ModelState, models: Iterable[ModelState], reach: Reach, now: float) -> list[ModelState]:
-        return [model for model in models if gives(self._board, self._policy, target, model, reach, now)]
+    def _givers_of(self, target: ModelState, need: int, reach: Reach, now: float) -> list[ModelState]:
+        """Models with work, those that pause first, that have so many frames together; none if all of them have not."""
+        board, givers = self._board, []
+        stepping = [model for model in board.running.values() if model.work and not model.spec.pinned]
+        for model in (*board.busy.values(), *stepping):
+            if need <= 0:
+                break
+            if gives(board, self._policy, target, model, reach, now):
+                givers.append(model)
+                need -= model.residency.count
+        return givers if need <= 0 else []
 
     def review(self, now: float) -> None:
         """Take back what is of no use any more."""
@@ -67,17 +79,18 @@ class Promises:
 
     def in_vain(self, target: ModelState) -> None:
         """It could not have what it wanted: end the promise unless there is something that it still waits for."""
-        pending = self._board.loading or any(model.under_way for model in self._givers)
+        pending = self._board.loading or any(model.under_way for model in self._awaited)
         if target is self.target and not pending:
             self._withdraw()
 
     def held_back(self, demand: ModelState | None, now: float) -> set[str]:
         """Models that shall have no further step. demand: what the link brings now."""
         swap = demand.residency.swap if demand is not None else None
-        free = swap.expected_end if swap is not None else now
-        return {model.name for model in self._givers if now + (model.expected_step() or 0.0) > free}
+        if swap is None:
+            return {model.name for model in self._givers}
+        return {model.name for model in self._givers if now + (model.expected_step() or math.inf) > swap.expected_end}
 
     def _withdraw(self) -> None:
         for model in self._givers:
             model.promised = None
-        self._givers, self.target = [], None
+        self._givers, self._awaited, self.target = [], [], None

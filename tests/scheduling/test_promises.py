@@ -61,3 +61,17 @@ def test_promise_holds_while_the_link_brings_what_fits_elsewhere(gap):
     driver.drain()
     assert driver.waits[2000] < 5.0
     assert max(waits(driver, count)) < 8.0
+
+
+def test_due_model_gets_the_pages_of_models_that_never_pause_at_the_same_time():
+    models = [spec("a", 2, batch=1), spec("b", 2, batch=1), spec("t", 4)]
+    seconds = {"a": STEP, "b": STEP, "t": 0.05}
+    driver = Driver(
+        4, models, step_seconds=seconds, max_steps_in_flight=2, max_wait=3.0, prefetch=False, tells_stages=False
+    )
+    for number in range(100):
+        driver.arrive(number, "a", 10.0 + 1.02 * STEP * number)
+        driver.arrive(1000 + number, "b", 10.2 + 1.02 * STEP * number)
+    driver.arrive(2000, "t", 20.0)
+    driver.drain()
+    assert driver.waits[2000] <= 3.0 + STEP + 4 * PAGE_SECONDS
