@@ -128,15 +128,14 @@ class GroupSteps:
     def _end_first(self) -> None:
         """End those that can end, the first ones first."""
         for step in self._steps.values():
-            if step.done.done():
-                if step.torn:
+            if not step.done.done():
+                if step.missing and not self._hopeless(step):
+                    if step.failures and self._timer is None:
+                        self._timer = asyncio.get_running_loop().call_later(STRAGGLERS, self._give_up, step)
                     return
-            elif step.missing and not self._hopeless(step):
-                if step.failures and self._timer is None:
-                    self._timer = asyncio.get_running_loop().call_later(STRAGGLERS, self._give_up, step)
-                return
-            else:
                 self._end(step)
+            if step.torn:
+                return
 
     def _hopeless(self, step: GroupStep) -> bool:
         """Whether the other nodes do not fail by themselves: they have their pages, or wait for what does not come."""

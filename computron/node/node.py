@@ -24,7 +24,7 @@ from computron.node.consistency import check
 from computron.node.crew import Crew
 from computron.node.handle import RequestHandle
 from computron.node.progress import Progress
-from computron.node.rejections import RETRY_AFTER, rejection
+from computron.node.rejections import RETRY_AFTER, rejection, unavailable
 from computron.node.requests import Requests
 from computron.node.served_model import ServedModel, model_spec
 from computron.node.snapshot import NodeSnapshot, NodeState, model_snapshots
@@ -189,18 +189,7 @@ class Node:
             self._crew.models[handle.model].executor.drop(handle.number)
 
     def _unavailable(self) -> Unavailable:
-        wait = RETRY_AFTER
-        match self.state:
-            case NodeState.STARTING:
-                words = f"the server is starting: {self._why_not_ready()}"
-            case NodeState.RECOVERING:
-                words = f"the group lost a node and is being formed anew: {self._why_not_ready()}"
-                wait = self.config.group.node_timeout
-            case NodeState.FAILED:
-                words = f"the server has failed and must be restarted: {self.failure}"
-            case _:
-                words = "the server is shutting down"
-        return Unavailable(words, retry_after=wait)
+        return unavailable(self.state, self._why_not_ready(), self.failure, self.config.group.node_timeout)
 
     def _why_not_ready(self) -> str:
         peers = None if self._crew is None else self._crew.peers

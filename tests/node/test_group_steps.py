@@ -139,6 +139,7 @@ async def test_steps_behind_one_that_tore_the_group_are_lost_by_no_fault_of_thei
     assert failing.torn
     steps.end_badly(missed, GroupBroken("freed"), 1)
     assert not missed.done.done()
+    assert not bad.done.done()
     steps.tear(StepLost("a step did not end on all nodes"))
     with pytest.raises(StepLost, match="a step did not end"):
         await ended(missed)
