@@ -196,6 +196,7 @@ class Model(Struct, kw_only=True):
     pages: int
     segments: int
     cache_bytes_per_token: float
+    overlaps: bool
     max_batch_size: int
     resident_ratio: float
     pinned: bool

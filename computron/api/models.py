@@ -56,6 +56,7 @@ def _model(context: Context, figures: ModelSnapshot) -> Model:
         pages=figures.pages,
         segments=figures.segments,
         cache_bytes_per_token=figures.cache_bytes_per_token,
+        overlaps=figures.overlaps,
         max_batch_size=plan.config.max_batch_size,
         resident_ratio=figures.resident_ratio,
         pinned=plan.config.pinned,

@@ -28,6 +28,7 @@ class ModelSnapshot:
 
     `pages`: of the node that holds most. `segments`: pieces that a run can wait for one by one, on this node.
     `cache_bytes_per_token`: of the KV cache, on the node where it is largest; 0 without a cache.
+    `overlaps`: in a pipeline several of its steps are under way at once.
     """
 
     model: str
@@ -37,6 +38,7 @@ class ModelSnapshot:
     pages: int
     segments: int
     cache_bytes_per_token: float
+    overlaps: bool
     resident_ratio: float = 0.0
     queue_depth: int = 0
     running: int = 0
@@ -78,6 +80,7 @@ def _snapshot(model: str, served: ServedModel, scheduler: Scheduler | None) -> M
         pages=len(held.pages),
         segments=len(plan.image.segment_ends),
         cache_bytes_per_token=held.block_bytes / BLOCK_TOKENS,
+        overlaps=served.executor.overlaps,
     )
     if scheduler is None:
         return at_rest

@@ -88,4 +88,5 @@ def _described(model: Details, measured: MeasuredSteps, frame_bytes: int) -> Sim
         continuous=model.task == "generate",
         segments=model.segments,
         cache_bytes_per_token=model.cache_bytes_per_token,
+        overlaps=model.overlaps,
     )

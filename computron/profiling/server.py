@@ -40,6 +40,7 @@ class Details(msgspec.Struct, frozen=True):
     pages: int
     segments: int
     cache_bytes_per_token: float
+    overlaps: bool
     max_batch_size: int
     max_model_len: int | None
     resident_ratio: float

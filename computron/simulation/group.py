@@ -278,7 +278,7 @@ class VirtualGroup:
                 seconds = (seconds or 0.0) + live.arrival.seconds / live.steps
         if seconds is None:
             seconds = model.step.seconds(len(action.requests), prompt, context)
-        told = not model.continuous and not self._surroundings.silent_stages
+        told = model.overlaps and not model.continuous and not self._surroundings.silent_stages
         freed = self._stage_freed if told else None
         step = VirtualStep(name, action.requests, now, seconds, None, self._step_ended, freed)
         self._steps.setdefault(name, deque()).append(step)

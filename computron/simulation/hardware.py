@@ -66,6 +66,7 @@ class SimulatedModel:
 
     continuous: a request runs for as many steps as it has output tokens; otherwise one step answers it.
     cache_bytes_per_token: of the KV cache on one node; 0 without a cache.
+    overlaps: if one step answers its requests, several of them are under way in a pipeline at once.
     shares: name of a set of fine-tunes, and `shared` which part of the image, from its beginning, is the same in all.
     """
 
@@ -77,6 +78,7 @@ class SimulatedModel:
     continuous: bool = False
     segments: int = 16
     cache_bytes_per_token: float = 0.0
+    overlaps: bool = True
     shares: str | None = None
     shared: float = 0.0
 

@@ -181,7 +181,7 @@ class FakeNode:
 
     def snapshot(self) -> NodeSnapshot:
         models = tuple(
-            ModelSnapshot(name, model.plan.config.task, "partial", 1000, 8, 4, 64.0, 0.25, 3, 1)
+            ModelSnapshot(name, model.plan.config.task, "partial", 1000, 8, 4, 64.0, True, 0.25, 3, 1)
             for name, model in self.models.items()
         )
         failure = "the link is broken" if self.state is NodeState.FAILED else None

@@ -64,6 +64,7 @@ class StandIn:
             "pages": self.sizes[model] // FRAME,
             "segments": 6,
             "cache_bytes_per_token": 512.0 if task == "generate" else 0.0,
+            "overlaps": task == "embed",
             "max_batch_size": 4,
             "max_model_len": None if task == "custom" else 256,
             "resident_ratio": self.resident[model],

@@ -36,6 +36,7 @@ async def test_profile_of_a_server_has_its_numbers(serving: Serving, tmp_path: P
     assert (chat.continuous, embed.continuous) == (True, False)
     assert (chat.bytes, chat.segments, chat.max_batch_size) == (server.sizes["chat"], 6, 4)
     assert (chat.cache_bytes_per_token, embed.cache_bytes_per_token) == (512.0, 0.0)
+    assert (chat.overlaps, embed.overlaps) == (False, True)
     assert found.profile.source["version"] == "1.2.3"
     found.profile.write(tmp_path / "profile.json")
     assert Profile.read(tmp_path / "profile.json") == found.profile

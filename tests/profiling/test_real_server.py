@@ -65,6 +65,7 @@ async def test_profile_of_a_real_server(
     }
     assert swap_ins == dict.fromkeys(swap_ins, LOADS + 1), "one for the steps"
     assert (chat.continuous, embed.continuous) == (True, False)
+    assert (chat.overlaps, embed.overlaps) == (False, True)
     assert chat.cache_bytes_per_token == 2 * 2 * 64 * 4  # keys and values of two layers
     assert 1 < chat.segments < 8
     assert {call.name for call in measured.steps["chat"].calls} == {

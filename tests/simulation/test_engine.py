@@ -291,9 +291,10 @@ def test_steps_of_one_model_end_in_their_order():
     assert not made.at_work
 
 
-def test_a_generation_does_not_say_when_a_stage_is_free():
+@pytest.mark.parametrize("settings", [{"continuous": True}, {"overlaps": False}])
+def test_a_model_whose_steps_cannot_overlap_does_not_say_when_a_stage_is_free(settings: dict[str, bool]):
     script = Script(RequestArrived=[[Run("a", (0,))]])
-    clock, made, _ = group(script, model("a", 1, 2.0, continuous=True), stages=2)
+    clock, made, _ = group(script, model("a", 1, 2.0, **settings), stages=2)
     made.arrive(0, Arrival(0.0, "a"))
     run(clock)
     assert not script.of(StageFreed)
