@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from computron.scheduling.actions import Urgency
 from computron.scheduling.agenda import Agenda
-from computron.scheduling.estimates import Link, Mean
+from computron.scheduling.estimates import POISSON, Link, Mean
 from computron.scheduling.events import ModelSpec, Request
 from computron.scheduling.ledger import Ledger, Swap
 from computron.scheduling.models import ModelState, Step
@@ -55,10 +55,11 @@ class Board:
         self.load_asked: dict[str, ModelState] = {}
         self.unload_asked: dict[str, ModelState] = {}
         self.complete = 0  # models with every page on the device
+        self.stirred = 0  # goes up with everything that may change what an idle link should fetch, but for time
         self.happened = 0  # goes up with everything that may change who should leave, but for the pieces of a swap-in
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._foretold = Agenda()
-        self._usual = Mean(tuning.pooled_smoothing, 2.0)  # as of a Poisson process, until requests tell otherwise
+        self._usual = Mean(tuning.pooled_smoothing, POISSON)  # until requests tell otherwise
         self._largest = 0  # pages of the largest model so far
         self.lead = 0.0  # how long before its limit a request is due
         self._added = 0
@@ -135,6 +136,7 @@ class Board:
     def enqueue(self, request: Request, model: ModelState) -> None:
         ticket = Ticket(request, model, self.limit(request.arrival, request.deadline))
         self.tickets[request.id] = ticket
+        self.stirred += 1
         model.waiting.push(ticket)
         model.shunned = False
         if request.deadline is not None:
@@ -236,6 +238,7 @@ class Board:
 
     def end_swap(self, model: ModelState, arrived: Sequence[int]) -> None:
         """To be filed by the caller, who knows how it ended."""
+        self.stirred += 1
         self.ledger.finish(model.residency, arrived)
         self.complete += model.residency.complete
         del self.loading[model.name]
@@ -249,6 +252,7 @@ class Board:
         self.file(model)
 
     def set_cache(self, model: ModelState, frames: int) -> None:
+        self.stirred += frames < model.residency.cache
         self.ledger.set_cache(model.residency, frames)
         if frames:
             self.cached[model.name] = model
@@ -257,6 +261,7 @@ class Board:
 
     def ask(self, model: ModelState, *, load: bool, unload: bool) -> None:
         """Note what an operator wants of the model; both False once it is done."""
+        self.stirred += 1
         model.load_asked, model.unload_asked = load, unload
         _keep(self.load_asked, model, load)
         _keep(self.unload_asked, model, unload)
@@ -343,9 +348,11 @@ class Board:
             if holders is not None:
                 holders[model.name] = model
             model.held_in = holders
+        pages = residency.count if holders is self.idle else 0
         if lacks != (model.name in self.lacking):
             _keep(self.lacking, model, lacks)
-        pages = residency.count if holders is self.idle else 0
+            self.stirred += 1
+        self.stirred += pages != model.idle_pages
         self.idle_pages += pages - model.idle_pages
         model.idle_pages = pages
 

@@ -47,6 +47,7 @@ class Decisions:
         self._prefetch = prefetch
         self._max_steps = max_steps_in_flight
         self._wake: float | None = None
+        self._fetched_in_vain = -1  # when nothing was worth a fetch ahead: `stirred` of the board then
 
     def decide(self, now: float) -> list[Action]:
         """Everything that can be ordered now. What cannot waits for an event, or for the time of a `WakeAt`."""
@@ -81,6 +82,7 @@ class Decisions:
     def time_passed(self) -> None:
         """The timer has gone off."""
         self._wake = None
+        self._fetched_in_vain = -1
 
     # 2., 3. Who comes
 
@@ -254,11 +256,14 @@ class Decisions:
             foretold.append(following[1])
         if board.loading or board.absent or not board.lacking:
             return
+        if self._fetched_in_vain == board.stirred and not foretold:
+            return
         foretold = [model for model in foretold if model.name in board.lacking]
         lately = list(islice(reversed(board.lacking.values()), board.tuning.candidates))
         for model in foretold + self._policy.next_to_fetch(board, lately, now):
             if not model.unload_asked and self._orders.swap_in(model, Urgency.PREFETCH, Reach.SPARE, now):
                 return
+        self._fetched_in_vain = board.stirred
 
     # 7. When nothing goes
 

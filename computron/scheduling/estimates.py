@@ -7,6 +7,8 @@ from functools import cache
 
 from computron.scheduling.tuning import Tuning
 
+POISSON = 2.0  # the mean square of the intervals of a Poisson process, whose mean is 1
+
 
 class Mean:
     """The plain mean of the first samples, and from 1 / `weight` samples on an exponentially weighted one.
@@ -127,15 +129,17 @@ def distribution(variation: float) -> tuple[float, float]:
 
 
 _FINENESS = 8  # variations that differ by less than a factor of 2 ** (1 / 8) are one
-_LEAST_VARIATION = 1 / 64
+_LEAST_VARIATION = 1 / 64  # what is more regular is taken to be as regular as this
+_SHAPES = 0.1, 20.0  # between these lie those of all variations that can occur
+_SHAPE_ERROR = 1e-6
 _MOST_REGULAR = round(_FINENESS * math.log2(_LEAST_VARIATION))
 
 
 @cache
 def _weibull(place: int) -> tuple[float, float]:
     wanted = 2.0 ** (place / _FINENESS)
-    low, high = 0.1, 20.0
-    while high - low > 1e-6:
+    low, high = _SHAPES
+    while high - low > _SHAPE_ERROR:
         shape = (low + high) / 2.0
         variation = math.gamma(1.0 + 2.0 / shape) / math.gamma(1.0 + 1.0 / shape) ** 2 - 1.0
         low, high = (shape, high) if variation > wanted else (low, shape)

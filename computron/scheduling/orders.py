@@ -59,10 +59,7 @@ class Orders:
             frames = piece
             model.begun = urgency == Urgency.DEMAND
         else:
-            alone = board.room_alone(model) + frames - residency.cache if self._policy.alone else 0
-            while not self._make_room(
-                model, max(alone, frames + self._cache_gap(model, now)), reach, REASONS[urgency], now
-            ):
+            while not self._make_room(model, self.frames_wanted(model, now), reach, REASONS[urgency], now):
                 if reach < Reach.ALL or not self._preempt_own(model):
                     return False
         seconds = board.link.seconds(frames)
@@ -142,8 +139,13 @@ class Orders:
         return plan_room(board, self._policy, self._offers, model, need, reach, now)
 
     def frames_wanted(self, model: ModelState, now: float) -> int:
-        """Frames that the model lacks for its next step."""
-        return self._board.ledger.lacking(model.residency) + self._cache_gap(model, now)
+        """Frames that must be free for all of the model to come, and for its next step."""
+        board, residency = self._board, model.residency
+        frames = board.ledger.lacking(residency)
+        wanted = frames + self._cache_gap(model, now)
+        if self._policy.alone and not residency.complete:
+            wanted = max(wanted, board.room_alone(model) + frames - residency.cache)
+        return wanted
 
     def _cache_gap(self, model: ModelState, now: float) -> int:
         """Frames that the model's cache lacks for its next step."""

@@ -38,9 +38,11 @@ class Promises:
             settled = self.target is not None and self.target is not target
             if settled or not any(board.overlaps(model) for model in board.running.values()):
                 return
-        idle_soon = [model for model in board.running.values() if not model.work and not model.spec.pinned]
+        stepping = [model for model in board.running.values() if not model.spec.pinned and model.residency.swap is None]
+        idle_soon = [model for model in stepping if not model.work]
         need -= board.ledger.free + board.idle_pages + sum(model.residency.count for model in idle_soon)
-        givers = self._givers_of(target, need, reach, now)
+        candidates = [*board.busy.values(), *(model for model in stepping if model.work)]
+        givers = self._givers_of(target, candidates, need, reach, now)
         if not givers or not any(model.under_way for model in (*idle_soon, *givers)):
             return
         if target is self.target:
@@ -50,14 +52,15 @@ class Promises:
         for model in givers:
             model.promised = target
 
-    def _givers_of(self, target: ModelState, need: int, reach: Reach, now: float) -> list[ModelState]:
-        """Models with work, those that pause first, that have so many frames together; none if all of them have not."""
-        board, givers = self._board, []
-        stepping = [model for model in board.running.values() if model.work and not model.spec.pinned]
-        for model in (*board.busy.values(), *stepping):
+    def _givers_of(
+        self, target: ModelState, candidates: list[ModelState], need: int, reach: Reach, now: float
+    ) -> list[ModelState]:
+        """The first of these models with work that have so many frames together; none if all of them have not."""
+        givers = []
+        for model in candidates:
             if need <= 0:
                 break
-            if gives(board, self._policy, target, model, reach, now):
+            if model.residency.count and gives(self._board, self._policy, target, model, reach, now):
                 givers.append(model)
                 need -= model.residency.count
         return givers if need <= 0 else []

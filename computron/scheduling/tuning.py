@@ -1,4 +1,4 @@
-"""The numbers that the policies use, each with its meaning. Nothing else in this package is a magic number."""
+"""The numbers by which decisions are weighed, each with its meaning; there are no others."""
 
 from __future__ import annotations
 
