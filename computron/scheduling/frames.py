@@ -100,7 +100,8 @@ def plan_room(
         _take_idle(board, plan, target, whole=policy.whole_models)
     for model in sorted(board.busy.values(), key=lambda model: (model.residency.complete, model.last_used)):
         if not plan.enough and gives(board, policy, target, model, reach, now):
-            whole = policy.whole_models or model.residency.complete  # what lacks pages already may lack some more
+            more = target.spec.continuous and not target.begun  # its cache will want frames too
+            whole = policy.whole_models or model.residency.complete or more
             plan.take_pages(model, None if whole else model.residency.count)
     if reach >= Reach.DUE:
         for ticket in _sequences(board, target, reach, now):

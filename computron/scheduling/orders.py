@@ -99,7 +99,7 @@ class Orders:
         piece = max(1, round(min(frames, board.tuning.piece / board.link.frame_seconds)))
         if piece >= frames or (not ahead and board.link.seconds(frames - piece) < board.hides(model)):
             return None
-        if not ahead and (not model.begun or board.busy):
+        if not ahead and (not model.begun or piece > board.ledger.free + board.idle_pages):
             plan = self._plan(model, piece if model.begun else frames + self._cache_gap(model, now), reach, now)
             givers = plan.givers()
             if plan.preempts or not plan.enough:
