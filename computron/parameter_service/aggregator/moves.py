@@ -163,8 +163,7 @@ class Moves:
             index = block.block.index
             job.leaving[index] = job.blocks.pop(index)
             job.given[index] = block.applied, to
-            limited = job.kept is not None
-            adopt = Adopt(name, job.epoch, index, block.applied, block.updates, block.memory, limited)
+            adopt = Adopt(name, job.epoch, index, block.applied, block.updates, block.memory, job.kept)
             if link.shares_memory:
                 link.send(adopt)
             else:

@@ -183,8 +183,8 @@ class Orders:
         block = HeldBlock.of(job.spec, job.layout.blocks[message.block], segment, memory)
         block.applied, block.updates, block.complete = message.applied, message.updates, True
         job.blocks[message.block] = block
-        if not message.limited:
-            job.kept = None
+        if job.kept is not None:  # what was told of it before it was known here has been missed
+            job.kept = None if message.kept is None else max(job.kept, message.kept)
         job.expected.discard(message.block)
         job.given.pop(message.block, None)
         self._arrived(job, [block])

@@ -224,7 +224,8 @@ class Server:
                 self.moves.adopted(self._job(message.job), link, message)
             case Refused():
                 log.warning("another aggregator refused: %s", message.message)
-                self.moves.refused(self._job(message.job), link, message.message)
+                if message.job in self._jobs:  # a refusal is never answered by another one
+                    self.moves.refused(self._jobs[message.job], link, message.message)
             case _:
                 raise Refusal(refusals.BAD_MESSAGE, f"{type(message).__name__} is not for aggregators")
 

@@ -178,6 +178,18 @@ def test_all_aggregators_hear_that_no_snapshot_can_be_written_and_when_one_can_a
     assert trained.job.trouble == "it is not there"
 
 
+@pytest.mark.parametrize("trouble", [None, "the disk is full"])
+def test_who_gets_a_job_hears_once_which_snapshot_is_complete(trained: Trained, trouble: str | None) -> None:
+    trained.tell(Finished("lm", "", 50, "/lm/snapshot-50-1.safetensors", 0.0))
+    if trouble is not None:
+        trained.tell(Received(1, Failed("lm", 1, "save", trouble, 60)))
+    told = []
+    for block in (0, 1):
+        trained.tell(MoveAsked("lm", (block,), "two"))
+        told.append(kept(trained.tell(Received(1, MovedOut("lm", 1, (block,), "two", 60)))))
+    assert told == [[(2, None if trouble else 50)], []]
+
+
 def test_that_there_is_no_folder_is_told_once_for_each_job(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     trained.tell(MoveAsked("lm", (1,), "two"))
