@@ -58,13 +58,14 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class NotFinished:
-    """A file could not be given its name. version: "" for a snapshot."""
+    """A file could not be given its name. version: "" for a snapshot. history: as in `Finish`."""
 
     job: str
     version: str
     step: int
     path: str
     message: str
+    history: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from computron.parameter_service.master.events import Discard, Finish, Finished, NotFinished, Prune
 from computron.parameter_service.master.records import SavingFailed, SnapshotSaved, VersionSaved
-from computron.parameter_service.master.state import Job, State, Unfinished
+from computron.parameter_service.master.state import Change, Job, State, Unfinished
 from computron.parameter_service.versions.names import begun_of
 from computron.parameter_service.wire.messages import NO_FOLDER, Failed, Kept, Saved, Unpublished
 
@@ -45,7 +45,15 @@ class Files:
             log.warning("nothing_is_saved job=%s: if an aggregator dies the job ends; %s", job.name, reason)
         self._do_without(job, message.step, reason)
 
-    def not_published(self, job: Job, version: str, step: int, reason: str) -> None:
+    def not_published(self, job: Job, aggregator: str, message: Failed) -> None:
+        """What is said of an older history is of a version that nobody waits for, or of a deleted job of this name."""
+        reason = f"{aggregator}: {message.message}"
+        if message.epoch < job.book.history:
+            log.info("old_file_failed job=%s reason=%s", job.name, reason)
+            return
+        self._unpublish(job, message.version, message.step, reason)
+
+    def _unpublish(self, job: Job, version: str, step: int, reason: str) -> None:
         """The workers hear of it once, however many blocks it fails for. The job's view says so until another version
         is complete.
         """
@@ -62,7 +70,7 @@ class Files:
         if job is None or not _counts(job, event):
             log.info("old_file_failed job=%s reason=%s", event.job, event.message)
         elif event.version:
-            self.not_published(job, event.version, event.step, event.message)
+            self._unpublish(job, event.version, event.step, event.message)
         else:
             log.error("snapshot_failed job=%s reason=%s", job.name, event.message)
             self._do_without(job, event.step, event.message)
@@ -100,7 +108,7 @@ class Files:
 def _counts(job: Job, file: Saved | Finished | NotFinished) -> bool:
     """Whether a file is of a state that the job still comes from. A version that is complete is what it is."""
     if file.version:
-        if not isinstance(file, Saved):
+        if isinstance(file, Finished):
             return True
         return file.history >= job.book.history and not _is_before_load(job, file.history)
     begun = begun_of(Path(file.path))
@@ -123,6 +131,17 @@ def _is_late(job: Job, message: Saved) -> bool:
 def newest(job: Job) -> SnapshotSaved | None:
     """The complete snapshot of the last step; of two of the same step, that of the later epoch."""
     return max(job.book.counted, key=lambda saved: begun_of(Path(saved.path)) or (saved.step, 0), default=None)
+
+
+def first_limit(job: Job, change: Change) -> int | None:
+    """`Kept.step` with which the change's epoch begins."""
+    every = job.book.spec.snapshot_every
+    if change.loads:
+        return change.applied - every  # no step before there is a snapshot of what was loaded
+    if job.trouble:
+        return None
+    snapshot = newest(job)
+    return snapshot.step if snapshot is not None else -every
 
 
 def discard_unfinished(state: State, job: Job) -> None:

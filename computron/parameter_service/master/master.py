@@ -180,4 +180,4 @@ class Master:
             case Failed(order="save"):
                 self._files.not_saved(job, name, message)
             case Failed():
-                self._files.not_published(job, message.version, message.step, f"{name}: {message.message}")
+                self._files.not_published(job, name, message)

@@ -281,7 +281,7 @@ def _finished(order: Finish) -> Finished:
 
 def _not_finished(order: Finish, error: BaseException) -> NotFinished:
     message = f"{error}; does the master see the folder?"
-    return NotFinished(order.job, order.version, order.step, order.path, message)
+    return NotFinished(order.job, order.version, order.step, order.path, message, order.history)
 
 
 async def _send(socket: web.WebSocketResponse, outbox: asyncio.Queue[bytes | None]) -> None:

@@ -155,6 +155,13 @@ def test_nothing_of_a_deleted_job_counts_in_a_new_one_of_its_name(trained: Train
     assert [saved.path for saved in trained.job.book.snapshots] == ["/f/lm/snapshot-0-2.safetensors"]
 
 
+def test_epochs_of_a_name_go_on_however_many_others_were_deleted_since(trained: Trained) -> None:
+    trained.tell(DropAsked("lm"))
+    trained.master.state.book.dropped.clear()
+    trained.tell(Received(WORKER + 1, enlist(trained.spec)))
+    assert trained.job.book.placed.epoch == 2
+
+
 def kept(orders: list[Order]) -> list[tuple[int, int | None]]:
     """Which links hear of what step."""
     sent = [order for order in orders if isinstance(order, Send)]
@@ -211,9 +218,17 @@ def test_workers_hear_once_of_each_version_that_does_not_come_about(
         return Received(1, Failed("lm", 1, "publish", f"/{version} is there already", step, version))
 
     assert told(failed("v1", 3), failed("v1", 3), failed("v1", 4), failed("v2", 4)) == ["v1", "v1", "v2"]
-    assert told(NotFinished("lm", "v2", 4, "/v2", "the disk is full")) == []
-    assert told(NotFinished("lm", "v3", 5, "/v3", "the disk is full")) == ["v3"]
+    assert told(NotFinished("lm", "v2", 4, "/v2", "the disk is full", 1)) == []
+    assert told(NotFinished("lm", "v3", 5, "/v3", "the disk is full", 1)) == ["v3"]
     assert trained.job.unpublished == "the disk is full"
+
+
+def test_workers_hear_of_no_version_of_a_deleted_job_or_of_before_a_rollback(trained: Trained) -> None:
+    trained.tell(DropAsked("lm"))
+    trained.tell(Received(WORKER, enlist(trained.spec)))
+    trained.tell(Received(1, Failed("lm", 1, "publish", "the disk is full", 3, "v1")))
+    trained.tell(NotFinished("lm", "v2", 3, "/v2", "it was discarded", 1))
+    assert trained.job.unpublished == ""
 
 
 def test_an_epoch_in_which_nothing_was_saved_has_no_limit_but_one_that_goes_back_has(trained: Trained) -> None:
