@@ -77,7 +77,8 @@ class Orders:
                 blocks = {**job.leaving, **job.blocks}.values()
                 states = tuple(BlockState(b.block.index, b.applied) for b in blocks if b.complete)
                 empty = tuple(b.block.index for b in blocks if not b.complete)
-                self._report(Held(order.job, order.epoch, states, job.lately(), tuple(job.leaving), empty))
+                leaving = tuple(job.leaving)
+                self._report(Held(order.job, order.epoch, states, job.lately(), leaving, empty, job.history))
 
         self._steps.quiet(job, quiet)
 
@@ -88,14 +89,14 @@ class Orders:
         try:
             self._take_back(job, order.blocks)
         except OSError as error:
-            self._report(Failed(order.job, order.epoch, "complete", str(error)))
+            self._failed(order.job, order.epoch, "complete", str(error))
             return
         blocks = [job.blocks[index] for index in order.blocks if index in job.blocks]
         wrong = [b.block.index for b in blocks if not b.complete or b.applied != order.step - 1]
         unstaged = _without_gradients(job, blocks, order)
         if len(blocks) < len(order.blocks) or wrong or unstaged:
             what = f"of workers {unstaged} there are no gradients" if unstaged else f"blocks {wrong} are not there"
-            self._report(Failed(order.job, order.epoch, "complete", f"step {order.step}: {what}"))
+            self._failed(order.job, order.epoch, "complete", f"step {order.step}: {what}")
             return
 
         def done() -> None:
@@ -103,7 +104,7 @@ class Orders:
                 return  # it was withdrawn, or is of no use any more
             lacking = [b.block.index for b in blocks if not b.complete or b.applied != order.step]
             if lacking:
-                self._report(Failed(order.job, order.epoch, "complete", f"blocks {lacking} could not be computed"))
+                self._failed(order.job, order.epoch, "complete", f"blocks {lacking} could not be computed")
             else:
                 for version in versions_of(order.commits):
                     self._saver.save(job, blocks, order.step, version)
@@ -120,12 +121,12 @@ class Orders:
             self._enter(job, order)
             self._jobs[order.spec.job] = job
         except (NoRoom, OSError, ValueError) as error:
-            self._report(Failed(order.spec.job, order.epoch, "host", str(error)))
+            self._failed(order.spec.job, order.epoch, "host", str(error))
 
     def move(self, order: Move) -> None:
         job = self._jobs.get(order.job)
         if job is None or order.epoch != job.epoch or job.held:
-            self._report(Failed(order.job, order.epoch, "move", "the job is in another epoch"))
+            self._failed(order.job, order.epoch, "move", "the job is in another epoch")
             return
         self._moves.order(job, order)
 
@@ -215,7 +216,7 @@ class Orders:
         try:
             self._take_back(job, order.blocks)
         except OSError as error:
-            self._report(Failed(order.spec.job, order.epoch, "host", str(error)))
+            self._failed(order.spec.job, order.epoch, "host", str(error))
             return
         known = {**job.leaving, **job.blocks}
         job.blocks, job.leaving, job.given = {}, {}, {}
@@ -228,7 +229,7 @@ class Orders:
                 block.moving, block.expected_there = None, False
                 job.blocks[index] = block
         except OSError as error:
-            self._report(Failed(order.spec.job, order.epoch, "host", str(error)))
+            self._failed(order.spec.job, order.epoch, "host", str(error))
             return
         for block in known.values():
             block.close()
@@ -238,7 +239,7 @@ class Orders:
         if order.source == KEEP:
             wrong = [b.block.index for b in blocks if not b.complete or b.applied != order.applied]
             if wrong:
-                self._report(Failed(order.spec.job, order.epoch, "host", f"blocks {wrong} are not at {order.applied}"))
+                self._failed(order.spec.job, order.epoch, "host", f"blocks {wrong} are not at {order.applied}")
                 return
             self._go(job, order, blocks)
             return
@@ -271,6 +272,10 @@ class Orders:
         if job.spec.snapshot_every and (job.kept is None or order.applied > job.kept):
             self._saver.save(job, blocks, order.applied)  # what was being saved in the last epoch will not be complete
         self._arrived(job, blocks)
+
+    def _failed(self, job: str, epoch: int, order: str, reason: str) -> None:
+        log.warning("job %s: %s: %s", job, order, reason)
+        self._report(Failed(job, epoch, order, reason))
 
     def _ready(self, job: Job, epoch: int, blocks: Sequence[HeldBlock]) -> None:
         self._report(Ready(job.spec.job, epoch, tuple(BlockState(b.block.index, b.applied) for b in blocks)))

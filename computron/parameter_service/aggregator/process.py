@@ -212,6 +212,7 @@ class Aggregator:
                 job.epoch,
                 job.members,
                 tuple(BlockState(b.block.index, b.applied) for b in job.blocks.values() if b.complete),
+                job.held,
             )
             for job in self._jobs.values()
         )

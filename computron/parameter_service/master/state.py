@@ -143,7 +143,8 @@ class Job:
     does, steps are not limited. without_folder: that nothing can be saved has been logged. unpublished: why the last
     version did not come about; unpublished_file: its name, step and history. broken: why it cannot go on in this epoch,
     as an aggregator said. idle_since: nobody has worked on it since then. kept_by: until then its last step is to be in
-    a snapshot, to be dropped. missing: aggregators that do not find the last snapshot.
+    a snapshot, to be dropped. missing: aggregators that do not find the last snapshot. unbrought: an
+    aggregator has not taken blocks that a worker was to bring: no step was taken since.
     """
 
     book: JobBook
@@ -157,6 +158,7 @@ class Job:
     doubted: dict[str, float] = field(default_factory=dict)
     mismatch: bool = False
     mismatch_of_log: bool = False
+    unbrought: bool = False
     step: int = 0
     progressed: float = 0.0
     cpu: dict[int, float] = field(default_factory=dict)
@@ -190,6 +192,13 @@ class Job:
     def holders(self) -> set[str]:
         """Aggregators that may have blocks of it."""
         return (set(self.book.owners) | set(self.book.moving.values()) | self.hosts) - {""}
+
+    @property
+    def places(self) -> list[str]:
+        """Where each block is going to be; none if nothing is known of that."""
+        if self.change is not None and self.change.phase is Phase.HOSTING:
+            return self.change.owners
+        return [self.book.moving.get(block, owner) for block, owner in enumerate(self.book.owners)]
 
     @property
     def unfenced(self) -> dict[str, tuple[tuple[int, str], ...]]:

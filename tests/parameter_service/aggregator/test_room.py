@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from computron.parameter_service.wire.messages import Failed, Usage
-from tests.parameter_service.aggregator.cluster import MIB, RawWorker, cluster, job
+import pytest
+
+from computron.parameter_service.wire.messages import Failed, Host, Usage
+from tests.parameter_service.aggregator.cluster import MIB, TOKEN, RawWorker, cluster, job
 
 SPEC = job(((MIB // 4,),), optimizer="sgd", block_elements=MIB // 4)  # one block: a MiB, as its gradient
+
+
+async def test_a_job_that_has_no_room_is_refused_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    async with cluster("a", memory=MIB - 1) as master:
+        await master.send("a", Host(SPEC, TOKEN, 1, (0,), (0,), 0, "worker"))
+        ((_, failed),) = await master.heard(lambda who, m: isinstance(m, Failed))
+        assert failed.order == "host"
+        assert any(f"exceed the {MIB - 1}" in entry.getMessage() for entry in caplog.records)
 
 
 async def test_gradients_that_are_pushed_take_room() -> None:

@@ -13,13 +13,14 @@ class BlockState(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HostedJob(msgspec.Struct, frozen=True):
-    """spec and token let a master that has lost its log take the job up again."""
+    """spec and token let a master that has lost its log take the job up again. held: it waits for an order to go on."""
 
     spec: JobSpec
     token: str
     epoch: int
     members: tuple[int, ...]
     blocks: tuple[BlockState, ...]
+    held: bool = False
 
 
 class Register(msgspec.Struct, tag="register", frozen=True):
@@ -111,7 +112,8 @@ class HeldCommit(msgspec.Struct, frozen=True, array_like=True):
 
 class Held(msgspec.Struct, tag="held", frozen=True):
     """blocks: that are complete here, those included whose move was announced but not accepted: `leaving`. Whoever was
-    to have one of these may have it. empty: blocks that are here and have got no state yet.
+    to have one of these may have it. empty: blocks that are here and have got no state yet. history: of all of them, as
+    in `Saved`.
     """
 
     job: str
@@ -120,6 +122,7 @@ class Held(msgspec.Struct, tag="held", frozen=True):
     commits: tuple[HeldCommit, ...]
     leaving: tuple[int, ...] = ()
     empty: tuple[int, ...] = ()
+    history: int = 0
 
 
 class Complete(msgspec.Struct, tag="complete", frozen=True):
