@@ -175,7 +175,7 @@ class Orders:
             job.given.clear()
             job.expect_nothing()
         blocks = {index for index in message.blocks if index not in job.blocks}
-        self.room.check_blocks(job, blocks - job.expected, message.pushing)
+        self.room.check_blocks(job, blocks - job.expected, pushing=message.pushing)
         job.expected |= blocks
         self._jobs[message.spec.job] = job
         return job
@@ -200,11 +200,12 @@ class Orders:
 
     def _enter(self, job: Job, order: Host) -> None:
         """Be what the order says, as soon as nothing of the job is computed any more."""
-        missing = [index for index in order.blocks if index not in job.blocks and index not in job.leaving]
+        here = {*job.blocks, *job.leaving}
+        missing = [index for index in order.blocks if index not in here]
         if order.source == KEEP and missing:
             raise ValueError(f"blocks {missing} are not here to be kept")
         job.expect_nothing()
-        self.room.check_blocks(job, missing)
+        self.room.check_blocks(job, missing, instead=here.difference(order.blocks))
         job.epoch, job.members, job.held, job.token = order.epoch, order.members, True, order.token
         job.kept, job.master_away = order.kept, False
         if order.kept is not None:
@@ -223,6 +224,8 @@ class Orders:
         job.commits.clear()
         job.forget_asks()
         job.history = max(job.history, order.history) if order.source == KEEP else order.epoch
+        for index in known.keys() - set(order.blocks):  # others may come into their room
+            known.pop(index).close()
         try:
             for index in order.blocks:
                 block = known.pop(index, None) or HeldBlock.create(job.spec, job.layout.blocks[index])
@@ -231,8 +234,6 @@ class Orders:
         except OSError as error:
             self._failed(order.spec.job, order.epoch, "host", str(error))
             return
-        for block in known.values():
-            block.close()
         for rank in [rank for rank in job.workers if rank not in job.members]:
             self._leave(job.workers.pop(rank))
         blocks = list(job.blocks.values())
