@@ -26,7 +26,9 @@ class Room:
         """Bytes, those included that are expected or may be pushed."""
         return sum(map(_used_by, self._jobs.values()))
 
-    def check_blocks(self, job: Job, blocks: Collection[int], *, instead: Collection[int] = (), pushing: int = 0) -> None:
+    def check_blocks(
+        self, job: Job, blocks: Collection[int], *, instead: Collection[int] = (), pushing: int = 0
+    ) -> None:
         """These are to come. instead: these go before. pushing: so many members will push their gradients, if more do
         than now. Raises NoRoom.
         """

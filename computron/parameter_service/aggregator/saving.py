@@ -51,6 +51,12 @@ class Save:
             names = [PARAMETERS] if self.version else list(block.parts)
             self._taken[index] = ({name: block.parts[name].clone() for name in names}, block.updates)
 
+    def forget(self, block: HeldBlock) -> None:
+        """Nobody will write the block. Its lock is held."""
+        if self in block.wanted:
+            block.wanted.remove(self)
+        self._taken.pop(block.block.index, None)
+
     def begin(self) -> VersionWriter | SnapshotWriter:
         """Raises as SharedFile does, and Cancelled."""
         if self.cancelled:
@@ -123,6 +129,20 @@ class Saver:
         with self._beginning:
             self._pending.add(save)
         self._thread.submit(self._write, save)
+        if not version and job.kept is None:
+            self._overtake(job, step - job.snapshot_stride)
+
+    def _overtake(self, job: Job, step: int) -> None:
+        """No step waits for a snapshot: those before this step that are not begun are given up, or their copies would
+        pile up. The last two stay: when steps are limited again, a limit that follows from one of them lets them go on.
+        """
+        with self._beginning:
+            late = [save for save in self._pending if save.job is job and not save.version and not save.begun]
+            late = [save for save in late if save.step < step]
+            for save in late:
+                save.begun = save.cancelled = True
+        for save in late:
+            self._loop.call_soon(self._written, save, None)
 
     def extra(self, job: Job, message: Extra, data: bytearray, then: Callable[[], None]) -> None:
         """A tensor that is not trained, for the file of a version. `then` is called when it is there or cannot be; not
@@ -196,8 +216,7 @@ class Saver:
             self._pending.discard(save)
         for block in save.blocks:
             with block.lock:
-                if save in block.wanted:
-                    block.wanted.remove(save)
+                save.forget(block)
         if error is None and not save.cancelled:
             indices = tuple(block.block.index for block in save.blocks)
             self._tell(Saved(save.job.spec.job, save.version, save.step, str(save.path), indices, (), save.history))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from computron.parameter_service.aggregator.saving import Save
 from computron.parameter_service.layout import TensorSpec
 from computron.parameter_service.versions.files import SharedFile, partial_path
 from computron.parameter_service.wire.messages import (
@@ -27,8 +29,8 @@ from computron.parameter_service.wire.messages import (
 )
 from tests.parameter_service.aggregator.cluster import NEVER, TOKEN, FakeMaster, Reference, cluster, job
 from tests.parameter_service.aggregator.test_faults import HYPER, until
-from tests.parameter_service.aggregator.test_reconfiguration import rejoin, snapshot
-from tests.parameter_service.aggregator.test_steps import ADAM, one_step, spread, started
+from tests.parameter_service.aggregator.test_reconfiguration import kept, rejoin, snapshot
+from tests.parameter_service.aggregator.test_steps import ADAM, assert_equal, one_step, spread, started
 
 
 async def saved(master: FakeMaster, version: str, blocks: int) -> list[Saved]:
@@ -125,6 +127,35 @@ async def test_who_is_to_stop_writes_and_tells_first(tmp_path: Path, may_sync: t
         for version in ("v1", "v2"):
             assert {m.step for m in await saved(master, version, count)} == {int(version[1])}
         await until(lambda: master._sockets["a"].closed)
+
+
+async def test_snapshots_that_no_step_waits_for_do_not_pile_up(
+    tmp_path: Path, may_sync: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves, make = [], Save.__init__
+
+    def noted(self: Save, *args: Any) -> None:
+        saves.append(self)
+        make(self, *args)
+
+    monkeypatch.setattr(Save, "__init__", noted)
+    spec = job(workers=1, snapshot_every=2)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a", "b")
+    count = len(reference.layout.blocks)
+    async with cluster("a", "b", folder=tmp_path) as master:
+        workers = await started(master, spec, reference, (True,), owners)
+        for name in owners:
+            await master.send(name, Kept(spec.job, None))
+        for step in range(1, 11):
+            await one_step(workers, reference, step, ADAM)
+        await until(lambda: sum(len(save._taken) for save in saves) <= 3 * count)
+        await kept(master, spec, 0)
+        may_sync.set()
+        await snapshot(master, 9, count)
+        await kept(master, spec, 9)
+        await one_step(workers, reference, 11, ADAM)
+        assert_equal(workers, reference)
 
 
 async def test_a_job_that_has_moved_away_leaves_what_its_version_lacks(
