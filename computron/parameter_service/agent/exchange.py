@@ -79,6 +79,7 @@ class Exchange:
             for event in events:
                 for action in event():
                     self._perform(action, fds or {})
+            self._questions.done(self._progress.step)
             self._changed.tell()
 
     def _perform(self, action: Action, fds: dict[int, int]) -> None:
