@@ -190,9 +190,10 @@ class Aggregator:
             job.kept, job.trouble = None, reason
             self._server.go_on(job, list(job.blocks))
 
-    def _unpublished(self, job: Job, version: str, step: int, reason: str) -> None:
+    def _unpublished(self, job: Job, version: str, step: int, reason: str, path: Path | None, history: int) -> None:
         log.warning("job %s: version %s: %s", job.spec.job, version, reason)
-        self._report(Failed(job.spec.job, job.epoch, "publish", reason, step, version))
+        file = "" if path is None else str(path)
+        self._report(Failed(job.spec.job, job.epoch, "publish", reason, step, version, file, history))
 
     def _tell_failed(self, job: Job, order: str, reason: str) -> None:
         step = max((block.applied for block in job.blocks.values()), default=0)

@@ -7,15 +7,17 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 from torch import Tensor
 
-from computron.errors import CheckpointError
+from computron.errors import CheckpointError, StorageFailed
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Job
 from computron.parameter_service.specs import PARAMETERS
+from computron.parameter_service.versions.files import discard
 from computron.parameter_service.versions.names import snapshot_path, version_path
 from computron.parameter_service.versions.snapshot import SnapshotMissing, SnapshotReader, SnapshotWriter
 from computron.parameter_service.versions.version import VersionWriter
@@ -89,8 +91,8 @@ class Cancelled(Exception):
 
 
 class Saver:
-    """saved, failed, unpublished: told in the event loop's thread; the last of a version's name and step, and why there
-    is none. free: a block's state has been copied and may leave.
+    """saved, failed, unpublished: told in the event loop's thread; the last of a version's name and step, why there is
+    none, and its file and history. free: a block's state has been copied and may leave.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class Saver:
         saved: Callable[[Saved], None],
         failed: Callable[[Job, str, str], None],
         free: Callable[[Job, Sequence[HeldBlock]], None],
-        unpublished: Callable[[Job, str, int, str], None],
+        unpublished: Callable[[Job, str, int, str, Path | None, int], None],
     ) -> None:
         self._directory = directory
         self._saved = saved
@@ -110,6 +112,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "migration")
         self._pending: set[Save] = set()
         self._told: dict[str, dict[tuple[str, int], Saved]] = {}  # by job and file
+        self._half_written: dict[str, Path] = {}  # by job; of the saving thread
         self._beginning = threading.Lock()
 
     def close(self) -> None:
@@ -119,7 +122,7 @@ class Saver:
         """These blocks as they are now, which is after `step`."""
         if self._directory is None:
             if version or job.trouble != NO_FOLDER or job.kept is not None:  # else it has been told
-                self._fail(job, step, version, NO_FOLDER)
+                self._fail(job, step, version, NO_FOLDER, None, job.history)
             return
         name = job.spec.job
         path = version_path(self._directory, name, version) if version else None
@@ -200,6 +203,7 @@ class Saver:
         try:
             with self._beginning:
                 file = save.begin()
+            self._make_room(save)
             with file:
                 for other in together:
                     other.write(file)
@@ -208,8 +212,17 @@ class Saver:
                     file.mark([block.block.index for other in together for block in other.blocks])
         except Exception as raised:
             error = raised
+            if not save.version:
+                self._half_written[save.job.spec.job] = save.path
         for other in together:
             self._loop.call_soon_threadsafe(self._written, other, error)
+
+    def _make_room(self, save: Save) -> None:
+        """What a snapshot of the job has left that failed here, and so will never be complete, is removed."""
+        half = self._half_written.pop(save.job.spec.job, save.path) if not save.version else save.path
+        if half != save.path:
+            with suppress(StorageFailed):
+                discard(half)
 
     def _written(self, save: Save, error: Exception | None) -> None:
         with self._beginning:
@@ -223,14 +236,14 @@ class Saver:
             if not save.version:
                 for block in save.blocks:
                     block.saved = max(block.saved, save.step)
-        elif error is not None and not isinstance(error, Cancelled):
-            self._fail(save.job, save.step, save.version, _told(save.path, error))
+        elif error is not None and not save.cancelled:
+            self._fail(save.job, save.step, save.version, _told(save.path, error), *save.file)
         self._free(save.job, save.blocks)
 
-    def _fail(self, job: Job, step: int, version: str, reason: str) -> None:
+    def _fail(self, job: Job, step: int, version: str, reason: str, path: Path | None, history: int) -> None:
         """Without snapshots a failure costs more; without a version it does not."""
         if version:
-            self._unpublished(job, version, step, reason)
+            self._unpublished(job, version, step, reason, path, history)
         else:
             self._failed(job, "save", reason)
 
@@ -280,7 +293,7 @@ class Saver:
             saved = Saved(message.job, message.version, message.step, str(path), (), (message.tensor,), history)
             self._tell(saved)
         else:
-            self._fail(job, message.step, message.version, _told(path, error))
+            self._fail(job, message.step, message.version, _told(path, error), path, history)
         then()
 
     def _read(self, job: Job, blocks: Sequence[HeldBlock], path: Path, epoch: int, then: Callable[[], None]) -> None:

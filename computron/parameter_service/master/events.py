@@ -154,10 +154,11 @@ class Prune:
 
 @dataclass(frozen=True, slots=True)
 class Discard:
-    """A version's file that will not be complete. history: as in `Saved`."""
+    """A version's file that will not be complete. history: as in `Saved`. step: only if the file is of this step."""
 
     path: str
     history: int = 0
+    step: int | None = None
 
 
 Order = Log | Send | Close | Start | Finish | Prune | Discard

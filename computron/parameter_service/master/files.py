@@ -24,7 +24,11 @@ class Files:
             return
         job.saw(message.step, now)
         key = message.version, message.step, message.path, message.history
+        if (message.version, message.step, message.history) in job.unpublished_files:
+            self._state.orders.append(Discard(message.path, message.history, message.step))  # it came too late for that
+            return
         there = job.saving.setdefault(key, Unfinished())
+        there.since = now
         there.blocks.update(message.blocks)
         there.extras.update(message.extras)
         extras = len(job.book.spec.extras) if message.version else 0
@@ -48,32 +52,31 @@ class Files:
     def not_published(self, job: Job, aggregator: str, message: Failed) -> None:
         """What is said of an older history is of a version that nobody waits for, or of a deleted job of this name."""
         reason = f"{aggregator}: {message.message}"
-        if message.epoch < job.book.history:
+        if message.history < job.book.history:
             log.info("old_file_failed job=%s reason=%s", job.name, reason)
             return
-        self._unpublish(job, message.version, message.step, reason)
-
-    def _unpublish(self, job: Job, version: str, step: int, reason: str) -> None:
-        """The workers hear of it once, however many blocks it fails for. The job's view says so until another version
-        is complete.
-        """
-        file = version, step, job.book.history
-        if job.unpublished_file == file:
-            return
-        log.error("version_failed job=%s version=%s step=%d reason=%s", job.name, version, step, reason)
-        job.unpublished, job.unpublished_file = reason, file
-        for worker in job.linked:
-            self._state.send(worker.link, Unpublished(job.name, version, reason))
+        _unpublish(self._state, job, (message.version, message.step, message.path, message.history), reason)
 
     def not_finished(self, event: NotFinished) -> None:
         job = self._state.jobs.get(event.job)
         if job is None or not _counts(job, event):
             log.info("old_file_failed job=%s reason=%s", event.job, event.message)
         elif event.version:
-            self._unpublish(job, event.version, event.step, event.message)
+            _unpublish(self._state, job, (event.version, event.step, event.path, event.history), event.message)
         else:
             log.error("snapshot_failed job=%s reason=%s", job.name, event.message)
             self._do_without(job, event.step, event.message)
+
+    def look_for_extras(self, now: float) -> None:
+        """Versions for which there will never be all that is not trained."""
+        for job in self._state.jobs.values():
+            count = len(job.book.spec.extras)
+            for file, there in list(job.saving.items()):
+                version, step, *_ = file
+                lacking = version and len(there.extras) < count and step <= job.extras_until
+                if lacking and now - there.since >= self._state.limits.away:
+                    reason = "the worker that had what is not trained left, or died, before it was written"
+                    _unpublish(self._state, job, file, reason)
 
     def _do_without(self, job: Job, step: int, reason: str) -> None:
         """A snapshot of this step, or of one before, did not come about, wherever it failed: none of the aggregators is
@@ -91,7 +94,7 @@ class Files:
             return
         if event.version:
             self._state.write(VersionSaved(event.job, event.version, event.step, event.path, event.at))
-            job.unpublished, job.unpublished_file = "", None
+            job.unpublished = ""
             log.info("version_complete job=%s version=%s step=%d", event.job, event.version, event.step)
             return
         self._state.write(SnapshotSaved(event.job, event.step, event.path))
@@ -144,7 +147,33 @@ def first_limit(job: Job, change: Change) -> int | None:
     return snapshot.step if snapshot is not None else -every
 
 
+def note_extras(job: Job, change: Change) -> None:
+    """What is not trained comes from the lowest rank: if that one has gone, the rest of it will not come."""
+    before = job.book.members
+    if before and before[min(before)] not in ("", change.members.get(min(before))):
+        job.extras_until = change.applied + 1
+
+
+def _unpublish(state: State, job: Job, file: tuple[str, int, str, int], reason: str) -> None:
+    """The workers hear of it once, however many blocks it fails for. The job's view says so until another version is
+    complete.
+    """
+    version, step, path, history = file
+    if (version, step, history) in job.unpublished_files:
+        return
+    log.error("version_failed job=%s version=%s step=%d reason=%s", job.name, version, step, reason)
+    job.unpublished = reason
+    job.unpublished_files.add((version, step, history))
+    alike = {key for key in job.saving if (key[0], key[1], key[3]) == (version, step, history)}
+    for key in alike | ({file} if path else set()):
+        job.saving.pop(key, None)
+        state.orders.append(Discard(key[2], history, step))
+    for worker in job.linked:
+        state.send(worker.link, Unpublished(job.name, version, reason))
+
+
 def discard_unfinished(state: State, job: Job) -> None:
     """What is being written will not be complete: the job goes on from another step, or is no more."""
     state.orders.extend(Discard(path, history) for version, _, path, history in job.saving if version)
     job.saving.clear()
+    job.unpublished_files.clear()

@@ -89,6 +89,7 @@ class Master:
         for job in self._concerned(event):
             self._reconfiguration.advance(job, now)
         if isinstance(event, Tick):
+            self._files.look_for_extras(now)
             self.scaling.advance(now)
         orders, self.state.orders = self.state.orders, []
         return orders

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from computron.parameter_service.master.files import discard_unfinished, first_limit, newest
+from computron.parameter_service.master.files import discard_unfinished, first_limit, newest, note_extras
 from computron.parameter_service.master.findings import best, commits_of, is_followed, nobody_finds, silent
 from computron.parameter_service.master.loading import bringers, look_for_loaded
 from computron.parameter_service.master.placement import Placer
@@ -363,6 +363,7 @@ class Reconfiguration:
         initialise = first if change.source == FRESH else None
         unheard = silent(self._state, job, change) if job.book.placed is not None else {}
         unfenced = sorted((name, members) for name, members in unheard.items() if name not in change.owners)
+        note_extras(job, change)
         self._state.write(Placed(
             job=job.name,
             epoch=change.epoch,

@@ -194,7 +194,7 @@ class MasterServer:
             case Prune():
                 self._remove(lambda: prune(Path(order.path), map(Path, order.keep)))
             case Discard():
-                self._remove(lambda: discard(Path(order.path), order.history))
+                self._remove(lambda: discard(Path(order.path), order.history, order.step))
 
     def _remove(self, work: Callable[[], object]) -> None:
         self._in_thread(work, lambda: None, lambda error: log.error("not_removed error=%s", error))

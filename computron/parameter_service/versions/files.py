@@ -181,10 +181,36 @@ def _finish(descriptor: int, partial: Path, path: Path) -> None:
         _sync_folder(path.parent)
 
 
-def discard(path: Path, history: int = 0) -> None:
-    """Removes what was written of an unfinished file. May come twice; a finished one stays."""
+def discard(path: Path, history: int = 0, step: int | None = None) -> None:
+    """Removes what was written of an unfinished file. May come twice; a finished one stays. step: so does one whose
+    metadata name another step. Raises StorageFailed.
+    """
+    partial = partial_path(path, history)
     with _storage_errors(path):
-        partial_path(path, history).unlink(missing_ok=True)
+        if step is None:
+            partial.unlink(missing_ok=True)
+            return
+        try:
+            descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            _discard(descriptor, partial, step)
+        finally:
+            os.close(descriptor)
+
+
+def _discard(descriptor: int, partial: Path, step: int) -> None:
+    with _locked(descriptor):
+        if not _is_at(descriptor, partial):
+            return
+        try:
+            header = read_header(descriptor, partial)
+        except CheckpointError:
+            os.ftruncate(descriptor, 0)  # nobody has come to write data: whoever is next begins it anew
+            return
+        if header.metadata.get("step") == str(step):
+            partial.unlink()
 
 
 def _open(path: Path, partial: Path) -> int:

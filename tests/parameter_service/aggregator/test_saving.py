@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from computron.errors import StorageFailed
 from computron.parameter_service.aggregator.saving import Save
 from computron.parameter_service.layout import TensorSpec
 from computron.parameter_service.versions.files import SharedFile, partial_path
@@ -207,6 +208,22 @@ async def test_who_has_no_folder_says_so_once_until_a_limit_is_set_anew() -> Non
         await master.send("a", Host(spec, TOKEN, 3, (0,), tuple(owners["a"]), 3, "keep", 0))
         await master.heard(lambda who, m: isinstance(m, Ready) and m.epoch == 3)
         assert [failed.epoch for failed in await failures(4)] == [3]
+
+
+async def test_of_snapshots_that_fail_no_more_than_one_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: SharedFile) -> None:
+        raise StorageFailed(f"{self.path}: the disk is full")
+
+    spec = job(((64,),), workers=1, snapshot_every=2)
+    reference = Reference(spec, **ADAM)
+    async with cluster("a", folder=tmp_path) as master:
+        workers = await started(master, spec, reference, (True,), spread(reference, "a"))
+        await snapshot(master, 0, 1)
+        monkeypatch.setattr(SharedFile, "sync", full)
+        for step in range(1, 5):
+            await one_step(workers, reference, step, ADAM)
+            await master.heard(lambda who, m: isinstance(m, Failed) and "the disk is full" in m.message)
+        assert [path.name for path in tmp_path.rglob("*.partial")] == ["snapshot-4-1.safetensors.partial"]
 
 
 async def test_a_version_that_is_there_is_told_with_its_name_and_step(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from computron.parameter_service.wire.messages import (
     Held,
     Host,
     Kept,
+    Leave,
     MovedOut,
     Ready,
     Register,
@@ -215,7 +216,7 @@ def test_workers_hear_once_of_each_version_that_does_not_come_about(
         return [order.message.version for order in sent if isinstance(order.message, Unpublished)]
 
     def failed(version: str, step: int) -> Event:
-        return Received(1, Failed("lm", 1, "publish", f"/{version} is there already", step, version))
+        return Received(1, Failed("lm", 1, "publish", f"/{version} is there already", step, version, history=1))
 
     assert told(failed("v1", 3), failed("v1", 3), failed("v1", 4), failed("v2", 4)) == ["v1", "v1", "v2"]
     assert told(NotFinished("lm", "v2", 4, "/v2", "the disk is full", 1)) == []
@@ -229,6 +230,32 @@ def test_workers_hear_of_no_version_of_a_deleted_job_or_of_before_a_rollback(tra
     trained.tell(Received(1, Failed("lm", 1, "publish", "the disk is full", 3, "v1")))
     trained.tell(NotFinished("lm", "v2", 3, "/v2", "it was discarded", 1))
     assert trained.job.unpublished == ""
+
+
+def test_what_is_left_of_a_version_that_failed_is_removed(trained: Trained) -> None:
+    trained.saved("v1", 3, "/v1", 0, extras=(0, 1))
+    failed = Received(1, Failed("lm", 1, "publish", "the disk is full", 3, "v1", "/v1", 1))
+    assert Discard("/v1", 1, 3) in trained.tell(failed)
+    assert not trained.job.saving
+    assert Discard("/v1", 1, 3) in trained.saved("v1", 3, "/v1", 1)  # another aggregator was late
+    assert not trained.job.saving
+    assert Finish("lm", "v1", 4, "/v1", 1) in trained.saved("v1", 4, "/v1", 0, 1, extras=(0, 1))
+
+
+def test_a_version_is_given_up_when_whoever_had_what_is_not_trained_has_gone(trained: Trained) -> None:
+    trained.saved("v1", 3, "/v1", 0, 1, extras=(0,))
+    trained.tell(Received(WORKER, Leave("lm", 0, 3)))
+    trained.tell(Received(WORKER + 1, enlist(trained.spec, incarnation="b")))
+    states = tuple(BlockState(block, 3) for block in (0, 1))
+    trained.tell(Received(1, Held("lm", 2, states, (), history=1)))
+    orders = trained.tell(Received(1, Ready("lm", 2, states)))
+    assert trained.job.book.placed.epoch == 2
+    trained.saved("v2", 9, "/v2", 0, 1, extras=(0,))  # the new one is about to give the rest
+    for _ in range(31):
+        orders += trained.tell(Tick())
+    assert Discard("/v1", 1, 3) in orders
+    told = [order.message for order in orders if isinstance(order, Send)]
+    assert [message.version for message in told if isinstance(message, Unpublished)] == ["v1"]
 
 
 def test_an_epoch_in_which_nothing_was_saved_has_no_limit_but_one_that_goes_back_has(trained: Trained) -> None:

@@ -144,3 +144,14 @@ def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     with pytest.raises(StorageFailed, match="/f/g cannot be written: File exists; see that the folder can be written"):
         SharedFile(tmp_path / "f" / "g", TENSORS, {})
+
+
+def test_only_what_is_of_the_step_is_discarded(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    SharedFile(path, TENSORS, {"step": "4"}, 2).close()
+    for step, left in ((3, True), (4, False), (4, False)):
+        discard(path, 2, step)
+        assert partial_path(path, 2).exists() is left
+    partial_path(path, 2).write_bytes(b"\1")  # its header did not fit on the disk
+    discard(path, 2, 4)
+    SharedFile(path, TENSORS, {"step": "5"}, 2).close()

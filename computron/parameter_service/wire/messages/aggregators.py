@@ -216,7 +216,8 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     """An order could not be carried out. order: "hold", "complete", "host", "move", "step", "save" (of a snapshot) or
     "publish"; "restore" if the snapshot that blocks were to come from is damaged, "find" if it is not there. message:
     NO_FOLDER where nothing can be saved or published at all. step: the last that any block here has seen, of an order
-    to save; of an order to publish that of the version, which `version` names.
+    to save; of an order to publish that of the version, which `version` names, with its file's path if it has one, and
+    its history, as in `Saved`.
     """
 
     job: str
@@ -225,6 +226,8 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     message: str
     step: int = 0
     version: str = ""
+    path: str = ""
+    history: int = 0
 
 
 class Stop(msgspec.Struct, tag="stop", frozen=True):
