@@ -56,7 +56,8 @@ REPORT_EVERY = 1.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class AggregatorSettings:
-    """master: its URL. host, port: where workers of other machines connect; 0 for any port. memory: bytes of blocks.
+    """master: its URL. host, port: where workers of other machines connect; 0 for any port. memory: bytes
+    of blocks, and of gradients that are pushed for them.
 
     snapshots: folder of snapshots and versions, the same for all aggregators and the master. key: by which the master
     and aggregators know each other. api_key: of the service, where it has one.
@@ -98,6 +99,16 @@ class Aggregator:
             self._jobs, settings.memory, steps, moves, saver, self._report, server.arrived, server.leave
         )
         self._server, self._orders, self._steps, self._saver = server, orders, steps, saver
+        try:
+            await self._serve(server)
+        finally:
+            moves.close()
+            pages.close()
+            steps.close()
+            saver.close()
+
+    async def _serve(self, server: Server) -> None:
+        settings = self._settings
         path = f"\0computron-{uuid.uuid4().hex}"
         listener = await listen(settings.host, settings.port, path, server)
         self._address = Address(self._identity, settings.host, listener.port, machine_id(), path)
@@ -118,10 +129,6 @@ class Aggregator:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             listener.close()
-            moves.close()
-            pages.close()
-            steps.close()
-            saver.close()
 
     def _received(self, message: Any) -> None:
         match message:
