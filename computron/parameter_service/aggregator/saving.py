@@ -208,8 +208,7 @@ class Saver:
                 for other in together:
                     other.write(file)
                 file.sync()
-                if isinstance(file, SnapshotWriter):
-                    file.mark([block.block.index for other in together for block in other.blocks])
+                file.mark([block.block.index for other in together for block in other.blocks])
         except Exception as raised:
             error = raised
             if not save.version:
@@ -274,6 +273,7 @@ class Saver:
             with version:
                 version.write_extra(message.tensor, data)
                 version.sync()
+                version.mark(extras=[message.tensor])
         except Exception as raised:
             error = raised
         self._loop.call_soon_threadsafe(self._extra_written, job, message, path, history, then, error)

@@ -135,13 +135,16 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """All blocks are in this file, which may have its name now. version: "" for a snapshot. history: as in `Saved`."""
+    """All blocks are in this file, which may have its name now. version: "" for a snapshot. history: as in `Saved`.
+    count: of its blocks and extras.
+    """
 
     job: str
     version: str
     step: int
     path: str
     history: int = 0
+    count: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ class Files:
         extras = len(job.book.spec.extras) if message.version else 0
         if len(there.blocks) == len(job.layout.blocks) and len(there.extras) == extras:
             del job.saving[key]
-            self._state.orders.append(Finish(job.name, *key))
+            self._state.orders.append(Finish(job.name, *key, len(job.layout.blocks) + extras))
 
     def not_saved(self, job: Job, aggregator: str, message: Failed) -> None:
         """Blocks of a snapshot could not be written. What an older epoch lacks is saved again in the next."""

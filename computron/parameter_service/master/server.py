@@ -187,7 +187,7 @@ class MasterServer:
                     self.tell(Started(order.aggregator, *begun))
             case Finish():
                 self._in_thread(
-                    lambda: finish(Path(order.path), order.history),
+                    lambda: finish(Path(order.path), order.history, order.count),
                     lambda: self.tell(_finished(order)),
                     lambda error: self.tell(_not_finished(order, error)),
                 )

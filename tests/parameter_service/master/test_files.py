@@ -104,12 +104,12 @@ def test_a_version_is_finished_when_all_blocks_and_all_extras_are_there(trained:
         *trained.saved("v1", 7, "/v1", extras=(0,)),
     ]
     assert not [order for order in told if isinstance(order, Finish)]
-    assert Finish("lm", "v1", 7, "/v1", 1) in trained.saved("v1", 7, "/v1", extras=(1,))
+    assert Finish("lm", "v1", 7, "/v1", 1, 4) in trained.saved("v1", 7, "/v1", extras=(1,))
 
 
 def test_a_snapshot_has_no_extras_and_makes_older_ones_needless(trained: Trained) -> None:
     for step in (5, 10, 15):
-        assert Finish("lm", "", step, f"/{step}") in trained.saved("", step, f"/{step}", 0, 1)
+        assert Finish("lm", "", step, f"/{step}", 0, 2) in trained.saved("", step, f"/{step}", 0, 1)
         orders = trained.tell(Finished("lm", "", step, f"/{step}", 0.0))
     assert Prune("/15", ("/10", "/15")) in orders
 
@@ -133,7 +133,7 @@ def test_what_went_into_a_version_before_a_rollback_does_not_count_after_it(trai
         *trained.saved("v1", 7, "/v1", 1, extras=(0, 1), by=2, history=2),
     ]
     assert not [order for order in told if isinstance(order, Finish)]
-    assert Finish("lm", "v1", 7, "/v1", 2) in trained.saved("v1", 7, "/v1", 0, by=2, history=2)
+    assert Finish("lm", "v1", 7, "/v1", 2, 4) in trained.saved("v1", 7, "/v1", 0, by=2, history=2)
 
 
 def test_a_snapshot_that_was_removed_is_not_finished_again(trained: Trained) -> None:
@@ -239,7 +239,7 @@ def test_what_is_left_of_a_version_that_failed_is_removed(trained: Trained) -> N
     assert not trained.job.saving
     assert Discard("/v1", 1, 3) in trained.saved("v1", 3, "/v1", 1)  # another aggregator was late
     assert not trained.job.saving
-    assert Finish("lm", "v1", 4, "/v1", 1) in trained.saved("v1", 4, "/v1", 0, 1, extras=(0, 1))
+    assert Finish("lm", "v1", 4, "/v1", 1, 4) in trained.saved("v1", 4, "/v1", 0, 1, extras=(0, 1))
 
 
 def test_a_version_is_given_up_when_whoever_had_what_is_not_trained_has_gone(trained: Trained) -> None:

@@ -121,7 +121,7 @@ async def test_a_step_that_one_aggregator_lacks_is_completed_before_the_job_goes
 async def test_a_dead_aggregator_rolls_its_job_back_to_the_last_complete_snapshot(
     server: MasterServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("computron.parameter_service.master.server.finish", lambda path, history: None)
+    monkeypatch.setattr("computron.parameter_service.master.server.finish", lambda path, history, count: None)
     async with FakeAggregator(server.url, "two") as two, FakeAgent(server.url) as agent:
         async with FakeAggregator(server.url, "one", memory=1 << 31) as one:
             await agent.enlist(job_spec(snapshot_every=10))
