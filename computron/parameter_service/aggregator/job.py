@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.staging import PushedStaging, Staging, missing
 from computron.parameter_service.layout import Layout
+from computron.parameter_service.packing.loads import LEAST_ALLOWANCE
 from computron.parameter_service.specs import block_bytes, gradient_bytes
 from computron.parameter_service.wire.link import Link
 from computron.parameter_service.wire.messages import Address, AskNorms, Commit, HeldCommit, JobSpec
 from computron.parameter_service.wire.segments import Segment
 
 SMOOTHING = 0.1  # of measured times: the weight of the newest
-LEAST_ALLOWANCE = 0.001  # seconds
 
 
 @dataclass(eq=False)
