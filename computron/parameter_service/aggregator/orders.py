@@ -144,6 +144,7 @@ class Orders:
             job.held = True
             if job.blocks or job.leaving:  # else it has moved away, and files get what was copied for them before
                 self._saver.cancel(job, versions=True)
+            self._saver.left(order.job)
             self._steps.quiet(job, lambda: self._forget(job))
 
     def kept(self, order: Kept) -> list[Job]:

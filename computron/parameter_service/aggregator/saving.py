@@ -26,6 +26,7 @@ from computron.parameter_service.wire.messages import NO_FOLDER, Extra, Saved
 log = logging.getLogger(__name__)
 
 TOLD_AGAIN = 64  # files of a job, the newest: a master may have missed what was told of them
+LEFT = 8  # jobs that are not here any more, the last, whose files are told again, too
 
 
 class Save:
@@ -112,6 +113,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "migration")
         self._pending: set[Save] = set()
         self._told: dict[str, dict[tuple[str, int], Saved]] = {}  # by job and file
+        self._left: dict[str, None] = {}  # jobs that are not here any more
         self._half_written: dict[str, Path] = {}  # by job; of the saving thread
         self._beginning = threading.Lock()
 
@@ -126,6 +128,7 @@ class Saver:
             return
         name = job.spec.job
         path = version_path(self._directory, name, version) if version else None
+        self._left.pop(name, None)
         save = Save(job, blocks, step, version, path or snapshot_path(self._directory, name, step, job.epoch))
         for block in blocks:
             block.wanted.append(save)
@@ -167,6 +170,18 @@ class Saver:
             for save in self._pending:
                 if save.job is job and (versions or not save.version):
                     save.cancelled = True
+
+    def left(self, job: str) -> None:
+        """The job is not here any more. What was ordered before is written and told; of a few such jobs also again."""
+        self._left.pop(job, None)
+        self._left[job] = None
+        self._forget_left()
+
+    def _forget_left(self) -> None:
+        for name in list(self._left)[:-LEFT]:
+            self._told.pop(name, None)
+            if not any(save.job.spec.job == name for save in self._pending):
+                del self._left[name]
 
     def restore(self, job: Job, blocks: Sequence[HeldBlock], path: Path, then: Callable[[], None]) -> None:
         """Fill the blocks from a snapshot; `then` is called when they are."""
@@ -257,6 +272,7 @@ class Saver:
         for oldest in list(told)[:-TOLD_AGAIN]:
             del told[oldest]
         self._saved(saved)
+        self._forget_left()
 
     def _write_extra(
         self, job: Job, message: Extra, data: bytearray, path: Path, history: int, then: Callable[[], None]

@@ -7,12 +7,16 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from computron.errors import StorageFailed
-from computron.parameter_service.aggregator.saving import Save
+from computron.parameter_service.aggregator import saving
+from computron.parameter_service.aggregator.block import HeldBlock
+from computron.parameter_service.aggregator.orders import new_job
+from computron.parameter_service.aggregator.saving import Save, Saver
 from computron.parameter_service.layout import TensorSpec
 from computron.parameter_service.versions.files import SharedFile, partial_path
 from computron.parameter_service.wire.messages import (
@@ -177,6 +181,24 @@ async def test_a_job_that_has_moved_away_leaves_what_its_version_lacks(
         await master.hold(spec, 2, "a")  # it has heard
         may_sync.set()
         assert torch.equal(load_file(await snapshot(master, 1, 1))["t0"], expected)
+
+
+async def test_of_jobs_that_are_gone_little_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "LEFT", 2)
+    told: list[Saved] = []
+    saver = Saver(tmp_path, told.append, lambda *_: None, lambda *_: None, lambda *_: None)
+    for number in range(5):
+        spec = msgspec.structs.replace(job(((64,),)), job=f"job{number}")
+        hosted = new_job(Host(spec, TOKEN, 1, (0,), (0,), 0, "worker"))
+        saver.save(hosted, [HeldBlock.create(spec, hosted.layout.blocks[0])], 1, "v1")
+        if number % 2:
+            saver.left(spec.job)  # what is ordered is written
+        await until(lambda number=number: len(told) == number + 1)
+        saver.left(spec.job)
+    told.clear()
+    saver.tell_again()
+    assert [message.job for message in told] == ["job3", "job4"]
+    saver.close()
 
 
 async def test_whether_a_snapshot_is_damaged_or_missing_or_out_of_reach_is_told_apart(tmp_path: Path) -> None:
