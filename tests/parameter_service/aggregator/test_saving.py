@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from pathlib import Path
 from typing import Any
@@ -128,7 +127,8 @@ async def test_who_is_to_stop_writes_and_tells_first(tmp_path: Path, may_sync: t
         for step, version in enumerate(("v1", "v2"), 1):
             await one_step(workers, reference, step, ADAM, version=version)
         await master.send("a", Stop())
-        asyncio.get_running_loop().call_later(0.2, may_sync.set)
+        await master.hold(msgspec.structs.replace(spec, job="another"), 1, "a")  # it has heard
+        may_sync.set()
         for version in ("v1", "v2"):
             assert {m.step for m in await saved(master, version, count)} == {int(version[1])}
         await until(lambda: master._sockets["a"].closed)
