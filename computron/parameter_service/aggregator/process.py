@@ -56,11 +56,11 @@ REPORT_EVERY = 1.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class AggregatorSettings:
-    """master: its URL. host, port: where workers of other machines connect; 0 for any port. memory: bytes
-    of blocks, and of gradients that are pushed for them.
+    """master: its URL. host, port: where workers of other machines connect; 0 for any port.
 
-    snapshots: folder of snapshots and versions, the same for all aggregators and the master. key: by which the master
-    and aggregators know each other. api_key: of the service, where it has one.
+    memory: bytes of blocks, and of gradients that are pushed for them. snapshots: folder of snapshots and versions, the
+    same for all aggregators and the master. key: by which the master and aggregators know each other. api_key: of the
+    service, where it has one.
     """
 
     master: str
