@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import uvloop
 
+from computron.parameter_service.aggregator.arrivals import Arrivals
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Job, versions_of
 from computron.parameter_service.aggregator.master_link import MasterLink
@@ -88,7 +89,7 @@ class Aggregator:
         """Until the master or a signal says that it is to stop. Raises OSError if it cannot listen."""
         settings = self._settings
         key = settings.key
-        server = Server(key, self._jobs, self._report)
+        server = Server(self._jobs, self._report)
         server.steps = steps = Steps(self._changed, self._step_failed)
         server.pages = pages = Pages()
         server.moves = moves = Moves(machine_id(), key, server, pages, self._report, self._move_failed)
@@ -98,6 +99,7 @@ class Aggregator:
         server.orders = orders = Orders(
             self._jobs, settings.memory, steps, moves, saver, self._report, server.arrived, server.leave
         )
+        server.arrivals = Arrivals(key, self._jobs, orders, pages)
         self._server, self._orders, self._steps, self._saver = server, orders, steps, saver
         try:
             await self._serve(server)
