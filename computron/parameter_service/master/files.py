@@ -172,8 +172,13 @@ def _unpublish(state: State, job: Job, file: tuple[str, int, str, int], reason: 
         state.send(worker.link, Unpublished(job.name, version, reason))
 
 
-def discard_unfinished(state: State, job: Job) -> None:
-    """What is being written will not be complete: the job goes on from another step, or is no more."""
+def discard_unfinished(state: State, job: Job, back_to: int = -1) -> None:
+    """What is being written will not be complete: the job goes on from another step, or is no more. Workers hear of
+    versions of the step that it goes back to, or of one before: those are not published again with their step.
+    """
+    for file in list(job.saving):
+        if file[0] and file[1] <= back_to:
+            _unpublish(state, job, file, f"it was not complete when the job went back to step {back_to}")
     state.orders.extend(Discard(path, history) for version, _, path, history in job.saving if version)
     job.saving.clear()
     job.unpublished_files.clear()

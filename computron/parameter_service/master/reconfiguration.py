@@ -329,7 +329,7 @@ class Reconfiguration:
         change.phase = Phase.HOSTING
         if change.source != KEEP:
             job.trouble, job.trouble_step = "", 0  # a snapshot is tried again before the first limit
-            discard_unfinished(state, job)
+            discard_unfinished(state, job, -1 if change.loads else change.applied)
             if not change.loads:
                 state.write(RolledBack(job.name, change.epoch, change.applied))
         change.waiting = set() if change.source == FRESH else set(range(len(change.owners)))

@@ -124,6 +124,19 @@ def test_a_rollback_discards_versions_that_are_not_complete(trained: Trained) ->
     assert [order for order in orders if isinstance(order, Discard)] == [Discard("/v2", 1)]
 
 
+def test_workers_hear_of_versions_that_a_rollback_leaves_out_but_not_of_those_whose_steps_come_again(
+    trained: Trained,
+) -> None:
+    trained.saved("", 5, "/5", 0, 1)
+    trained.tell(Finished("lm", "", 5, "/5", 0.0))
+    for step in (4, 5, 6):
+        trained.saved(f"v{step}", step, f"/v{step}", 0)
+    orders = trained.go_back()
+    sent = [order.message for order in orders if isinstance(order, Send)]
+    assert [message.version for message in sent if isinstance(message, Unpublished)] == ["v4", "v5"]
+    assert [order.path for order in orders if isinstance(order, Discard)] == ["/v4", "/v5", "/v6"]
+
+
 def test_what_went_into_a_version_before_a_rollback_does_not_count_after_it(trained: Trained) -> None:
     trained.saved("", 5, "/5", 0, 1)
     trained.tell(Finished("lm", "", 5, "/5", 0.0))
