@@ -30,6 +30,7 @@ from computron.parameter_service.layout import Layout
 from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.wire.link import Link
 from computron.parameter_service.wire.messages import (
+    Address,
     Applied,
     Contents,
     Data,
@@ -65,7 +66,7 @@ class Exchange:
         staging: Staging,
         machine: str,
         changed: Change,
-        unreachable: Callable[[str, str], None],
+        unreachable: Callable[[Address, str], None],
         failed: Callable[[BaseException], None],
     ) -> None:
         self.skipped = False  # the last step changed nothing

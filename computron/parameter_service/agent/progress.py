@@ -192,10 +192,15 @@ class Progress:
             return []
         peer.connected, peer.joined, peer.flushing = False, False, None
         self._asked.discard(aggregator)
-        for index, block in enumerate(self.blocks):
-            if block.owner == aggregator:
-                self._leave_owner(index)
-        return []
+        owned = [index for index, block in enumerate(self.blocks) if block.owner == aggregator]
+        for index in owned:
+            self._leave_owner(index)
+        return [] if owned else self._forget(aggregator)
+
+    def _forget(self, aggregator: str) -> list[Action]:
+        """Until it gets a block: another one may have its name by then."""
+        del self.peers[aggregator]
+        return [Disconnect(aggregator)]
 
     def joined(self, sender: str, message: Joined) -> list[Action]:
         peer = self.peers.get(sender)

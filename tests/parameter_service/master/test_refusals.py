@@ -23,6 +23,7 @@ from computron.parameter_service.wire.messages import (
     Progress,
     Ready,
     Register,
+    Unreachable,
 )
 from tests.parameter_service.master.fakes import address_of, enlist, job_spec
 from tests.parameter_service.master.test_endings import SNAPSHOT, Small
@@ -123,3 +124,16 @@ def test_blocks_of_before_a_load_are_not_taken_together_with_loaded_ones() -> No
     bench.answer("one", {0: 5}, history=1)
     bench.answer("two", {1: 5}, history=2)
     assert bench.job.change.source == SNAPSHOT.format(0, 1)
+
+
+def test_that_another_aggregator_of_the_same_name_has_gone_does_not_count() -> None:
+    bench = Small("one", snapshot_every=10)
+    bench.snapshot(0)
+    bench.at(5)
+    before = msgspec.structs.replace(address_of("one"), port=1)
+    bench.say("lm", Unreachable("lm", 0, 1, before, "connection refused"))
+    bench.wait(5)
+    assert bench.heard("lm", Placement)[-1].epoch == 1
+    bench.say("lm", Unreachable("lm", 0, 1, address_of("one"), "connection refused"))
+    bench.wait(5)
+    assert bench.master.state.jobs["lm"].change is not None

@@ -24,7 +24,7 @@ from computron.parameter_service.wire.messages import (
     Unreachable,
     WorkerLost,
 )
-from tests.parameter_service.master.fakes import FakeAgent, FakeAggregator, job_spec
+from tests.parameter_service.master.fakes import FakeAgent, FakeAggregator, address_of, job_spec
 
 
 def saved(aggregator: FakeAggregator, step: int, folder: Path, blocks: tuple[int, ...]) -> Saved:
@@ -169,7 +169,7 @@ async def test_a_link_that_breaks_is_not_a_death(server: MasterServer) -> None:
             await agent.enlist(job_spec(snapshot_every=10))
             await agent.placed()
         assert server.master.state.jobs["lm"].book.epoch == 1
-        await agent.say(Unreachable("lm", 0, 1, "one", "refused"))
+        await agent.say(Unreachable("lm", 0, 1, address_of("one"), "refused"))
         async with FakeAggregator(server.url, "two"):
             placement = await agent.placed(epoch=2)
             assert placement.addresses[0].aggregator == "two"

@@ -212,7 +212,7 @@ class SimWorker(SimPeer):
         mine = [a for a in reached if a.job is not None and a.job.epoch == placed.epoch]
         for address in placed.addresses:
             if all(address.aggregator != a.name for a in reached):
-                self.say(m.Unreachable("lm", self.rank, placed.epoch, address.aggregator, "gone"))
+                self.say(m.Unreachable("lm", self.rank, placed.epoch, address, "gone"))
         if placed.initialise and placed.applied == self.step:
             for aggregator in mine:
                 for number, block in aggregator.job.blocks.items():
