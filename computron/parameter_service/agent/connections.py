@@ -61,18 +61,17 @@ class Connections:
         """None for a link that was dropped."""
         return next((name for name, known in self._links.items() if known is link), None)
 
-    def lost(self, aggregator: str, reason: str, *, needed: bool) -> None:
-        """Its link has ended: open another, after a moment, as an aggregator without descriptors ends each at once.
-        needed: it has blocks of the job; else whoever hands some over to it says where it is, and it is forgotten until
-        then: another one may have its name by then.
+    def lost(self, aggregator: str, reason: str) -> None:
+        """Its link has ended: unless it was dropped for that, open another, after a moment, as an aggregator without
+        descriptors ends each at once.
         """
-        if not needed:
+        address = self._addresses.get(aggregator)
+        if address is None:
             log.info("aggregator %s, which has nothing of the job any more, ended the link", aggregator)
-            self.drop(aggregator)
             return
         log.warning("the link to aggregator %s broke: %s", aggregator, reason)
         del self._links[aggregator]
-        self._dial(self._addresses[aggregator], QUICK_PAUSE)
+        self._dial(address, QUICK_PAUSE)
 
     def _dial(self, address: Address, pause: float) -> None:
         task = asyncio.get_running_loop().create_task(self._connect(address, pause))

@@ -170,9 +170,8 @@ class Exchange:
     def lost(self, link: Link, reason: str) -> None:
         sender = self._connections.name_of(link)
         if sender is not None:
-            needed = any(block.owner == sender for block in self._progress.blocks)
-            self._connections.lost(sender, reason, needed=needed)
             self.handle(lambda: self._progress.lost(sender))
+            self._connections.lost(sender, reason)
 
     def _event(self, link: Link, sender: str, message: Data) -> list[Action]:
         progress = self._progress
