@@ -133,7 +133,7 @@ def test_that_another_aggregator_of_the_same_name_has_gone_does_not_count() -> N
     before = msgspec.structs.replace(address_of("one"), port=1)
     bench.say("lm", Unreachable("lm", 0, 1, before, "connection refused"))
     bench.wait(5)
-    assert bench.heard("lm", Placement)[-1].epoch == 1
+    assert bench.master.state.jobs["lm"].change is None
     bench.say("lm", Unreachable("lm", 0, 1, address_of("one"), "connection refused"))
     bench.wait(5)
     assert bench.master.state.jobs["lm"].change is not None
