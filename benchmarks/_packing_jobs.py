@@ -27,7 +27,8 @@ COSTS = Costs()
 BLOCK_ELEMENTS = (1 << 20) // SCALE
 JITTER = 0.02  # of compute times
 START = 60.0  # seconds within which a job has to take steps
-LOSS_LIMIT = 0.1
+EQUAL_LIMIT = 0.1  # loss limit of jobs; AutoPS's
+MIXED_LIMIT = 0.07  # below the loss that they are to stay within: they also wait for cores
 FIRST_STEPS = 3
 
 
@@ -91,7 +92,7 @@ MIXED = (ALEXNET, VGG19, AWD_LM, BERT, RESNET50, RECOMMENDER, LORA, OUTER_STEPS)
 class Job:
     """One that trains until it is stopped."""
 
-    def __init__(self, master: str, name: str, shape: Shape, folder: Path, seed: int) -> None:
+    def __init__(self, master: str, name: str, shape: Shape, loss_limit: float, folder: Path, seed: int) -> None:
         self.name, self.shape = name, shape
         path = folder / f"progress-{name}"
         path.write_bytes(bytes(PROGRESS.size))
@@ -99,7 +100,7 @@ class Job:
             self._progress = mmap.mmap(file.fileno(), PROGRESS.size)
         tensors = tuple(-(-count // SCALE) for count in shape.tensors)
         task = Task(
-            master, name, shape.optimizer, tensors, BLOCK_ELEMENTS, shape.emulated_compute, JITTER, LOSS_LIMIT, seed,
+            master, name, shape.optimizer, tensors, BLOCK_ELEMENTS, shape.emulated_compute, JITTER, loss_limit, seed,
             str(path),
         )  # fmt: skip
         self._worker = subprocess.Popen([sys.executable, str(WORKER), msgspec.json.encode(task).decode()])

@@ -70,7 +70,7 @@ def move(
         fail(f'--blocks: "{blocks}" is not like 0,3,4', 2)
     moving = call(url, "POST", f"/v1/jobs/{quoted(job)}/move", api_key, {"blocks": chosen, "to": to})["moving"]
     if not moving:
-        output.print(f"nothing is to be moved: these blocks are at {to}")
+        output.print(f"nothing is to be moved: these blocks are at {to}, or on their way there")
     else:
         output.print("1 block is on its way" if moving == 1 else f"{moving} blocks are on their way")
 

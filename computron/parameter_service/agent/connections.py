@@ -17,7 +17,8 @@ PAUSE = 1.0  # seconds, once the quick tries have failed
 
 
 class Connections:
-    """opened: told of an aggregator that there is a link to. unreachable: of one that the quick tries did not reach.
+    """opened: told of an aggregator that there is a link to. unreachable: of one that the quick tries did not reach,
+    and each further one.
 
     It belongs to the event loop's thread. machine: this one's, as wire.machine names it.
     """
@@ -27,7 +28,7 @@ class Connections:
         receiver: Receiver,
         machine: str,
         opened: Callable[[str, bool], None],
-        unreachable: Callable[[str, str], None],
+        unreachable: Callable[[Address, str], None],
         failed: Callable[[BaseException], None],
     ) -> None:
         self._receiver = receiver
@@ -60,16 +61,17 @@ class Connections:
         """None for a link that was dropped."""
         return next((name for name, known in self._links.items() if known is link), None)
 
-    def lost(self, aggregator: str, reason: str, *, needed: bool) -> None:
-        """Its link has ended: open another, after a moment, as an aggregator without descriptors ends each at once.
-        needed: it has blocks of the job.
+    def lost(self, aggregator: str, reason: str) -> None:
+        """Its link has ended: unless it was dropped for that, open another, after a moment, as an aggregator without
+        descriptors ends each at once.
         """
-        if needed:
-            log.warning("the link to aggregator %s broke: %s", aggregator, reason)
-        else:
+        address = self._addresses.get(aggregator)
+        if address is None:
             log.info("aggregator %s, which has nothing of the job any more, ended the link", aggregator)
+            return
+        log.warning("the link to aggregator %s broke: %s", aggregator, reason)
         del self._links[aggregator]
-        self._dial(self._addresses[aggregator], QUICK_PAUSE)
+        self._dial(address, QUICK_PAUSE)
 
     def _dial(self, address: Address, pause: float) -> None:
         task = asyncio.get_running_loop().create_task(self._connect(address, pause))
@@ -89,7 +91,7 @@ class Connections:
             except OSError as error:
                 tries += 1
                 if tries >= QUICK_TRIES:
-                    self._unreachable(name, str(error))
+                    self._unreachable(address, str(error))
                 await asyncio.sleep(QUICK_PAUSE if tries < QUICK_TRIES else PAUSE)
                 continue
             del self._dialling[name]

@@ -30,6 +30,7 @@ from computron.parameter_service.layout import Layout
 from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.wire.link import Link
 from computron.parameter_service.wire.messages import (
+    Address,
     Applied,
     Contents,
     Data,
@@ -65,7 +66,7 @@ class Exchange:
         staging: Staging,
         machine: str,
         changed: Change,
-        unreachable: Callable[[str, str], None],
+        unreachable: Callable[[Address, str], None],
         failed: Callable[[BaseException], None],
     ) -> None:
         self.skipped = False  # the last step changed nothing
@@ -79,6 +80,7 @@ class Exchange:
             for event in events:
                 for action in event():
                     self._perform(action, fds or {})
+            self._questions.done(self._progress.step)
             self._changed.tell()
 
     def _perform(self, action: Action, fds: dict[int, int]) -> None:
@@ -168,9 +170,8 @@ class Exchange:
     def lost(self, link: Link, reason: str) -> None:
         sender = self._connections.name_of(link)
         if sender is not None:
-            needed = any(block.owner == sender for block in self._progress.blocks)
-            self._connections.lost(sender, reason, needed=needed)
             self.handle(lambda: self._progress.lost(sender))
+            self._connections.lost(sender, reason)
 
     def _event(self, link: Link, sender: str, message: Data) -> list[Action]:
         progress = self._progress

@@ -187,14 +187,15 @@ class Progress:
         return [self._join(aggregator)]
 
     def lost(self, aggregator: str) -> list[Action]:
-        peer = self.peers.get(aggregator)
-        if peer is None:
-            return []
-        peer.connected, peer.joined, peer.flushing = False, False, None
+        peer = self.peers.pop(aggregator, None)
         self._asked.discard(aggregator)
-        for index, block in enumerate(self.blocks):
-            if block.owner == aggregator:
-                self._leave_owner(index)
+        owned = [index for index, block in enumerate(self.blocks) if block.owner == aggregator]
+        if peer is None or not owned:  # until it gets a block: another one may have its name by then
+            return [Disconnect(aggregator)]
+        peer.connected, peer.joined, peer.flushing = False, False, None
+        self.peers[aggregator] = peer
+        for index in owned:
+            self._leave_owner(index)
         return []
 
     def joined(self, sender: str, message: Joined) -> list[Action]:

@@ -41,6 +41,7 @@ class Questions:
         self._link, self._carry = link, send
         self._of_blocks: dict[Key, Asked] = {}
         self._extras: dict[Key, Asked] = {}
+        self._taken: dict[Key, Asked] = {}  # extras that have been answered: an epoch may have their step taken anew
 
     @property
     def extras_left(self) -> bool:
@@ -69,9 +70,12 @@ class Questions:
 
     def answered(self, link: Link, message: Reply) -> None:
         among = self._extras if isinstance(message, ExtraTaken) else self._of_blocks
-        asked = among.get(_key(message))
+        key = _key(message)
+        asked = among.get(key)
         if asked is not None and asked.over is link:
-            del among[_key(message)]
+            del among[key]
+            if isinstance(message, ExtraTaken):
+                self._taken[key] = asked
             asked.then(message)
             self._send_extras()
 
@@ -82,14 +86,24 @@ class Questions:
                 asked.over = None
 
     def new_epoch(self) -> None:
-        """What was to be written belongs to the older one, and of the rest not all will be answered."""
+        """What was to be written belongs to the older one, and of the rest not all will be answered. What was taken for
+        a step that is not done may be in a file of what is given up.
+        """
+        self._extras = {**self._taken, **self._extras}
+        self._taken = {}
         self._of_blocks = {key: asked for key, asked in self._of_blocks.items() if not isinstance(asked.message, Write)}
         for asked in (*self._of_blocks.values(), *self._extras.values()):
             asked.over = None
 
+    def done(self, step: int) -> None:
+        """This step and those before are not taken anew here."""
+        if self._taken:
+            self._taken = {key: asked for key, asked in self._taken.items() if _step_of(asked) > step}
+
     def drop_extras(self) -> None:
         """Versions of steps that were taken back come to nothing."""
         self._extras.clear()
+        self._taken.clear()
 
     def _send_extras(self) -> None:
         """As many of the first as may be on their way."""
@@ -105,6 +119,11 @@ class Questions:
         if link is not None and link is not asked.over:
             asked.over = link
             self._carry(link, asked.message, asked.memory)
+
+
+def _step_of(asked: Asked) -> int:
+    assert isinstance(asked.message, Extra)
+    return asked.message.step
 
 
 def _key(message: Question | Reply) -> Key:

@@ -29,6 +29,7 @@ from computron.parameter_service.agent.waiting import waits_for
 from computron.parameter_service.layout import Layout
 from computron.parameter_service.wire.machine import machine_id
 from computron.parameter_service.wire.messages import (
+    Address,
     Denied,
     Enlist,
     Extra,
@@ -309,9 +310,9 @@ class Session:
             ready = progress.loads.begun >= number and progress.ready
             self._tell_master(Load(self.spec.job, progress.rank, progress.epoch, number, progress.step, ready))
 
-    def _unreachable(self, aggregator: str, reason: str) -> None:
+    def _unreachable(self, address: Address, reason: str) -> None:
         progress = self.progress
-        self._tell_master(Unreachable(self.spec.job, progress.rank, progress.epoch, aggregator, reason))
+        self._tell_master(Unreachable(self.spec.job, progress.rank, progress.epoch, address, reason))
 
     def _tell_master(self, message: ToMaster) -> None:
         self._start(self._master.send(message))

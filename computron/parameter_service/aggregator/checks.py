@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,20 @@ class Refusal(Exception):
 
 class Repeated(Exception):
     """What came has been used already: nothing is done with it."""
+
+
+def known_job(jobs: Mapping[str, Job], name: str) -> Job:
+    """Raises Refusal if it is not here."""
+    job = jobs.get(name)
+    if job is None:
+        raise Refusal(refusals.UNKNOWN_JOB, f"job {name} is not here")
+    return job
+
+
+def check_epoch(job: Job, epoch: int) -> None:
+    """Raises Refusal if the job is not trained in this epoch."""
+    if epoch != job.epoch or job.held:
+        raise Refusal(refusals.STALE_EPOCH, f"job {job.spec.job} is in epoch {job.epoch}, not {epoch}")
 
 
 def needs_payload(link: Link, message: Any) -> bool:

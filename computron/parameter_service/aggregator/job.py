@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.staging import PushedStaging, Staging, missing
 from computron.parameter_service.layout import Layout
+from computron.parameter_service.packing.loads import LEAST_ALLOWANCE
 from computron.parameter_service.specs import block_bytes, gradient_bytes
 from computron.parameter_service.wire.link import Link
 from computron.parameter_service.wire.messages import Address, AskNorms, Commit, HeldCommit, JobSpec
 from computron.parameter_service.wire.segments import Segment
 
 SMOOTHING = 0.1  # of measured times: the weight of the newest
-LEAST_ALLOWANCE = 0.001  # seconds
 
 
 @dataclass(eq=False)
@@ -133,10 +133,13 @@ class Job:
             return self.kept + every
         return max(self.kept, block.saved) + max(1, every - 1)
 
+    @property
+    def snapshot_stride(self) -> int:
+        """Steps from one to the next: twice as often as they may be lost, as they go on while one is being written."""
+        return max(1, self.spec.snapshot_every // 2)
+
     def wants_snapshot(self, step: int) -> bool:
-        """Twice as often as steps may be lost: while one is being written, as many steps may go on."""
-        every = self.spec.snapshot_every
-        return bool(every) and step % max(1, every // 2) == 0
+        return self.spec.snapshot_every > 0 and step % self.snapshot_stride == 0
 
     def free_to_move(self, block: HeldBlock) -> bool:
         """Nobody has pushed, committed or asked anything of its next step, and no file wants its state.

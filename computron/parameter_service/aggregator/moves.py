@@ -26,8 +26,8 @@ CONNECT = 2.0  # seconds that a connection may take
 
 
 class Moves:
-    """What leaves from here. moved: told of blocks that somebody else has. failed: of moves that came to nothing: the
-    master begins an epoch then, in which all is where it says, and nothing is expected.
+    """What leaves from here. moved: told of blocks that somebody else has. failed: told of moves that came to nothing.
+    The master begins an epoch then, in which all is where it says, and nothing is expected.
     """
 
     def __init__(
@@ -163,8 +163,7 @@ class Moves:
             index = block.block.index
             job.leaving[index] = job.blocks.pop(index)
             job.given[index] = block.applied, to
-            limited = job.kept is not None
-            adopt = Adopt(name, job.epoch, index, block.applied, block.updates, block.memory, limited)
+            adopt = Adopt(name, job.epoch, index, block.applied, block.updates, block.memory, job.kept)
             if link.shares_memory:
                 link.send(adopt)
             else:

@@ -77,7 +77,8 @@ class Orders:
                 blocks = {**job.leaving, **job.blocks}.values()
                 states = tuple(BlockState(b.block.index, b.applied) for b in blocks if b.complete)
                 empty = tuple(b.block.index for b in blocks if not b.complete)
-                self._report(Held(order.job, order.epoch, states, job.lately(), tuple(job.leaving), empty))
+                leaving = tuple(job.leaving)
+                self._report(Held(order.job, order.epoch, states, job.lately(), leaving, empty, job.history))
 
         self._steps.quiet(job, quiet)
 
@@ -88,14 +89,14 @@ class Orders:
         try:
             self._take_back(job, order.blocks)
         except OSError as error:
-            self._report(Failed(order.job, order.epoch, "complete", str(error)))
+            self._failed(order.job, order.epoch, "complete", str(error))
             return
         blocks = [job.blocks[index] for index in order.blocks if index in job.blocks]
         wrong = [b.block.index for b in blocks if not b.complete or b.applied != order.step - 1]
         unstaged = _without_gradients(job, blocks, order)
         if len(blocks) < len(order.blocks) or wrong or unstaged:
             what = f"of workers {unstaged} there are no gradients" if unstaged else f"blocks {wrong} are not there"
-            self._report(Failed(order.job, order.epoch, "complete", f"step {order.step}: {what}"))
+            self._failed(order.job, order.epoch, "complete", f"step {order.step}: {what}")
             return
 
         def done() -> None:
@@ -103,7 +104,7 @@ class Orders:
                 return  # it was withdrawn, or is of no use any more
             lacking = [b.block.index for b in blocks if not b.complete or b.applied != order.step]
             if lacking:
-                self._report(Failed(order.job, order.epoch, "complete", f"blocks {lacking} could not be computed"))
+                self._failed(order.job, order.epoch, "complete", f"blocks {lacking} could not be computed")
             else:
                 for version in versions_of(order.commits):
                     self._saver.save(job, blocks, order.step, version)
@@ -120,12 +121,12 @@ class Orders:
             self._enter(job, order)
             self._jobs[order.spec.job] = job
         except (NoRoom, OSError, ValueError) as error:
-            self._report(Failed(order.spec.job, order.epoch, "host", str(error)))
+            self._failed(order.spec.job, order.epoch, "host", str(error))
 
     def move(self, order: Move) -> None:
         job = self._jobs.get(order.job)
         if job is None or order.epoch != job.epoch or job.held:
-            self._report(Failed(order.job, order.epoch, "move", "the job is in another epoch"))
+            self._failed(order.job, order.epoch, "move", "the job is in another epoch")
             return
         self._moves.order(job, order)
 
@@ -143,6 +144,7 @@ class Orders:
             job.held = True
             if job.blocks or job.leaving:  # else it has moved away, and files get what was copied for them before
                 self._saver.cancel(job, versions=True)
+            self._saver.left(order.job)
             self._steps.quiet(job, lambda: self._forget(job))
 
     def kept(self, order: Kept) -> list[Job]:
@@ -174,7 +176,7 @@ class Orders:
             job.given.clear()
             job.expect_nothing()
         blocks = {index for index in message.blocks if index not in job.blocks}
-        self.room.check_blocks(job, blocks - job.expected, message.pushing)
+        self.room.check_blocks(job, blocks - job.expected, pushing=message.pushing)
         job.expected |= blocks
         self._jobs[message.spec.job] = job
         return job
@@ -183,8 +185,8 @@ class Orders:
         block = HeldBlock.of(job.spec, job.layout.blocks[message.block], segment, memory)
         block.applied, block.updates, block.complete = message.applied, message.updates, True
         job.blocks[message.block] = block
-        if not message.limited:
-            job.kept = None
+        if job.kept is not None:  # what was told of it before it was known here has been missed
+            job.kept = None if message.kept is None else max(job.kept, message.kept)
         job.expected.discard(message.block)
         job.given.pop(message.block, None)
         self._arrived(job, [block])
@@ -199,11 +201,12 @@ class Orders:
 
     def _enter(self, job: Job, order: Host) -> None:
         """Be what the order says, as soon as nothing of the job is computed any more."""
-        missing = [index for index in order.blocks if index not in job.blocks and index not in job.leaving]
+        here = {*job.blocks, *job.leaving}
+        missing = [index for index in order.blocks if index not in here]
         if order.source == KEEP and missing:
             raise ValueError(f"blocks {missing} are not here to be kept")
         job.expect_nothing()
-        self.room.check_blocks(job, missing)
+        self.room.check_blocks(job, missing, instead=here.difference(order.blocks))
         job.epoch, job.members, job.held, job.token = order.epoch, order.members, True, order.token
         job.kept, job.master_away = order.kept, False
         if order.kept is not None:
@@ -215,30 +218,30 @@ class Orders:
         try:
             self._take_back(job, order.blocks)
         except OSError as error:
-            self._report(Failed(order.spec.job, order.epoch, "host", str(error)))
+            self._failed(order.spec.job, order.epoch, "host", str(error))
             return
         known = {**job.leaving, **job.blocks}
         job.blocks, job.leaving, job.given = {}, {}, {}
         job.commits.clear()
         job.forget_asks()
         job.history = max(job.history, order.history) if order.source == KEEP else order.epoch
+        for index in known.keys() - set(order.blocks):  # others may come into their room
+            known.pop(index).close()
         try:
             for index in order.blocks:
                 block = known.pop(index, None) or HeldBlock.create(job.spec, job.layout.blocks[index])
                 block.moving, block.expected_there = None, False
                 job.blocks[index] = block
         except OSError as error:
-            self._report(Failed(order.spec.job, order.epoch, "host", str(error)))
+            self._failed(order.spec.job, order.epoch, "host", str(error))
             return
-        for block in known.values():
-            block.close()
         for rank in [rank for rank in job.workers if rank not in job.members]:
             self._leave(job.workers.pop(rank))
         blocks = list(job.blocks.values())
         if order.source == KEEP:
             wrong = [b.block.index for b in blocks if not b.complete or b.applied != order.applied]
             if wrong:
-                self._report(Failed(order.spec.job, order.epoch, "host", f"blocks {wrong} are not at {order.applied}"))
+                self._failed(order.spec.job, order.epoch, "host", f"blocks {wrong} are not at {order.applied}")
                 return
             self._go(job, order, blocks)
             return
@@ -271,6 +274,10 @@ class Orders:
         if job.spec.snapshot_every and (job.kept is None or order.applied > job.kept):
             self._saver.save(job, blocks, order.applied)  # what was being saved in the last epoch will not be complete
         self._arrived(job, blocks)
+
+    def _failed(self, job: str, epoch: int, order: str, reason: str) -> None:
+        log.warning("job %s: %s: %s", job, order, reason)
+        self._report(Failed(job, epoch, order, reason))
 
     def _ready(self, job: Job, epoch: int, blocks: Sequence[HeldBlock]) -> None:
         self._report(Ready(job.spec.job, epoch, tuple(BlockState(b.block.index, b.applied) for b in blocks)))

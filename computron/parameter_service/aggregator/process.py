@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import uvloop
 
+from computron.parameter_service.aggregator.arrivals import Arrivals
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Job, versions_of
 from computron.parameter_service.aggregator.master_link import MasterLink
@@ -56,10 +57,11 @@ REPORT_EVERY = 1.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class AggregatorSettings:
-    """master: its URL. host, port: where workers of other machines connect; 0 for any port. memory: bytes of blocks.
+    """master: its URL. host, port: where workers of other machines connect; 0 for any port.
 
-    snapshots: folder of snapshots and versions, the same for all aggregators and the master. key: by which the master
-    and aggregators know each other. api_key: of the service, where it has one.
+    memory: bytes of blocks, and of gradients that are pushed for them. snapshots: folder of snapshots and versions, the
+    same for all aggregators and the master. key: by which the master and aggregators know each other. api_key: of the
+    service, where it has one.
     """
 
     master: str
@@ -87,7 +89,7 @@ class Aggregator:
         """Until the master or a signal says that it is to stop. Raises OSError if it cannot listen."""
         settings = self._settings
         key = settings.key
-        server = Server(key, self._jobs, self._report)
+        server = Server(self._jobs, self._report)
         server.steps = steps = Steps(self._changed, self._step_failed)
         server.pages = pages = Pages()
         server.moves = moves = Moves(machine_id(), key, server, pages, self._report, self._move_failed)
@@ -97,7 +99,18 @@ class Aggregator:
         server.orders = orders = Orders(
             self._jobs, settings.memory, steps, moves, saver, self._report, server.arrived, server.leave
         )
+        server.arrivals = Arrivals(key, self._jobs, orders, pages)
         self._server, self._orders, self._steps, self._saver = server, orders, steps, saver
+        try:
+            await self._serve(server)
+        finally:
+            moves.close()
+            pages.close()
+            steps.close()
+            saver.close()
+
+    async def _serve(self, server: Server) -> None:
+        settings = self._settings
         path = f"\0computron-{uuid.uuid4().hex}"
         listener = await listen(settings.host, settings.port, path, server)
         self._address = Address(self._identity, settings.host, listener.port, machine_id(), path)
@@ -118,10 +131,6 @@ class Aggregator:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             listener.close()
-            moves.close()
-            pages.close()
-            steps.close()
-            saver.close()
 
     def _received(self, message: Any) -> None:
         match message:
@@ -190,9 +199,10 @@ class Aggregator:
             job.kept, job.trouble = None, reason
             self._server.go_on(job, list(job.blocks))
 
-    def _unpublished(self, job: Job, version: str, step: int, reason: str) -> None:
+    def _unpublished(self, job: Job, version: str, step: int, reason: str, path: Path | None, history: int) -> None:
         log.warning("job %s: version %s: %s", job.spec.job, version, reason)
-        self._report(Failed(job.spec.job, job.epoch, "publish", reason, step, version))
+        file = "" if path is None else str(path)
+        self._report(Failed(job.spec.job, job.epoch, "publish", reason, step, version, file, history))
 
     def _tell_failed(self, job: Job, order: str, reason: str) -> None:
         step = max((block.applied for block in job.blocks.values()), default=0)
@@ -212,6 +222,7 @@ class Aggregator:
                 job.epoch,
                 job.members,
                 tuple(BlockState(b.block.index, b.applied) for b in job.blocks.values() if b.complete),
+                job.held,
             )
             for job in self._jobs.values()
         )

@@ -26,10 +26,15 @@ class Room:
         """Bytes, those included that are expected or may be pushed."""
         return sum(map(_used_by, self._jobs.values()))
 
-    def check_blocks(self, job: Job, blocks: Collection[int], pushing: int = 0) -> None:
-        """These are to come. pushing: so many members will push their gradients, if more do than now. Raises NoRoom."""
-        pushing = max(pushing, job.pushing)
-        self._check(job.state_bytes(blocks) + pushing * job.gradient_bytes(blocks))
+    def check_blocks(
+        self, job: Job, blocks: Collection[int], *, instead: Collection[int] = (), pushing: int = 0
+    ) -> None:
+        """These are to come. instead: these go before. pushing: so many members will push their gradients, if more do
+        than now. Raises NoRoom.
+        """
+        most = max(pushing, job.pushing)
+        freed = job.state_bytes(instead) + job.pushing * job.gradient_bytes(instead)
+        self._check(job.state_bytes(blocks) + most * job.gradient_bytes(blocks) - freed)
 
     def check_gradients(self, job: Job) -> None:
         """One member more is to push them. Raises NoRoom."""

@@ -7,15 +7,17 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 from torch import Tensor
 
-from computron.errors import CheckpointError
+from computron.errors import CheckpointError, StorageFailed
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.job import Job
 from computron.parameter_service.specs import PARAMETERS
+from computron.parameter_service.versions.files import discard
 from computron.parameter_service.versions.names import snapshot_path, version_path
 from computron.parameter_service.versions.snapshot import SnapshotMissing, SnapshotReader, SnapshotWriter
 from computron.parameter_service.versions.version import VersionWriter
@@ -24,6 +26,7 @@ from computron.parameter_service.wire.messages import NO_FOLDER, Extra, Saved
 log = logging.getLogger(__name__)
 
 TOLD_AGAIN = 64  # files of a job, the newest: a master may have missed what was told of them
+LEFT = 8  # jobs that are not here any more, the last, whose files are told again, too
 
 
 class Save:
@@ -50,6 +53,12 @@ class Save:
         if not self.cancelled and index not in self._taken:
             names = [PARAMETERS] if self.version else list(block.parts)
             self._taken[index] = ({name: block.parts[name].clone() for name in names}, block.updates)
+
+    def forget(self, block: HeldBlock) -> None:
+        """Nobody will write the block. Its lock is held."""
+        if self in block.wanted:
+            block.wanted.remove(self)
+        self._taken.pop(block.block.index, None)
 
     def begin(self) -> VersionWriter | SnapshotWriter:
         """Raises as SharedFile does, and Cancelled."""
@@ -83,8 +92,8 @@ class Cancelled(Exception):
 
 
 class Saver:
-    """saved, failed, unpublished: told in the event loop's thread; the last of a version's name and step, and why there
-    is none. free: a block's state has been copied and may leave.
+    """saved, failed, unpublished: told in the event loop's thread; the last of a version's name and step, why there is
+    none, and its file and history. free: a block's state has been copied and may leave.
     """
 
     def __init__(
@@ -93,7 +102,7 @@ class Saver:
         saved: Callable[[Saved], None],
         failed: Callable[[Job, str, str], None],
         free: Callable[[Job, Sequence[HeldBlock]], None],
-        unpublished: Callable[[Job, str, int, str], None],
+        unpublished: Callable[[Job, str, int, str, Path | None, int], None],
     ) -> None:
         self._directory = directory
         self._saved = saved
@@ -104,6 +113,8 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "migration")
         self._pending: set[Save] = set()
         self._told: dict[str, dict[tuple[str, int], Saved]] = {}  # by job and file
+        self._left: dict[str, None] = {}  # jobs that are not here any more
+        self._half_written: dict[str, Path] = {}  # by job; of the saving thread
         self._beginning = threading.Lock()
 
     def close(self) -> None:
@@ -113,16 +124,31 @@ class Saver:
         """These blocks as they are now, which is after `step`."""
         if self._directory is None:
             if version or job.trouble != NO_FOLDER or job.kept is not None:  # else it has been told
-                self._fail(job, step, version, NO_FOLDER)
+                self._fail(job, step, version, NO_FOLDER, None, job.history)
             return
         name = job.spec.job
         path = version_path(self._directory, name, version) if version else None
+        self._left.pop(name, None)
         save = Save(job, blocks, step, version, path or snapshot_path(self._directory, name, step, job.epoch))
         for block in blocks:
             block.wanted.append(save)
         with self._beginning:
             self._pending.add(save)
         self._thread.submit(self._write, save)
+        if not version and job.kept is None:
+            self._overtake(job, step - job.snapshot_stride)
+
+    def _overtake(self, job: Job, step: int) -> None:
+        """No step waits for a snapshot: those before this step that are not begun are given up, or their copies would
+        pile up. The last two stay: when steps are limited again, a limit that follows from one of them lets them go on.
+        """
+        with self._beginning:
+            late = [save for save in self._pending if save.job is job and not save.version and not save.begun]
+            late = [save for save in late if save.step < step]
+            for save in late:
+                save.begun = save.cancelled = True
+        for save in late:
+            self._loop.call_soon(self._written, save, None)
 
     def extra(self, job: Job, message: Extra, data: bytearray, then: Callable[[], None]) -> None:
         """A tensor that is not trained, for the file of a version. `then` is called when it is there or cannot be; not
@@ -144,6 +170,18 @@ class Saver:
             for save in self._pending:
                 if save.job is job and (versions or not save.version):
                     save.cancelled = True
+
+    def left(self, job: str) -> None:
+        """The job is not here any more. What was ordered before is written and told; of a few such jobs also again."""
+        self._left.pop(job, None)
+        self._left[job] = None
+        self._forget_left()
+
+    def _forget_left(self) -> None:
+        for name in list(self._left)[:-LEFT]:
+            self._told.pop(name, None)
+            if not any(save.job.spec.job == name for save in self._pending):
+                del self._left[name]
 
     def restore(self, job: Job, blocks: Sequence[HeldBlock], path: Path, then: Callable[[], None]) -> None:
         """Fill the blocks from a snapshot; `then` is called when they are."""
@@ -180,38 +218,46 @@ class Saver:
         try:
             with self._beginning:
                 file = save.begin()
+            self._make_room(save)
             with file:
                 for other in together:
                     other.write(file)
                 file.sync()
-                if isinstance(file, SnapshotWriter):
-                    file.mark([block.block.index for other in together for block in other.blocks])
+                file.mark([block.block.index for other in together for block in other.blocks])
         except Exception as raised:
             error = raised
+            if not save.version:
+                self._half_written[save.job.spec.job] = save.path
         for other in together:
             self._loop.call_soon_threadsafe(self._written, other, error)
+
+    def _make_room(self, save: Save) -> None:
+        """What a snapshot of the job has left that failed here, and so will never be complete, is removed."""
+        half = self._half_written.pop(save.job.spec.job, save.path) if not save.version else save.path
+        if half != save.path:
+            with suppress(StorageFailed):
+                discard(half)
 
     def _written(self, save: Save, error: Exception | None) -> None:
         with self._beginning:
             self._pending.discard(save)
         for block in save.blocks:
             with block.lock:
-                if save in block.wanted:
-                    block.wanted.remove(save)
+                save.forget(block)
         if error is None and not save.cancelled:
             indices = tuple(block.block.index for block in save.blocks)
             self._tell(Saved(save.job.spec.job, save.version, save.step, str(save.path), indices, (), save.history))
             if not save.version:
                 for block in save.blocks:
                     block.saved = max(block.saved, save.step)
-        elif error is not None and not isinstance(error, Cancelled):
-            self._fail(save.job, save.step, save.version, _told(save.path, error))
+        elif error is not None and not save.cancelled:
+            self._fail(save.job, save.step, save.version, _told(save.path, error), *save.file)
         self._free(save.job, save.blocks)
 
-    def _fail(self, job: Job, step: int, version: str, reason: str) -> None:
+    def _fail(self, job: Job, step: int, version: str, reason: str, path: Path | None, history: int) -> None:
         """Without snapshots a failure costs more; without a version it does not."""
         if version:
-            self._unpublished(job, version, step, reason)
+            self._unpublished(job, version, step, reason, path, history)
         else:
             self._failed(job, "save", reason)
 
@@ -226,6 +272,7 @@ class Saver:
         for oldest in list(told)[:-TOLD_AGAIN]:
             del told[oldest]
         self._saved(saved)
+        self._forget_left()
 
     def _write_extra(
         self, job: Job, message: Extra, data: bytearray, path: Path, history: int, then: Callable[[], None]
@@ -242,6 +289,7 @@ class Saver:
             with version:
                 version.write_extra(message.tensor, data)
                 version.sync()
+                version.mark(extras=[message.tensor])
         except Exception as raised:
             error = raised
         self._loop.call_soon_threadsafe(self._extra_written, job, message, path, history, then, error)
@@ -261,7 +309,7 @@ class Saver:
             saved = Saved(message.job, message.version, message.step, str(path), (), (message.tensor,), history)
             self._tell(saved)
         else:
-            self._fail(job, message.step, message.version, _told(path, error))
+            self._fail(job, message.step, message.version, _told(path, error), path, history)
         then()
 
     def _read(self, job: Job, blocks: Sequence[HeldBlock], path: Path, epoch: int, then: Callable[[], None]) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hmac
 import logging
 import os
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 from torch import Tensor
 
+from computron.parameter_service.aggregator.arrivals import Arrivals
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.checks import (
     Refusal,
     Repeated,
+    check_epoch,
     check_version,
     extra_bytes,
+    known_job,
     needs_payload,
     part_of,
 )
@@ -25,7 +27,7 @@ from computron.parameter_service.aggregator.job import Job, Worker
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.orders import Orders
 from computron.parameter_service.aggregator.pages import Pages
-from computron.parameter_service.aggregator.room import NoRoom, make_room
+from computron.parameter_service.aggregator.room import NoRoom
 from computron.parameter_service.aggregator.saving import Saver
 from computron.parameter_service.aggregator.staging import PushedStaging, SharedStaging, Staging, as_bytes, missing
 from computron.parameter_service.aggregator.steps import Steps
@@ -59,14 +61,12 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """Receiver of all links. key: of the service, which other aggregators must know."""
+    """Receiver of all links. jobs: all that are here, by name. report: sends to the master."""
 
-    def __init__(self, key: str, jobs: dict[str, Job], report: Callable[[Any], None]) -> None:
-        self._key = key
+    def __init__(self, jobs: dict[str, Job], report: Callable[[Any], None]) -> None:
         self._jobs = jobs
         self._report = report
         self._workers: dict[Link, tuple[Job, Worker]] = {}
-        self._peers: set[Link] = set()
         self._incoming: dict[Link, bytearray] = {}
         self._dropped: dict[Link, Any] = {}  # messages that were of no use before their payload had come
         self._directed: dict[Link, Any] = {}  # messages whose payloads have a place
@@ -75,6 +75,7 @@ class Server:
         self.moves: Moves
         self.saver: Saver
         self.orders: Orders
+        self.arrivals: Arrivals
 
     # What links tell.
 
@@ -121,7 +122,7 @@ class Server:
         self._incoming.pop(link, None)
         self._directed.pop(link, None)
         self._dropped.pop(link, None)
-        self._peers.discard(link)
+        self.arrivals.lost(link)
         return self._workers.pop(link, (None, None))
 
     # What others of this aggregator tell.
@@ -159,7 +160,7 @@ class Server:
                 _, _, part = self._to_write(link, message)
                 return self._kept(link, size, part.nbytes)
             case Adopt():
-                return self._room(link, message)
+                return self.arrivals.room(link, message)
             case Extra():
                 job, _ = self._worker(link, message.epoch)
                 return self._kept(link, size, extra_bytes(job, message))
@@ -215,25 +216,26 @@ class Server:
             case Extra():
                 self._extra(link, message)
             case Expect():
-                self._expect(link, message, fds)
+                self.arrivals.expect(link, message, fds)
             case Expecting():
-                self.moves.expected(self._job(message.job), link, message)
+                self.moves.expected(known_job(self._jobs, message.job), link, message)
             case Adopt():
-                self._adopt(link, message)
+                self.arrivals.adopt(link, message)
             case Adopted():
-                self.moves.adopted(self._job(message.job), link, message)
+                self.moves.adopted(known_job(self._jobs, message.job), link, message)
             case Refused():
                 log.warning("another aggregator refused: %s", message.message)
-                self.moves.refused(self._job(message.job), link, message.message)
+                if message.job in self._jobs:  # a refusal is never answered by another one
+                    self.moves.refused(self._jobs[message.job], link, message.message)
             case _:
                 raise Refusal(refusals.BAD_MESSAGE, f"{type(message).__name__} is not for aggregators")
 
     def _join(self, link: Link, message: Join, fds: list[int]) -> None:
-        job = self._job(message.job)
+        job = known_job(self._jobs, message.job)
         if not hmac.compare_digest(message.token.encode(), job.token.encode()):
             raise Refusal(refusals.BAD_TOKEN, f"this is not the token of job {message.job}")
         link.trust()
-        self._check_epoch(job, message.epoch)
+        check_epoch(job, message.epoch)
         if message.rank not in job.members:
             raise Refusal(refusals.BAD_MESSAGE, f"rank {message.rank} is no member of {list(job.members)}")
         before = job.workers.get(message.rank)
@@ -312,64 +314,15 @@ class Server:
         taken = ExtraTaken(message.job, message.version, message.tensor)
         self.saver.extra(job, message, data, lambda: link.send(taken))
 
-    def _expect(self, link: Link, message: Expect, fds: list[int]) -> None:
-        if not hmac.compare_digest(message.key.encode(), self._key.encode()):
-            raise Refusal(refusals.BAD_TOKEN, "this is not the service's key")
-        link.trust()
-        known = self._jobs.get(message.spec.job)
-        if known is not None and not hmac.compare_digest(message.token.encode(), known.token.encode()):
-            raise Refusal(refusals.BAD_TOKEN, f"this is not the token of job {message.spec.job}")
-        if link.shares_memory and len(fds) != len(message.blocks):
-            raise Refusal(refusals.BAD_MESSAGE, f"{len(fds)} file descriptors came for {len(message.blocks)} blocks")
-        try:
-            job = self.orders.expect(message)
-            make_room(job, message.blocks, fds)
-        except NoRoom as error:
-            raise Refusal(refusals.QUOTA, str(error)) from error
-        except ValueError as error:
-            raise Refusal(refusals.STALE_EPOCH, str(error)) from error
-        except OSError as error:
-            raise Refusal(refusals.FAILED, str(error)) from error
-        self._peers.add(link)
-        expecting = Expecting(message.spec.job, message.epoch, message.blocks)
-        self.pages.touch(
-            [job.arriving[index] for index in message.blocks if index in job.arriving], lambda: link.send(expecting)
-        )
-
-    def _room(self, link: Link, message: Adopt) -> memoryview:
-        """The memory that the block comes into, or is in."""
-        job = self._job(message.job)
-        self._check_epoch(job, message.epoch)
-        if link not in self._peers or message.block not in job.expected or message.block not in job.arriving:
-            raise Refusal(refusals.BAD_MESSAGE, f"block {message.block} is not expected")
-        return job.arriving[message.block].view()
-
-    def _adopt(self, link: Link, message: Adopt) -> None:
-        self._room(link, message)
-        job = self._job(message.job)
-        segment, memory = job.arriving.pop(message.block), message.memory if link.shares_memory else uuid.uuid4().hex
-        link.send(Adopted(message.job, message.epoch, message.block))  # before a step changes what the other one keeps
-        self.orders.adopt(job, message, segment, memory)
-
     # What is where.
-
-    def _job(self, name: str) -> Job:
-        job = self._jobs.get(name)
-        if job is None:
-            raise Refusal(refusals.UNKNOWN_JOB, f"job {name} is not here")
-        return job
 
     def _worker(self, link: Link, epoch: int | None) -> tuple[Job, Worker]:
         known = self._workers.get(link)
         if known is None:
             raise Refusal(refusals.BAD_MESSAGE, "join first")
         if epoch is not None:
-            self._check_epoch(known[0], epoch)
+            check_epoch(known[0], epoch)
         return known
-
-    def _check_epoch(self, job: Job, epoch: int) -> None:
-        if epoch != job.epoch or job.held:
-            raise Refusal(refusals.STALE_EPOCH, f"job {job.spec.job} is in epoch {job.epoch}, not {epoch}")
 
     def _block(self, job: Job, index: int) -> int:
         if index not in job.blocks and index not in job.expected:

@@ -13,9 +13,10 @@ import torch
 
 from computron.parameter_service.aggregator.block import HeldBlock
 from computron.parameter_service.aggregator.compute import FIRST, ComputeThread, Work
-from computron.parameter_service.aggregator.job import LEAST_ALLOWANCE, Job, Worker
+from computron.parameter_service.aggregator.job import Job, Worker
 from computron.parameter_service.aggregator.kernels import Summer
 from computron.parameter_service.aggregator.staging import as_bytes
+from computron.parameter_service.packing.loads import LEAST_ALLOWANCE
 from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.wire.messages import Applied, AskNorms, HeldCommit, Norms, Parameters, Refused
 from computron.parameter_service.wire.refusals import FAILED

@@ -58,13 +58,14 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class NotFinished:
-    """A file could not be given its name. version: "" for a snapshot."""
+    """A file could not be given its name. version: "" for a snapshot. history: as in `Finish`."""
 
     job: str
     version: str
     step: int
     path: str
     message: str
+    history: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +135,16 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """All blocks are in this file, which may have its name now. version: "" for a snapshot. history: as in `Saved`."""
+    """All blocks are in this file, which may have its name now. version: "" for a snapshot. history: as in `Saved`.
+    count: of its blocks and extras.
+    """
 
     job: str
     version: str
     step: int
     path: str
     history: int = 0
+    count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +157,11 @@ class Prune:
 
 @dataclass(frozen=True, slots=True)
 class Discard:
-    """A version's file that will not be complete. history: as in `Saved`."""
+    """A version's file that will not be complete. history: as in `Saved`. step: only if the file is of this step."""
 
     path: str
     history: int = 0
+    step: int | None = None
 
 
 Order = Log | Send | Close | Start | Finish | Prune | Discard

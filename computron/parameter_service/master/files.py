@@ -7,7 +7,7 @@ from pathlib import Path
 
 from computron.parameter_service.master.events import Discard, Finish, Finished, NotFinished, Prune
 from computron.parameter_service.master.records import SavingFailed, SnapshotSaved, VersionSaved
-from computron.parameter_service.master.state import Job, State, Unfinished
+from computron.parameter_service.master.state import Change, Job, State, Unfinished
 from computron.parameter_service.versions.names import begun_of
 from computron.parameter_service.wire.messages import NO_FOLDER, Failed, Kept, Saved, Unpublished
 
@@ -24,13 +24,17 @@ class Files:
             return
         job.saw(message.step, now)
         key = message.version, message.step, message.path, message.history
+        if (message.version, message.step, message.history) in job.unpublished_files:
+            self._state.orders.append(Discard(message.path, message.history, message.step))  # it came too late for that
+            return
         there = job.saving.setdefault(key, Unfinished())
+        there.since = now
         there.blocks.update(message.blocks)
         there.extras.update(message.extras)
         extras = len(job.book.spec.extras) if message.version else 0
         if len(there.blocks) == len(job.layout.blocks) and len(there.extras) == extras:
             del job.saving[key]
-            self._state.orders.append(Finish(job.name, *key))
+            self._state.orders.append(Finish(job.name, *key, len(job.layout.blocks) + extras))
 
     def not_saved(self, job: Job, aggregator: str, message: Failed) -> None:
         """Blocks of a snapshot could not be written. What an older epoch lacks is saved again in the next."""
@@ -45,27 +49,34 @@ class Files:
             log.warning("nothing_is_saved job=%s: if an aggregator dies the job ends; %s", job.name, reason)
         self._do_without(job, message.step, reason)
 
-    def not_published(self, job: Job, version: str, step: int, reason: str) -> None:
-        """The workers hear of it once, however many blocks it fails for. The job's view says so until another version
-        is complete.
-        """
-        file = version, step, job.book.history
-        if job.unpublished_file == file:
+    def not_published(self, job: Job, aggregator: str, message: Failed) -> None:
+        """What is said of an older history is of a version that nobody waits for, or of a deleted job of this name."""
+        reason = f"{aggregator}: {message.message}"
+        if message.history < job.book.history:
+            log.info("old_file_failed job=%s reason=%s", job.name, reason)
             return
-        log.error("version_failed job=%s version=%s step=%d reason=%s", job.name, version, step, reason)
-        job.unpublished, job.unpublished_file = reason, file
-        for worker in job.linked:
-            self._state.send(worker.link, Unpublished(job.name, version, reason))
+        _unpublish(self._state, job, (message.version, message.step, message.path, message.history), reason)
 
     def not_finished(self, event: NotFinished) -> None:
         job = self._state.jobs.get(event.job)
         if job is None or not _counts(job, event):
             log.info("old_file_failed job=%s reason=%s", event.job, event.message)
         elif event.version:
-            self.not_published(job, event.version, event.step, event.message)
+            _unpublish(self._state, job, (event.version, event.step, event.path, event.history), event.message)
         else:
             log.error("snapshot_failed job=%s reason=%s", job.name, event.message)
             self._do_without(job, event.step, event.message)
+
+    def look_for_extras(self, now: float) -> None:
+        """Versions for which there will never be all that is not trained."""
+        for job in self._state.jobs.values():
+            count = len(job.book.spec.extras)
+            for file, there in list(job.saving.items()):
+                version, step, *_ = file
+                lacking = version and len(there.extras) < count and step <= job.extras_until
+                if lacking and now - there.since >= self._state.limits.away:
+                    reason = "the worker that had what is not trained left, or died, before it was written"
+                    _unpublish(self._state, job, file, reason)
 
     def _do_without(self, job: Job, step: int, reason: str) -> None:
         """A snapshot of this step, or of one before, did not come about, wherever it failed: none of the aggregators is
@@ -83,7 +94,7 @@ class Files:
             return
         if event.version:
             self._state.write(VersionSaved(event.job, event.version, event.step, event.path, event.at))
-            job.unpublished, job.unpublished_file = "", None
+            job.unpublished = ""
             log.info("version_complete job=%s version=%s step=%d", event.job, event.version, event.step)
             return
         self._state.write(SnapshotSaved(event.job, event.step, event.path))
@@ -100,7 +111,7 @@ class Files:
 def _counts(job: Job, file: Saved | Finished | NotFinished) -> bool:
     """Whether a file is of a state that the job still comes from. A version that is complete is what it is."""
     if file.version:
-        if not isinstance(file, Saved):
+        if isinstance(file, Finished):
             return True
         return file.history >= job.book.history and not _is_before_load(job, file.history)
     begun = begun_of(Path(file.path))
@@ -125,7 +136,49 @@ def newest(job: Job) -> SnapshotSaved | None:
     return max(job.book.counted, key=lambda saved: begun_of(Path(saved.path)) or (saved.step, 0), default=None)
 
 
-def discard_unfinished(state: State, job: Job) -> None:
-    """What is being written will not be complete: the job goes on from another step, or is no more."""
+def first_limit(job: Job, change: Change) -> int | None:
+    """`Kept.step` with which the change's epoch begins."""
+    every = job.book.spec.snapshot_every
+    if change.loads:
+        return change.applied - every  # no step before there is a snapshot of what was loaded
+    if job.trouble:
+        return None
+    snapshot = newest(job)
+    return snapshot.step if snapshot is not None else -every
+
+
+def note_extras(job: Job, change: Change) -> None:
+    """What is not trained comes from the lowest rank: if that one has gone, the rest of it will not come."""
+    before = job.book.members
+    if before and before[min(before)] not in ("", change.members.get(min(before))):
+        job.extras_until = change.applied + 1
+
+
+def _unpublish(state: State, job: Job, file: tuple[str, int, str, int], reason: str) -> None:
+    """The workers hear of it once, however many blocks it fails for. The job's view says so until another version is
+    complete.
+    """
+    version, step, path, history = file
+    if (version, step, history) in job.unpublished_files:
+        return
+    log.error("version_failed job=%s version=%s step=%d reason=%s", job.name, version, step, reason)
+    job.unpublished = reason
+    job.unpublished_files.add((version, step, history))
+    alike = {key for key in job.saving if (key[0], key[1], key[3]) == (version, step, history)}
+    for key in alike | ({file} if path else set()):
+        job.saving.pop(key, None)
+        state.orders.append(Discard(key[2], history, step))
+    for worker in job.linked:
+        state.send(worker.link, Unpublished(job.name, version, reason))
+
+
+def discard_unfinished(state: State, job: Job, back_to: int = -1) -> None:
+    """What is being written will not be complete: the job goes on from another step, or is no more. Workers hear of
+    versions of the step that it goes back to, or of one before: those are not published again with their step.
+    """
+    for file in list(job.saving):
+        if file[0] and file[1] <= back_to:
+            _unpublish(state, job, file, f"it was not complete when the job went back to step {back_to}")
     state.orders.extend(Discard(path, history) for version, _, path, history in job.saving if version)
     job.saving.clear()
+    job.unpublished_files.clear()

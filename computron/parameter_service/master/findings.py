@@ -26,13 +26,15 @@ def is_followed(job: Job, members: tuple[tuple[int, str], ...]) -> bool:
 
 def best(job: Job, held: dict[str, Held]) -> dict[int, tuple[int, str]]:
     """Of each block that somebody has: the newest step, and who has it. If several have: not who was giving it away,
-    and rather its owner.
+    and rather its owner. What is of an older history than others is of another state: whoever has it has missed that
+    the job went back, or loaded a state.
     """
     found: dict[int, tuple[tuple[int, bool, bool], str]] = {}
     owners = job.book.owners
+    history = max((message.history for message in held.values()), default=0)
     for name, message in sorted(held.items()):
         for state in message.blocks:
-            if not 0 <= state.block < len(job.layout.blocks):
+            if message.history < history or not 0 <= state.block < len(job.layout.blocks):
                 continue
             rank = state.applied, state.block not in message.leaving, owners[state.block] == name
             if state.block not in found or rank > found[state.block][0]:
@@ -55,7 +57,7 @@ def commits_of(change: Change, step: int, members: set[int]) -> tuple[HeldCommit
     return tuple(found[rank] for rank in sorted(members & set(found)))
 
 
-def nobody_finds(state: State, job: Job) -> bool:
-    """Whether the last snapshot is missing for all aggregators that could be asked for it."""
-    known = state.aggregators.values()
-    return all(a.id in job.missing for a in known if a.link is not None and not a.draining and not a.stopping)
+def nobody_finds(state: State, job: Job, now: float) -> bool:
+    """Whether the last snapshot is missing for all aggregators that can be asked for it, now or when they are back."""
+    staying = [a for a in state.aggregators.values() if not a.draining and not a.stopping]
+    return all(a.id in job.missing for a in staying if a.link is not None or now - a.unlinked < state.limits.away)

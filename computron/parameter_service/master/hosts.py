@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 
 from computron.parameter_service.master.events import Close
 from computron.parameter_service.master.reconfiguration import Reconfiguration
@@ -16,15 +17,18 @@ from computron.parameter_service.master.records import (
 )
 from computron.parameter_service.master.state import Aggregator, Job, State, Worker
 from computron.parameter_service.specs import layout_of
-from computron.parameter_service.wire.messages import HostedJob, Register, Registered, Stop, Usage
+from computron.parameter_service.wire.messages import Address, HostedJob, Register, Registered, Stop, Usage
 
 log = logging.getLogger(__name__)
+
+STOPPED_KEPT = 1000  # addresses of aggregators that were drained; each process has one of its own
 
 
 class Hosts:
     def __init__(self, state: State, reconfiguration: Reconfiguration) -> None:
         self._state = state
         self._reconfiguration = reconfiguration
+        self._stopped: deque[Address] = deque(maxlen=STOPPED_KEPT)
 
     def started(self, name: str, pid: int, began: float, now: float) -> None:
         self._state.write(AggregatorStarted(name, pid, began))
@@ -42,6 +46,7 @@ class Hosts:
             known = None
         if known is None:
             known = self._state.aggregators[name] = Aggregator(name, message.pid, now)
+            known.draining = known.stopping = message.address in self._stopped
         elif known.link is not None:
             self._state.links.pop(known.link, None)
         known.link, known.pid, known.address, known.memory = link, message.pid, message.address, message.memory
@@ -69,6 +74,8 @@ class Hosts:
         if known is not None and known.link == link:
             known.link, known.unlinked = None, now
             if known.stopping and name not in self._state.book.started:
+                if known.address is not None:
+                    self._stopped.append(known.address)  # should it come again, it has missed its order
                 self.gone(name, now)  # one of this machine is gone when its process is
                 return
             if not known.stopping:
@@ -155,5 +162,6 @@ class Hosts:
         if hosted is not None:
             job.hosts.add(name)
         on_the_way = {block for block, to in job.book.moving.items() if name in (to, placed.owners[block])}
-        if there != ours or on_the_way or (hosted is not None and hosted.epoch != placed.epoch):
+        stuck = hosted is not None and hosted.held and job.change is None  # it has not heard that it may go on
+        if there != ours or on_the_way or stuck or (hosted is not None and hosted.epoch != placed.epoch):
             job.mismatch = True

@@ -100,9 +100,9 @@ def fleet_of(state: State, servers: Iterable[str], *, without: Job | None = None
     capacity = Capacity() if memory is None else Capacity(memory=memory)
     fleet = Fleet(capacity=capacity).opened(names)
     for name, job in sorted(state.jobs.items()):
-        if job is without or job.book.placed is None or job.failed is not None:
+        owners = job.places
+        if job is without or not owners or job.failed is not None:
             continue
-        owners = [job.book.moving.get(block, owner) for block, owner in enumerate(job.book.owners)]
         if all(owner in fleet.servers for owner in owners):
             fleet = fleet.placing(load_of(state, job), dict(enumerate(owners)))
         if name in state.alone and name in fleet.jobs:

@@ -89,6 +89,7 @@ class Master:
         for job in self._concerned(event):
             self._reconfiguration.advance(job, now)
         if isinstance(event, Tick):
+            self._files.look_for_extras(now)
             self.scaling.advance(now)
         orders, self.state.orders = self.state.orders, []
         return orders
@@ -180,4 +181,4 @@ class Master:
             case Failed(order="save"):
                 self._files.not_saved(job, name, message)
             case Failed():
-                self._files.not_published(job, message.version, message.step, f"{name}: {message.message}")
+                self._files.not_published(job, name, message)

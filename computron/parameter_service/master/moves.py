@@ -6,9 +6,10 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable
 
+from computron.parameter_service.master.files import newest
 from computron.parameter_service.master.records import MoveBegun, MoveEnded
 from computron.parameter_service.master.state import Job, State
-from computron.parameter_service.wire.messages import Failed, Move, MovedOut
+from computron.parameter_service.wire.messages import Failed, Kept, Move, MovedOut
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,11 @@ class Moves:
         blocks = tuple(block for block in message.blocks if 0 <= block < len(owners) and owners[block] == aggregator)
         if not blocks:
             return
+        known = message.to in owners
         self._state.write(MoveEnded(job.name, blocks, message.to))
+        snapshot = newest(job)
+        if not known and snapshot is not None:  # what was told of it before may have come before the job did
+            self._state.tell(message.to, Kept(job.name, None if job.trouble else snapshot.step))
         self._state.migrations += len(blocks)
         job.saw(message.applied, now)
 

@@ -18,13 +18,15 @@ class Placer(Protocol):
         """The owner of each block of the job, among `usable`; None if they do not fit there."""
 
 
-def memory_used(state: State) -> dict[str, int]:
-    """Bytes that blocks take at each aggregator, those that are on their way there included."""
+def memory_used(state: State, *, without: Job | None = None) -> dict[str, int]:
+    """Bytes that blocks of all other jobs take at each aggregator, those that are on their way there included."""
     used: dict[str, int] = dict.fromkeys(state.aggregators, 0)
     for job in state.jobs.values():
+        if job is without:
+            continue
         room = room_of(state, job)
-        for block, owner in enumerate(job.book.owners):
-            for name in {owner, job.book.moving.get(block, owner)}:
+        for block, place in enumerate(job.places):
+            for name in {place, job.book.owners[block] if block in job.book.moving else place}:
                 used[name] = used.get(name, 0) + room[block]
     return used
 
@@ -33,9 +35,7 @@ class LeastMemory:
     """Every block goes where most memory is free: for tests, and where nothing is known about loads."""
 
     def place(self, state: State, job: Job, usable: Sequence[Aggregator]) -> list[str] | None:
-        used, room = memory_used(state), room_of(state, job)
-        for block, owner in enumerate(job.book.owners):
-            used[owner] = used.get(owner, 0) - room[block]
+        used, room = memory_used(state, without=job), room_of(state, job)
         owners = []
         for size in room:
             place = _roomiest(usable, used, size)

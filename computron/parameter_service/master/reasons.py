@@ -80,7 +80,9 @@ def may_begin_anew(job: Job, change: Change) -> bool:
         return True
     if job.step > 0 or job.book.loaded:
         return False
-    return job.book.placed is None or (spec.snapshot_every > 0 and not job.book.unsaved) or is_unfilled(job, change)
+    if job.book.placed is None or job.unbrought:
+        return True
+    return (spec.snapshot_every > 0 and not job.book.unsaved) or is_unfilled(job, change)
 
 
 def why_nothing_is_left(job: Job) -> str:
@@ -102,7 +104,8 @@ def look_for_idleness(state: State, job: Job, now: float) -> None:
     elif job.idle_since is None:
         job.idle_since = now
     elif now - job.idle_since >= state.limits.idle and (newest(job) or job.book.spec.optimizer == "sum"):
-        if job.unfenced or not all(map(state.is_linked, job.holders)):
+        alive = state.aggregators.keys()
+        if alive & job.unfenced.keys() or not all(map(state.is_linked, alive & job.holders)):
             return  # somebody may still train it with an aggregator that cannot be told
         if job.change is None and _is_kept(state, job, now):
             unhost(state, job)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from computron.parameter_service.master.files import discard_unfinished, newest
+from computron.parameter_service.master.files import discard_unfinished, first_limit, newest, note_extras
 from computron.parameter_service.master.findings import best, commits_of, is_followed, nobody_finds, silent
 from computron.parameter_service.master.loading import bringers, look_for_loaded
 from computron.parameter_service.master.placement import Placer
@@ -108,21 +108,29 @@ class Reconfiguration:
     def failed(self, job: Job, aggregator: str, message: Failed, now: float) -> None:
         """An order of this reconfiguration could not be carried out there: begin again without it."""
         change = job.change
-        if change is None or message.epoch != change.epoch:
+        if message.epoch != job.book.epoch or (change is None and not self._is_placed(job, message)):
             return
         log.warning(
             "order_failed job=%s aggregator=%s order=%s reason=%s",
             job.name, aggregator, message.order, message.message,
         )  # fmt: skip
+        if change is None:
+            job.unbrought = True
         if message.order == "find":
             job.missing.add(aggregator)
-        if message.order == "restore" or (message.order == "find" and nobody_finds(self._state, job)):
+        unfound = message.order == "find" and nobody_finds(self._state, job, now)
+        if change is not None and (message.order == "restore" or unfound):
             self._state.write(SnapshotBad(job.name, change.source))
             job.readmit(job.missing)
             job.missing.clear()
         else:
             self._exclude(job, [aggregator], now)
         self._begin(job, f"{aggregator} failed: {message.message}", now)
+
+    def _is_placed(self, job: Job, message: Failed) -> bool:
+        """Whether it is of the last placement, which a worker is to bring the parameters for: nobody waited for it."""
+        placed = job.book.placed
+        return placed is not None and placed.epoch == message.epoch and message.order == "host"
 
     def aggregator_back(self, job: Job, aggregator: str, now: float) -> None:
         """It has registered, and may have blocks of the job. What it was ordered meanwhile it may not have heard."""
@@ -321,7 +329,7 @@ class Reconfiguration:
         change.phase = Phase.HOSTING
         if change.source != KEEP:
             job.trouble, job.trouble_step = "", 0  # a snapshot is tried again before the first limit
-            discard_unfinished(state, job)
+            discard_unfinished(state, job, -1 if change.loads else change.applied)
             if not change.loads:
                 state.write(RolledBack(job.name, change.epoch, change.applied))
         change.waiting = set() if change.source == FRESH else set(range(len(change.owners)))
@@ -339,7 +347,7 @@ class Reconfiguration:
                 blocks=blocks,
                 applied=change.applied,
                 source=change.source,
-                kept=self._kept(job, change),
+                kept=first_limit(job, change),
                 history=job.book.history,
             ))  # fmt: skip
         for name in sorted(job.holders - owners):
@@ -348,15 +356,6 @@ class Reconfiguration:
         if not change.waiting:
             self._finish(job, change)  # the worker that brings the parameters needs its placement for that
 
-    def _kept(self, job: Job, change: Change) -> int | None:
-        every = job.book.spec.snapshot_every
-        if change.loads:
-            return change.applied - every  # no step before there is a snapshot of what was loaded
-        if job.trouble:
-            return None
-        snapshot = newest(job)
-        return snapshot.step if snapshot is not None else -every
-
     def _finish(self, job: Job, change: Change) -> None:
         rolled_back = change.source != KEEP
         bringing = bringers(job) if change.loads else job.linked
@@ -364,6 +363,7 @@ class Reconfiguration:
         initialise = first if change.source == FRESH else None
         unheard = silent(self._state, job, change) if job.book.placed is not None else {}
         unfenced = sorted((name, members) for name, members in unheard.items() if name not in change.owners)
+        note_extras(job, change)
         self._state.write(Placed(
             job=job.name,
             epoch=change.epoch,
@@ -388,7 +388,7 @@ class Reconfiguration:
         job.step = change.applied
         job.change = None
         job.missing.clear()
-        job.mismatch_of_log = False
+        job.mismatch_of_log = job.unbrought = False
         log.info(
             "placed job=%s epoch=%d members=%d step=%d reason=%s",
             job.name, change.epoch, len(change.members), change.applied, change.reason,

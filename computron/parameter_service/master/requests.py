@@ -108,4 +108,5 @@ class Requests:
             self._state.dismiss(worker.link, job.name, refusals.UNKNOWN_JOB, "the job was deleted")
         discard_unfinished(self._state, job)
         del self._state.jobs[job.name]
+        self._state.epochs[job.name] = job.book.epoch  # the book forgets it when many others have been deleted
         self._state.write(JobDropped(job.name))

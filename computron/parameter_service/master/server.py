@@ -187,14 +187,14 @@ class MasterServer:
                     self.tell(Started(order.aggregator, *begun))
             case Finish():
                 self._in_thread(
-                    lambda: finish(Path(order.path), order.history),
+                    lambda: finish(Path(order.path), order.history, order.count),
                     lambda: self.tell(_finished(order)),
                     lambda error: self.tell(_not_finished(order, error)),
                 )
             case Prune():
                 self._remove(lambda: prune(Path(order.path), map(Path, order.keep)))
             case Discard():
-                self._remove(lambda: discard(Path(order.path), order.history))
+                self._remove(lambda: discard(Path(order.path), order.history, order.step))
 
     def _remove(self, work: Callable[[], object]) -> None:
         self._in_thread(work, lambda: None, lambda error: log.error("not_removed error=%s", error))
@@ -281,7 +281,7 @@ def _finished(order: Finish) -> Finished:
 
 def _not_finished(order: Finish, error: BaseException) -> NotFinished:
     message = f"{error}; does the master see the folder?"
-    return NotFinished(order.job, order.version, order.step, order.path, message)
+    return NotFinished(order.job, order.version, order.step, order.path, message, order.history)
 
 
 async def _send(socket: web.WebSocketResponse, outbox: asyncio.Queue[bytes | None]) -> None:

@@ -122,10 +122,11 @@ class Change:
 
 @dataclass(slots=True)
 class Unfinished:
-    """Blocks, and extras of a version, that are in a file."""
+    """Blocks, and extras of a version, that are in a file. since: the last of them."""
 
     blocks: set[int] = field(default_factory=set)
     extras: set[int] = field(default_factory=set)
+    since: float = 0.0
 
 
 @dataclass(slots=True)
@@ -141,9 +142,11 @@ class Job:
     others, as measured when it shared none; None if it never was. reverted: how often it was slower than predicted
     where it shared. trouble: why the last snapshot did not come about; until one of step `trouble_step` or a later one
     does, steps are not limited. without_folder: that nothing can be saved has been logged. unpublished: why the last
-    version did not come about; unpublished_file: its name, step and history. broken: why it cannot go on in this epoch,
-    as an aggregator said. idle_since: nobody has worked on it since then. kept_by: until then its last step is to be in
-    a snapshot, to be dropped. missing: aggregators that do not find the last snapshot.
+    version did not come about; unpublished_files: name, step and history of all that did not since the job
+    last went back. extras_until: whoever had what is not trained for versions up to this step has gone. broken: why it
+    cannot go on in this epoch, as an aggregator said. idle_since: nobody has worked on it since then. kept_by: until
+    then its last step is to be in a snapshot, to be dropped. missing: aggregators that do not find the last snapshot.
+    unbrought: an aggregator has not taken blocks that a worker was to bring: no step was taken since.
     """
 
     book: JobBook
@@ -157,6 +160,7 @@ class Job:
     doubted: dict[str, float] = field(default_factory=dict)
     mismatch: bool = False
     mismatch_of_log: bool = False
+    unbrought: bool = False
     step: int = 0
     progressed: float = 0.0
     cpu: dict[int, float] = field(default_factory=dict)
@@ -172,7 +176,8 @@ class Job:
     trouble: str = ""
     trouble_step: int = 0
     unpublished: str = ""
-    unpublished_file: tuple[str, int, int] | None = None
+    unpublished_files: set[tuple[str, int, int]] = field(default_factory=set)
+    extras_until: int = -1
     without_folder: bool = False
     broken: str = ""
     idle_since: float | None = None
@@ -190,6 +195,13 @@ class Job:
     def holders(self) -> set[str]:
         """Aggregators that may have blocks of it."""
         return (set(self.book.owners) | set(self.book.moving.values()) | self.hosts) - {""}
+
+    @property
+    def places(self) -> list[str]:
+        """Where each block is going to be; none if nothing is known of that."""
+        if self.change is not None and self.change.phase is Phase.HOSTING:
+            return self.change.owners
+        return [self.book.moving.get(block, owner) for block, owner in enumerate(self.book.owners)]
 
     @property
     def unfenced(self) -> dict[str, tuple[tuple[int, str], ...]]:

@@ -117,16 +117,18 @@ class Workers:
         worker = self._speaker(link, message.job, message.rank)
         if job is None or worker is None or message.epoch != job.book.epoch or job.change is not None:
             return
-        if message.aggregator not in job.holders or message.aggregator not in self._state.aggregators:
-            return
+        name = message.address.aggregator
+        known = self._state.aggregators.get(name)
+        if name not in job.holders or known is None or known.address != message.address:
+            return  # it has nothing of the job, or is another one than the worker knew by that name
         log.warning(
             "unreachable job=%s rank=%d aggregator=%s reason=%s",
-            job.name, worker.rank, message.aggregator, message.reason,
+            job.name, worker.rank, name, message.reason,
         )  # fmt: skip
-        if self._state.is_linked(message.aggregator):
-            job.doubted.setdefault(message.aggregator, now)
+        if self._state.is_linked(name):
+            job.doubted.setdefault(name, now)
         else:
-            job.exclude([message.aggregator], now + self._state.limits.exclusion)
+            job.exclude([name], now + self._state.limits.exclusion)
 
     def _speaker(self, link: int, job: str, rank: int) -> Worker | None:
         """Whom the link belongs to, if it speaks for itself."""

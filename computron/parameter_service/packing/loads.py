@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+LEAST_ALLOWANCE = 0.001  # seconds by which the work of a step may end late, however little its job may lose
+
 
 @dataclass(frozen=True, slots=True)
 class BlockLoad:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-LEAST_ALLOWANCE = 1e-6  # seconds
+from computron.parameter_service.packing.loads import LEAST_ALLOWANCE
+
 WARM_UP = 0.25  # share of the time that is not counted: jobs fall into step with each other in it
 
 
@@ -112,11 +113,11 @@ class _Run:
         heapq.heappush(self.events, (time, server, subject, self.made))
 
     def _commit(self, job: int, now: float) -> None:
-        allowance = self.jobs[job].allowance
+        allowance = max(LEAST_ALLOWANCE, self.jobs[job].allowance)
         self.open[job] = len(self.work[job])
         for place, seconds in self.work[job]:
             server = self.servers[place]
-            step = _Step(job, now + seconds + allowance, max(allowance, LEAST_ALLOWANCE), seconds)
+            step = _Step(job, now + seconds + allowance, allowance, seconds)
             server.waiting.append(step)
             if server.current is None:
                 self._begin(place, now)

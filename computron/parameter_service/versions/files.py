@@ -2,7 +2,9 @@
 
 While it is written it is called `<path>.partial`; `finish` gives it its name, and from then on it does not change. Who
 dies in the middle leaves a `.partial` file and nothing else. The header is the same bytes in every process, so that
-whoever comes first writes it; a lock on the file lets one do so at a time, and is gone with a process that dies.
+whoever comes first writes it; a lock on the file lets one do so at a time, and is gone with a process that dies. What
+is written and synced is marked in a file beside it: whoever finishes it sees by that whether all have written to this
+folder.
 
 What may be written once more, of another history, is called `<path>.<history>.partial` meanwhile: what is late of the
 older one does not get into the file.
@@ -48,6 +50,7 @@ class SharedFile:
         is being written under this name, StorageFailed if the disk does not take it.
         """
         self.path = path
+        self._marks = marks_path(path, history)
         self._partial = partial_path(path, history)
         self._header = make_header(tensors, metadata)
         self._entries = [self._header.entries[name] for name, _, _ in tensors]
@@ -87,9 +90,16 @@ class SharedFile:
             os.fsync(self._descriptor)
 
     def mark(self, places: Iterable[int]) -> None:
-        """Note, in a file beside it, that all of these is written and synced. Raises StorageFailed."""
-        with _storage_errors(self.path):
-            descriptor = os.open(marks_path(self.path), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, NEW_MODE)
+        """Note, in a file beside it, that all of these is written and synced.
+
+        Raises StorageFailed, CheckpointError if it was discarded meanwhile: another of this name may have been begun.
+        """
+        with _storage_errors(self.path), _locked(self._descriptor):
+            if not _is_at(self._descriptor, self._partial):
+                if self.path.exists():
+                    return
+                raise CheckpointError(f"{self.path}: was discarded while it was written; write it again")
+            descriptor = os.open(self._marks, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, NEW_MODE)
             try:
                 for place in places:
                     os.pwrite(descriptor, MARK, place)
@@ -137,23 +147,24 @@ def partial_path(path: Path, history: int = 0) -> Path:
     return path.with_name(f"{path.name}.{history}{PARTIAL}" if history else f"{path.name}{PARTIAL}")
 
 
-def marks_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}{MARKS}")
+def marks_path(path: Path, history: int = 0) -> Path:
+    return path.with_name(f"{path.name}.{history}{MARKS}" if history else f"{path.name}{MARKS}")
 
 
-def is_marked(path: Path, count: int) -> bool:
+def is_marked(path: Path, count: int, history: int = 0) -> bool:
     """Whether all places below `count` have been marked. Raises StorageFailed."""
     with _storage_errors(path):
         try:
-            return marks_path(path).read_bytes()[:count] == MARK * count
+            return marks_path(path, history).read_bytes()[:count] == MARK * count
         except FileNotFoundError:
             return False
 
 
-def finish(path: Path, history: int = 0) -> None:
+def finish(path: Path, history: int = 0, count: int = 0) -> None:
     """Gives the file its name and makes it read-only; all processes have written and synced before. May come twice.
+    count: so many places must have been marked.
 
-    Raises CheckpointError if there is no such file, StorageFailed if the disk does not take it.
+    Raises CheckpointError if there is no such file or marks are missing, StorageFailed if the disk does not take it.
     """
     partial = partial_path(path, history)
     with _storage_errors(path):
@@ -165,9 +176,15 @@ def finish(path: Path, history: int = 0) -> None:
                     return  # another has finished it just now
                 raise CheckpointError(f"{path}: was never begun, or was discarded; write it again") from None
             try:
+                if count and not is_marked(path, count, history):
+                    raise CheckpointError(
+                        f"{path}: not all of it was written to this folder; give all aggregators the same one"
+                    )
                 _finish(descriptor, partial, path)
             finally:
                 os.close(descriptor)
+            if history:  # no other looks for the marks: what is complete is what is in the master's log
+                marks_path(path, history).unlink(missing_ok=True)
 
 
 def _finish(descriptor: int, partial: Path, path: Path) -> None:
@@ -181,10 +198,38 @@ def _finish(descriptor: int, partial: Path, path: Path) -> None:
         _sync_folder(path.parent)
 
 
-def discard(path: Path, history: int = 0) -> None:
-    """Removes what was written of an unfinished file. May come twice; a finished one stays."""
+def discard(path: Path, history: int = 0, step: int | None = None) -> None:
+    """Removes what was written of an unfinished file. May come twice; a finished one stays. step: so does one whose
+    metadata name another step. Raises StorageFailed.
+    """
+    partial = partial_path(path, history)
     with _storage_errors(path):
-        partial_path(path, history).unlink(missing_ok=True)
+        if step is None:
+            partial.unlink(missing_ok=True)
+            marks_path(path, history).unlink(missing_ok=True)
+            return
+        try:
+            descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            _discard(descriptor, partial, marks_path(path, history), step)
+        finally:
+            os.close(descriptor)
+
+
+def _discard(descriptor: int, partial: Path, marks: Path, step: int) -> None:
+    with _locked(descriptor):
+        if not _is_at(descriptor, partial):
+            return
+        try:
+            header = read_header(descriptor, partial)
+        except CheckpointError:
+            os.ftruncate(descriptor, 0)  # nobody has come to write data: whoever is next begins it anew
+            return
+        if header.metadata.get("step") == str(step):
+            marks.unlink(missing_ok=True)
+            partial.unlink()
 
 
 def _open(path: Path, partial: Path) -> int:

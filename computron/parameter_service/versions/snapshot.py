@@ -73,7 +73,7 @@ class SnapshotWriter:
                 self._file.write(self._places.of_step(piece.tensor), 0, updates.to_bytes(8, "little"))
 
     def mark(self, blocks: Iterable[int]) -> None:
-        """These blocks have been written and synced: `recover` counts them. Raises StorageFailed."""
+        """These blocks have been written and synced: `recover` counts them. Raises as SharedFile does."""
         self._file.mark(blocks)
 
     def sync(self) -> None:

@@ -6,6 +6,7 @@ writers were in: an epoch that rolls the job back begins another history.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -47,6 +48,10 @@ class VersionWriter:
         if memoryview(data).nbytes != nbytes:
             raise ValueError(f"{tensor.name} has {nbytes} bytes, not {memoryview(data).nbytes}")
         self._file.write(len(self._spec.tensors) + extra, 0, data)
+
+    def mark(self, blocks: Iterable[int] = (), extras: Iterable[int] = ()) -> None:
+        """These have been written and synced. Raises StorageFailed, CheckpointError if the file was discarded."""
+        self._file.mark([*extras, *(len(self._spec.extras) + block for block in blocks)])
 
     def sync(self) -> None:
         """What was written outlasts a loss of power. Raises StorageFailed; it must then be written again."""

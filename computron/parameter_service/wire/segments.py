@@ -122,12 +122,6 @@ class Window:
         if nbytes >= HUGE_PAGE:
             self.advise(offset, nbytes, _MADV_HUGEPAGE)  # at once, where the machine gives them to files in memory
 
-    def map_private(self, offset: int, nbytes: int) -> None:
-        """Show zeroed memory of this process at `offset`."""
-        self._check(offset, nbytes)
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
-        _map(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-
     def advise(self, offset: int, nbytes: int, advice: int) -> bool:
         """madvise; False if the machine does not take it."""
         return bool(_libc.madvise(self.address + offset, nbytes, advice) == 0)

@@ -15,6 +15,7 @@ import uvloop
 from aiohttp import WSMsgType, web
 
 from computron.parameter_service import ParameterService
+from computron.parameter_service.aggregator.arrivals import Arrivals
 from computron.parameter_service.aggregator.job import Job
 from computron.parameter_service.aggregator.moves import Moves
 from computron.parameter_service.aggregator.orders import Orders
@@ -57,7 +58,7 @@ class FakeAggregator:
         def report(message: Any) -> None:
             self._report(self.name, message)
 
-        server = Server("key", self.jobs, report)
+        server = Server(self.jobs, report)
         server.steps = self.steps = Steps(self._changed, lambda job, why: None)
         server.pages = self.pages = Pages()
         server.moves = self.moves = Moves(machine_id(), "key", server, self.pages, report, lambda job, why: None)
@@ -67,6 +68,7 @@ class FakeAggregator:
         server.orders = self.orders = Orders(
             self.jobs, MEMORY, server.steps, server.moves, server.saver, report, server.arrived, server.leave
         )
+        server.arrivals = Arrivals("key", self.jobs, server.orders, self.pages)
         self.server = server
         path = f"\0computron-test-{uuid.uuid4().hex}"
         self.listener: Listener = await listen("127.0.0.1", 0, path, server)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from computron.parameter_service.agent.actions import Connect, Fail, Send, Wish
+from computron.parameter_service.agent.actions import Connect, Disconnect, Fail, Send, Wish
 from computron.parameter_service.agent.progress import Progress
 from computron.parameter_service.wire.messages import (
     Address,
@@ -109,6 +109,13 @@ def test_an_aggregator_that_has_the_name_of_one_that_has_gone_is_another_one():
     assert progress.moved("a0", Moved("job", 1, 0, (0,), successor)) == [Connect(successor)]
     assert progress.peers["a1"].address == successor
     assert progress.moved("a0", Moved("job", 1, 0, (0,), successor)) == []
+
+
+def test_an_aggregator_that_has_nothing_any_more_is_not_called_again_when_it_ends():
+    progress = started()
+    progress.moved("a1", Moved("job", 1, 0, (1,), address("a0")))
+    assert progress.lost("a1") == [Disconnect("a1")]
+    assert progress.moved("a0", Moved("job", 1, 0, (0,), address("a1"))) == [Connect(address("a1"))]
 
 
 def test_a_new_owner_is_asked_once_if_it_told_of_its_blocks_before_the_old_one_did():

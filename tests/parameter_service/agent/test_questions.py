@@ -133,6 +133,22 @@ def test_a_few_tensors_of_a_version_are_on_their_way_at_a_time(asker, monkeypatc
     assert not asker.questions.extras_left
 
 
+def test_what_was_taken_for_a_version_is_sent_again_where_its_step_is_taken_anew(asker):
+    for tensor in (0, 1):
+        asker.ask(extra(tensor))
+    asker.questions.answered(asker.link, taken(0))
+    asker.questions.done(0)
+    asker.questions.new_epoch()
+    asker.questions.send()
+    assert asker.carried == [extra(0), extra(1), extra(0), extra(1)]
+    for tensor in (0, 1):
+        asker.questions.answered(asker.link, taken(tensor))
+    assert not asker.questions.extras_left
+    asker.questions.done(1)
+    asker.questions.new_epoch()
+    assert not asker.questions.extras_left
+
+
 def test_a_large_tensor_of_a_version_travels_alone(asker, monkeypatch):
     monkeypatch.setattr(questions, "EXTRAS_BYTES", 10)
     for tensor, size in enumerate((4, 4, 100, 1)):

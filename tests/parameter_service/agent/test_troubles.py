@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import computron.parameter_service as service
 from computron.errors import JobRefused
+from computron.parameter_service.agent.master_link import MasterLink
 from computron.parameter_service.wire.messages import Denied, Enlist, Unpublished, encoder
 from tests.parameter_service.agent.conftest import told
 from tests.parameter_service.agent.test_one_worker import batches, loss, network
@@ -40,13 +42,20 @@ def test_it_is_said_when_the_master_goes_and_when_it_is_back(cluster, caplog):
         optimizer.step()
 
 
-def test_a_worker_of_a_deleted_job_does_not_begin_it_anew(cluster):
+def test_a_worker_of_a_deleted_job_does_not_begin_it_anew(cluster, monkeypatch):
+    run, ended = MasterLink.run, threading.Event()
+
+    async def noted(self):
+        await run(self)
+        ended.set()
+
+    monkeypatch.setattr(MasterLink, "run", noted)
     model = network()
     with service.SGD(model.parameters(), lr=0.1, service=cluster.service()) as optimizer:
         socket = cluster.jobs["job"].sockets[0]
         cluster.run(socket.send_bytes(encoder().encode(Denied("job", "unknown_job", "the job was deleted"))))
         cluster.run(socket.close())
-        time.sleep(0.3)  # three times as long as a link is down that has broken
+        assert ended.wait(10)
         loss(model, batches(1)[0]).backward()
         with pytest.raises(JobRefused, match="the job was deleted"):
             optimizer.step()

@@ -87,6 +87,10 @@ class FakeMaster:
     async def send(self, to: str, message: Any) -> None:
         await self._sockets[to].send_bytes(encoder().encode(message))
 
+    async def cut(self, who: str) -> None:
+        """Its link to the master breaks."""
+        await self._sockets[who].close()
+
     async def heard(self, what: Callable[[str, Any], bool], count: int = 1) -> list[tuple[str, Any]]:
         """Wait until so many messages that fit have come, and take them."""
         async with asyncio.timeout(10), self._changed:

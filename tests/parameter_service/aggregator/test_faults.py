@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,24 @@ async def until(what) -> None:
     async with asyncio.timeout(10):
         while not what():
             await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch) -> list[Server]:
+    """Those of all aggregators of the test."""
+    made: list[Server] = []
+    make = Server.__init__
+
+    def noted(self: Server, *args: Any) -> None:
+        make(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(Server, "__init__", noted)
+    return made
+
+
+async def until_a_payload_comes(servers: list[Server]) -> None:
+    await until(lambda: any(server._directed for server in servers))
 
 
 async def test_a_block_that_is_lost_on_its_way_is_said_to_be_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +197,9 @@ async def test_a_step_whose_completion_was_withdrawn_publishes_nothing(
 
 
 @pytest.mark.parametrize("skip", [False, True])
-async def test_a_step_is_not_completed_with_gradients_that_have_not_come_again(skip: bool) -> None:
+async def test_a_step_is_not_completed_with_gradients_that_have_not_come_again(
+    servers: list[Server], skip: bool
+) -> None:
     spec = job()
     reference = Reference(spec, **ADAM)
     indices = spread(reference, "a")["a"]
@@ -194,14 +215,14 @@ async def test_a_step_is_not_completed_with_gradients_that_have_not_come_again(s
         link = await worker.link("b")
         data = bytes(reference.layout.blocks[0].nbytes)
         link._transport.write(frame(Push(spec.job, 1, 1, 0), len(data)) + data[: len(data) // 2])
-        await asyncio.sleep(0.1)  # it has begun to come
+        await until_a_payload_comes(servers)
         held = await master.hold(spec, 2, "a", "b")
         await master.send("b", Complete(spec.job, 2, 1, (0,), held["a"].commits))
         ((_, answer),) = await master.heard(lambda who, m: isinstance(m, Failed | Ready) and m.epoch == 2)
         assert isinstance(answer, Ready if skip else Failed)
 
 
-async def test_a_write_that_is_still_coming_when_an_epoch_begins_changes_nothing() -> None:
+async def test_a_write_that_is_still_coming_when_an_epoch_begins_changes_nothing(servers: list[Server]) -> None:
     spec = job()
     reference = Reference(spec, **ADAM)
     owners = spread(reference, "a")
@@ -212,7 +233,7 @@ async def test_a_write_that_is_still_coming_when_an_epoch_begins_changes_nothing
         values = torch.full((reference.layout.blocks[0].elements,), 7.0).view(torch.uint8).numpy().data
         head = frame(Write(spec.job, 1, 0, "parameters", 1, True), len(values))
         link._transport.write(head + bytes(values[:64]))
-        await asyncio.sleep(0.1)  # it has begun to come
+        await until_a_payload_comes(servers)
         await master.hold(spec, 2, "a")
         link._transport.write(bytes(values[64:]))
         await workers[0].until(lambda: bool(workers[0].refused))
@@ -223,10 +244,7 @@ async def test_a_write_that_is_still_coming_when_an_epoch_begins_changes_nothing
         assert_equal(workers, reference)
 
 
-async def test_nothing_is_left_of_a_job_that_was_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    servers: list[Server] = []
-    make = Server.__init__
-    monkeypatch.setattr(Server, "__init__", lambda self, *a: (make(self, *a), servers.append(self))[0])
+async def test_nothing_is_left_of_a_job_that_was_dropped(servers: list[Server]) -> None:
     spec = job()
     reference = Reference(spec, **ADAM)
     async with cluster("a") as master:

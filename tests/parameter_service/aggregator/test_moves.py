@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 import uuid
+from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 
 from computron.parameter_service.aggregator import moves, process
+from computron.parameter_service.aggregator.pages import Pages
 from computron.parameter_service.specs import block_bytes
 from computron.parameter_service.wire.link import LocalLink
-from computron.parameter_service.wire.messages import Expect, Failed, Host, Hyperparameters
+from computron.parameter_service.wire.messages import Expect, Failed, Host, Hyperparameters, Kept
 from tests.parameter_service.aggregator.cluster import MIB, RawWorker, Reference, cluster, job
+from tests.parameter_service.aggregator.test_faults import until
 from tests.parameter_service.aggregator.test_steps import ADAM, assert_equal, one_step, spread, started
 
 NAMES = ("a", "b", "c")
@@ -167,6 +171,33 @@ async def test_a_move_that_cannot_be_announced_fails(monkeypatch: pytest.MonkeyP
         assert "b could not be told" in failed.message
         await one_step(workers, reference, 1, ADAM)
         assert_equal(workers, reference)
+
+
+async def test_a_limit_that_was_told_before_the_job_came_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped: list[Callable[[], None]] = []
+    monkeypatch.setattr(Pages, "touch", lambda self, segments, then: mapped.append(then))
+    spec = job(workers=1, snapshot_every=1)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a")
+    async with cluster("a", "b", folder=tmp_path) as master:
+        await master.host(spec, owners, kept=0)
+        worker = RawWorker(master, spec)
+        await worker.join(owners)
+        await worker.initialise(reference.flat())
+        await one_step([worker], reference, 1, ADAM)
+        mapped.clear()
+        await master.move(spec, "a", "b", [0])
+        await until(lambda: bool(mapped))
+        await master.send("a", Kept(spec.job, 1))
+        await master.move(spec, "a", "b", [1], epoch=9)
+        await master.heard(lambda who, m: isinstance(m, Failed) and m.order == "move")  # it knows what came before
+        for then in mapped:
+            then()
+        await master.moved(1)
+        await one_step([worker], reference, 2, ADAM)
+        assert_equal([worker], reference)
 
 
 async def test_a_host_has_room_for_so_much() -> None:

@@ -21,7 +21,8 @@ def pages():
 async def all_done(pages: Pages) -> None:
     done = asyncio.Event()
     pages.touch([], done.set)
-    await done.wait()
+    async with asyncio.timeout(10):
+        await done.wait()
 
 
 async def test_what_a_step_waits_for_comes_before_huge_pages(pages, monkeypatch):
@@ -35,8 +36,9 @@ async def test_what_a_step_waits_for_comes_before_huge_pages(pages, monkeypatch)
     pages.enlarge(segments)
     pages.touch(segments[:1], lambda: None)
     go_on.set()
-    while len(order) < 5:
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(10):
+        while len(order) < 5:
+            await asyncio.sleep(0.001)
     assert order == ["touched", (0, 0), (1, 0), (0, HUGE_PAGE), (1, HUGE_PAGE)]
 
 

@@ -17,6 +17,7 @@ from computron.parameter_service.wire.messages import (
     JobSpec,
     Keep,
     Kept,
+    Register,
     Saved,
     WorkerLost,
 )
@@ -289,3 +290,15 @@ async def test_a_version_is_what_the_parameters_were_at_its_step(tmp_path: Path)
         assert path == tmp_path / "job" / "first.safetensors"
         found = load_file(path)
         assert all(torch.equal(found[f"t{number}"], value) for number, value in enumerate(expected))
+
+
+async def test_a_job_that_waits_for_the_masters_order_is_registered_so() -> None:
+    spec, owners = job(((4,),)), {"a": [0]}
+    async with cluster("a") as master:
+        await master.host(spec, owners)
+        assert (await master.hold(spec, 2, "a"))["a"].history == 1
+        for held in (True, False):
+            await master.cut("a")
+            ((_, registered),) = await master.heard(lambda who, m: isinstance(m, Register))
+            assert [hosted.held for hosted in registered.jobs] == [held]
+            await master.host(spec, owners, epoch=2)

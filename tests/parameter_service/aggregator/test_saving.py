@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from computron.errors import StorageFailed
+from computron.parameter_service.aggregator import saving
+from computron.parameter_service.aggregator.block import HeldBlock
+from computron.parameter_service.aggregator.orders import new_job
+from computron.parameter_service.aggregator.saving import Save, Saver
 from computron.parameter_service.layout import TensorSpec
 from computron.parameter_service.versions.files import SharedFile, partial_path
 from computron.parameter_service.wire.messages import (
@@ -27,8 +33,8 @@ from computron.parameter_service.wire.messages import (
 )
 from tests.parameter_service.aggregator.cluster import NEVER, TOKEN, FakeMaster, Reference, cluster, job
 from tests.parameter_service.aggregator.test_faults import HYPER, until
-from tests.parameter_service.aggregator.test_reconfiguration import rejoin, snapshot
-from tests.parameter_service.aggregator.test_steps import ADAM, one_step, spread, started
+from tests.parameter_service.aggregator.test_reconfiguration import kept, rejoin, snapshot
+from tests.parameter_service.aggregator.test_steps import ADAM, assert_equal, one_step, spread, started
 
 
 async def saved(master: FakeMaster, version: str, blocks: int) -> list[Saved]:
@@ -121,10 +127,40 @@ async def test_who_is_to_stop_writes_and_tells_first(tmp_path: Path, may_sync: t
         for step, version in enumerate(("v1", "v2"), 1):
             await one_step(workers, reference, step, ADAM, version=version)
         await master.send("a", Stop())
-        asyncio.get_running_loop().call_later(0.2, may_sync.set)
+        await master.hold(msgspec.structs.replace(spec, job="another"), 1, "a")  # it has heard
+        may_sync.set()
         for version in ("v1", "v2"):
             assert {m.step for m in await saved(master, version, count)} == {int(version[1])}
         await until(lambda: master._sockets["a"].closed)
+
+
+async def test_snapshots_that_no_step_waits_for_do_not_pile_up(
+    tmp_path: Path, may_sync: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves, make = [], Save.__init__
+
+    def noted(self: Save, *args: Any) -> None:
+        saves.append(self)
+        make(self, *args)
+
+    monkeypatch.setattr(Save, "__init__", noted)
+    spec = job(workers=1, snapshot_every=2)
+    reference = Reference(spec, **ADAM)
+    owners = spread(reference, "a", "b")
+    count = len(reference.layout.blocks)
+    async with cluster("a", "b", folder=tmp_path) as master:
+        workers = await started(master, spec, reference, (True,), owners)
+        for name in owners:
+            await master.send(name, Kept(spec.job, None))
+        for step in range(1, 11):
+            await one_step(workers, reference, step, ADAM)
+        await until(lambda: sum(len(save._taken) for save in saves) <= 3 * count)
+        await kept(master, spec, 0)
+        may_sync.set()
+        await snapshot(master, 9, count)
+        await kept(master, spec, 9)
+        await one_step(workers, reference, 11, ADAM)
+        assert_equal(workers, reference)
 
 
 async def test_a_job_that_has_moved_away_leaves_what_its_version_lacks(
@@ -145,6 +181,24 @@ async def test_a_job_that_has_moved_away_leaves_what_its_version_lacks(
         await master.hold(spec, 2, "a")  # it has heard
         may_sync.set()
         assert torch.equal(load_file(await snapshot(master, 1, 1))["t0"], expected)
+
+
+async def test_of_jobs_that_are_gone_little_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "LEFT", 2)
+    told: list[Saved] = []
+    saver = Saver(tmp_path, told.append, lambda *_: None, lambda *_: None, lambda *_: None)
+    for number in range(5):
+        spec = msgspec.structs.replace(job(((64,),)), job=f"job{number}")
+        hosted = new_job(Host(spec, TOKEN, 1, (0,), (0,), 0, "worker"))
+        saver.save(hosted, [HeldBlock.create(spec, hosted.layout.blocks[0])], 1, "v1")
+        if number % 2:
+            saver.left(spec.job)  # what is ordered is written
+        await until(lambda number=number: len(told) == number + 1)
+        saver.left(spec.job)
+    told.clear()
+    saver.tell_again()
+    assert [message.job for message in told] == ["job3", "job4"]
+    saver.close()
 
 
 async def test_whether_a_snapshot_is_damaged_or_missing_or_out_of_reach_is_told_apart(tmp_path: Path) -> None:
@@ -176,6 +230,22 @@ async def test_who_has_no_folder_says_so_once_until_a_limit_is_set_anew() -> Non
         await master.send("a", Host(spec, TOKEN, 3, (0,), tuple(owners["a"]), 3, "keep", 0))
         await master.heard(lambda who, m: isinstance(m, Ready) and m.epoch == 3)
         assert [failed.epoch for failed in await failures(4)] == [3]
+
+
+async def test_of_snapshots_that_fail_no_more_than_one_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: SharedFile) -> None:
+        raise StorageFailed(f"{self.path}: the disk is full")
+
+    spec = job(((64,),), workers=1, snapshot_every=2)
+    reference = Reference(spec, **ADAM)
+    async with cluster("a", folder=tmp_path) as master:
+        workers = await started(master, spec, reference, (True,), spread(reference, "a"))
+        await snapshot(master, 0, 1)
+        monkeypatch.setattr(SharedFile, "sync", full)
+        for step in range(1, 5):
+            await one_step(workers, reference, step, ADAM)
+            await master.heard(lambda who, m: isinstance(m, Failed) and "the disk is full" in m.message)
+        assert [path.name for path in tmp_path.rglob("*.partial")] == ["snapshot-4-1.safetensors.partial"]
 
 
 async def test_a_version_that_is_there_is_told_with_its_name_and_step(tmp_path: Path) -> None:

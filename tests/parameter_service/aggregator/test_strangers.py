@@ -60,6 +60,13 @@ async def test_nothing_is_kept_for_a_stranger() -> None:
         assert refused.message == "join first"
 
 
+async def test_a_refusal_is_never_answered() -> None:
+    async with cluster("a") as master:
+        refused = Refused("gone", refusals.UNKNOWN_JOB, "job gone is not here")
+        answer = await answer_to(master, frame(refused) + frame(Join("other", TOKEN, 0, "x", 1, False)))
+        assert answer.message == "job other is not here"
+
+
 async def test_what_belongs_to_a_version_has_its_size() -> None:
     async with cluster("a") as master:
         worker = await joined(master, shared=True)

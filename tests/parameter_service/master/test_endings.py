@@ -230,6 +230,23 @@ def test_an_idle_job_whose_last_step_cannot_be_saved_is_dropped_all_the_same() -
     assert bench.heard("one", Drop)
 
 
+def test_an_idle_job_of_which_an_aggregator_is_dead_gives_the_others_their_memory_back() -> None:
+    bench = Small("one", "two")
+    bench.snapshot(50)
+    bench.at(50)
+    (other,) = {"one", "two"} - {bench.owner}
+    bench.tell(MoveAsked("lm", (0,), other))
+    bench.say(bench.owner, MovedOut("lm", 1, (0,), other, 50))
+    bench.say("lm", Leave("lm", 0, 50))
+    bench.wait(1.0)
+    bench.unlink(other)
+    bench.wait(601.0)
+    assert not bench.heard(bench.owner, Drop)  # it may only be away
+    bench.tell(Exited(other))
+    bench.wait(0.1)
+    assert bench.heard(bench.owner, Drop)
+
+
 def test_an_idle_job_of_which_nothing_lasts_gives_its_memory_back() -> None:
     bench = Bench(starts=False, maximum=4)
     bench.register("one")

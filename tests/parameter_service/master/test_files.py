@@ -33,6 +33,7 @@ from computron.parameter_service.wire.messages import (
     Held,
     Host,
     Kept,
+    Leave,
     MovedOut,
     Ready,
     Register,
@@ -103,12 +104,12 @@ def test_a_version_is_finished_when_all_blocks_and_all_extras_are_there(trained:
         *trained.saved("v1", 7, "/v1", extras=(0,)),
     ]
     assert not [order for order in told if isinstance(order, Finish)]
-    assert Finish("lm", "v1", 7, "/v1", 1) in trained.saved("v1", 7, "/v1", extras=(1,))
+    assert Finish("lm", "v1", 7, "/v1", 1, 4) in trained.saved("v1", 7, "/v1", extras=(1,))
 
 
 def test_a_snapshot_has_no_extras_and_makes_older_ones_needless(trained: Trained) -> None:
     for step in (5, 10, 15):
-        assert Finish("lm", "", step, f"/{step}") in trained.saved("", step, f"/{step}", 0, 1)
+        assert Finish("lm", "", step, f"/{step}", 0, 2) in trained.saved("", step, f"/{step}", 0, 1)
         orders = trained.tell(Finished("lm", "", step, f"/{step}", 0.0))
     assert Prune("/15", ("/10", "/15")) in orders
 
@@ -123,6 +124,19 @@ def test_a_rollback_discards_versions_that_are_not_complete(trained: Trained) ->
     assert [order for order in orders if isinstance(order, Discard)] == [Discard("/v2", 1)]
 
 
+def test_workers_hear_of_versions_that_a_rollback_leaves_out_but_not_of_those_whose_steps_come_again(
+    trained: Trained,
+) -> None:
+    trained.saved("", 5, "/5", 0, 1)
+    trained.tell(Finished("lm", "", 5, "/5", 0.0))
+    for step in (4, 5, 6):
+        trained.saved(f"v{step}", step, f"/v{step}", 0)
+    orders = trained.go_back()
+    sent = [order.message for order in orders if isinstance(order, Send)]
+    assert [message.version for message in sent if isinstance(message, Unpublished)] == ["v4", "v5"]
+    assert [order.path for order in orders if isinstance(order, Discard)] == ["/v4", "/v5", "/v6"]
+
+
 def test_what_went_into_a_version_before_a_rollback_does_not_count_after_it(trained: Trained) -> None:
     trained.saved("", 5, "/5", 0, 1)
     trained.tell(Finished("lm", "", 5, "/5", 0.0))
@@ -132,7 +146,7 @@ def test_what_went_into_a_version_before_a_rollback_does_not_count_after_it(trai
         *trained.saved("v1", 7, "/v1", 1, extras=(0, 1), by=2, history=2),
     ]
     assert not [order for order in told if isinstance(order, Finish)]
-    assert Finish("lm", "v1", 7, "/v1", 2) in trained.saved("v1", 7, "/v1", 0, by=2, history=2)
+    assert Finish("lm", "v1", 7, "/v1", 2, 4) in trained.saved("v1", 7, "/v1", 0, by=2, history=2)
 
 
 def test_a_snapshot_that_was_removed_is_not_finished_again(trained: Trained) -> None:
@@ -153,6 +167,13 @@ def test_nothing_of_a_deleted_job_counts_in_a_new_one_of_its_name(trained: Train
     assert not trained.job.book.snapshots
     trained.tell(Finished("lm", "", 0, "/f/lm/snapshot-0-2.safetensors", 0.0))
     assert [saved.path for saved in trained.job.book.snapshots] == ["/f/lm/snapshot-0-2.safetensors"]
+
+
+def test_epochs_of_a_name_go_on_however_many_others_were_deleted_since(trained: Trained) -> None:
+    trained.tell(DropAsked("lm"))
+    trained.master.state.book.dropped.clear()
+    trained.tell(Received(WORKER + 1, enlist(trained.spec)))
+    assert trained.job.book.placed.epoch == 2
 
 
 def kept(orders: list[Order]) -> list[tuple[int, int | None]]:
@@ -178,6 +199,18 @@ def test_all_aggregators_hear_that_no_snapshot_can_be_written_and_when_one_can_a
     assert trained.job.trouble == "it is not there"
 
 
+@pytest.mark.parametrize("trouble", [None, "the disk is full"])
+def test_who_gets_a_job_hears_once_which_snapshot_is_complete(trained: Trained, trouble: str | None) -> None:
+    trained.tell(Finished("lm", "", 50, "/lm/snapshot-50-1.safetensors", 0.0))
+    if trouble is not None:
+        trained.tell(Received(1, Failed("lm", 1, "save", trouble, 60)))
+    told = []
+    for block in (0, 1):
+        trained.tell(MoveAsked("lm", (block,), "two"))
+        told.append(kept(trained.tell(Received(1, MovedOut("lm", 1, (block,), "two", 60)))))
+    assert told == [[(2, None if trouble else 50)], []]
+
+
 def test_that_there_is_no_folder_is_told_once_for_each_job(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     trained.tell(MoveAsked("lm", (1,), "two"))
@@ -196,12 +229,46 @@ def test_workers_hear_once_of_each_version_that_does_not_come_about(
         return [order.message.version for order in sent if isinstance(order.message, Unpublished)]
 
     def failed(version: str, step: int) -> Event:
-        return Received(1, Failed("lm", 1, "publish", f"/{version} is there already", step, version))
+        return Received(1, Failed("lm", 1, "publish", f"/{version} is there already", step, version, history=1))
 
     assert told(failed("v1", 3), failed("v1", 3), failed("v1", 4), failed("v2", 4)) == ["v1", "v1", "v2"]
-    assert told(NotFinished("lm", "v2", 4, "/v2", "the disk is full")) == []
-    assert told(NotFinished("lm", "v3", 5, "/v3", "the disk is full")) == ["v3"]
+    assert told(NotFinished("lm", "v2", 4, "/v2", "the disk is full", 1)) == []
+    assert told(NotFinished("lm", "v3", 5, "/v3", "the disk is full", 1)) == ["v3"]
     assert trained.job.unpublished == "the disk is full"
+
+
+def test_workers_hear_of_no_version_of_a_deleted_job_or_of_before_a_rollback(trained: Trained) -> None:
+    trained.tell(DropAsked("lm"))
+    trained.tell(Received(WORKER, enlist(trained.spec)))
+    trained.tell(Received(1, Failed("lm", 1, "publish", "the disk is full", 3, "v1")))
+    trained.tell(NotFinished("lm", "v2", 3, "/v2", "it was discarded", 1))
+    assert trained.job.unpublished == ""
+
+
+def test_what_is_left_of_a_version_that_failed_is_removed(trained: Trained) -> None:
+    trained.saved("v1", 3, "/v1", 0, extras=(0, 1))
+    failed = Received(1, Failed("lm", 1, "publish", "the disk is full", 3, "v1", "/v1", 1))
+    assert Discard("/v1", 1, 3) in trained.tell(failed)
+    assert not trained.job.saving
+    assert Discard("/v1", 1, 3) in trained.saved("v1", 3, "/v1", 1)  # another aggregator was late
+    assert not trained.job.saving
+    assert Finish("lm", "v1", 4, "/v1", 1, 4) in trained.saved("v1", 4, "/v1", 0, 1, extras=(0, 1))
+
+
+def test_a_version_is_given_up_when_whoever_had_what_is_not_trained_has_gone(trained: Trained) -> None:
+    trained.saved("v1", 3, "/v1", 0, 1, extras=(0,))
+    trained.tell(Received(WORKER, Leave("lm", 0, 3)))
+    trained.tell(Received(WORKER + 1, enlist(trained.spec, incarnation="b")))
+    states = tuple(BlockState(block, 3) for block in (0, 1))
+    trained.tell(Received(1, Held("lm", 2, states, (), history=1)))
+    orders = trained.tell(Received(1, Ready("lm", 2, states)))
+    assert trained.job.book.placed.epoch == 2
+    trained.saved("v2", 9, "/v2", 0, 1, extras=(0,))  # the new one is about to give the rest
+    for _ in range(31):
+        orders += trained.tell(Tick())
+    assert Discard("/v1", 1, 3) in orders
+    told = [order.message for order in orders if isinstance(order, Send)]
+    assert [message.version for message in told if isinstance(message, Unpublished)] == ["v1"]
 
 
 def test_an_epoch_in_which_nothing_was_saved_has_no_limit_but_one_that_goes_back_has(trained: Trained) -> None:

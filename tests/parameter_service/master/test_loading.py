@@ -159,7 +159,7 @@ def test_a_version_that_fails_makes_no_load_done() -> None:
     job = Loading()
     job.snapshot(0, 1)
     job.load(0, 1)
-    job.tell(Received(1, Failed("lm", 2, "publish", "it is there already")))
+    job.tell(Received(1, Failed("lm", 2, "publish", "it is there already", history=2)))
     job.load(0, ready=True)
     assert job.heard(WORKERS[0], Loaded) is None
     job.snapshot(0, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from computron.errors import BadRequest
@@ -280,3 +281,24 @@ def test_a_job_that_fits_nowhere_makes_room_for_itself() -> None:
     bench.begin(name)
     bench.wait(0.1)
     assert bench.heard("a", Placement)
+
+
+def test_an_aggregator_whose_link_breaks_before_it_has_stopped_is_told_again() -> None:
+    bench = Bench(starts=False, maximum=4)
+    bench.register("one")
+    bench.register("two", 2)
+    bench.tell(DrainAsked("two"))
+    bench.wait(0.1)
+    assert bench.heard("two", Stop)
+    bench.tell(Closed(bench.links["two"]))
+    bench.register("two", 2)
+    assert bench.heard("two", Stop)
+    bench.train("lm")
+    bench.wait(1.0)
+    assert set(bench.master.state.jobs["lm"].book.owners) == {"one"}
+    bench.tell(Closed(bench.links["two"]))
+    bench.links["two"] = 900
+    another = msgspec.structs.replace(address_of("two"), path="/another process, which was started under this name")
+    bench.say("two", Register(another, "", 2, 1 << 30, ()))
+    bench.wait(0.1)
+    assert not bench.heard("two", Stop)

@@ -63,6 +63,28 @@ def test_a_snapshot_is_given_up_when_no_aggregator_finds_it() -> None:
     assert bench.source == SNAPSHOT.format(40, 1)
 
 
+def test_a_snapshot_is_not_given_up_while_an_aggregator_that_may_find_it_is_away() -> None:
+    bench = Orphaned("two", "three")
+    (asked,) = set(bench.job.change.owners)
+    (away,) = {"two", "three"} - {asked}
+    bench.unlink(away)
+    bench.fail("find")
+    assert len(bench.job.book.snapshots) == 2
+    bench.register(away, {"two": 2, "three": 3}[away])
+    bench.wait(0.1)
+    assert bench.heard(away, Host)[-1].source == SNAPSHOT.format(50, 1)
+
+
+def test_a_snapshot_is_given_up_though_an_aggregator_is_away_for_good() -> None:
+    bench = Orphaned("two", "three")
+    (asked,) = set(bench.job.change.owners)
+    (away,) = {"two", "three"} - {asked}
+    bench.unlink(away)
+    bench.now += 31.0
+    bench.say(asked, Failed("lm", bench.job.change.epoch, "find", "it is not there"))
+    assert [saved.step for saved in bench.job.book.snapshots] == [40]
+
+
 def test_a_damaged_snapshot_is_given_up_at_once() -> None:
     bench = Orphaned("two", "three")
     bench.fail("restore")

@@ -31,6 +31,7 @@ class SimJob:
     blocks: dict[int, SimBlock]
     commits: dict[int, int] = field(default_factory=dict)
     held: bool = False
+    history: int = 0
 
 
 class SimPeer:
@@ -71,7 +72,9 @@ class SimAggregator(SimPeer):
     def greeting(self) -> m.Register:
         jobs = ()
         if self.job is not None:
-            jobs = (m.HostedJob(self.world.spec, "secret", self.job.epoch, self.job.members, self.states()),)
+            jobs = (
+                m.HostedJob(self.world.spec, "secret", self.job.epoch, self.job.members, self.states(), self.job.held),
+            )
         return m.Register(address_of(self.name), "", self.pid, 1 << 30, jobs)
 
     def states(self) -> tuple[m.BlockState, ...]:
@@ -104,7 +107,7 @@ class SimAggregator(SimPeer):
             return
         job.epoch, job.held = max(job.epoch, message.epoch), True
         commits = tuple(m.HeldCommit(rank, step, (), 1.0, False, None) for rank, step in sorted(job.commits.items()))
-        self.say(m.Held("lm", message.epoch, self.states(), commits))
+        self.say(m.Held("lm", message.epoch, self.states(), commits, history=job.history))
 
     def host(self, message: m.Host) -> None:
         if self.job is not None and message.epoch < self.job.epoch:
@@ -120,7 +123,9 @@ class SimAggregator(SimPeer):
                 blocks[block] = SimBlock(message.applied, (), complete=False)
             else:
                 blocks[block] = SimBlock(message.applied, self.world.files[message.source][block])
-        self.job = SimJob(message.epoch, message.members, blocks)
+        history = self.job.history if self.job is not None else 0
+        history = max(history, message.history) if message.source == "keep" else message.epoch
+        self.job = SimJob(message.epoch, message.members, blocks, history=history)
         if message.source != "worker":
             self.say(m.Ready("lm", message.epoch, self.states()))
 
@@ -171,7 +176,7 @@ class SimAggregator(SimPeer):
             if theirs is not None and (theirs.epoch > job.epoch or (theirs.held and theirs.epoch == job.epoch)):
                 continue
             if theirs is None or theirs.epoch < job.epoch:
-                theirs = other.job = SimJob(job.epoch, job.members, {})
+                theirs = other.job = SimJob(job.epoch, job.members, {}, history=job.history)
             if number not in theirs.blocks:
                 theirs.blocks[number] = SimBlock(block.applied, block.chain)
             else:  # accepted before: now it is known here
@@ -207,7 +212,7 @@ class SimWorker(SimPeer):
         mine = [a for a in reached if a.job is not None and a.job.epoch == placed.epoch]
         for address in placed.addresses:
             if all(address.aggregator != a.name for a in reached):
-                self.say(m.Unreachable("lm", self.rank, placed.epoch, address.aggregator, "gone"))
+                self.say(m.Unreachable("lm", self.rank, placed.epoch, address, "gone"))
         if placed.initialise and placed.applied == self.step:
             for aggregator in mine:
                 for number, block in aggregator.job.blocks.items():

@@ -144,3 +144,41 @@ def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     with pytest.raises(StorageFailed, match="/f/g cannot be written: File exists; see that the folder can be written"):
         SharedFile(tmp_path / "f" / "g", TENSORS, {})
+
+
+@pytest.mark.parametrize("history", [0, 2])
+def test_a_file_of_which_some_is_elsewhere_is_not_finished(tmp_path: Path, history: int) -> None:
+    path = tmp_path / "f"
+    for places in ([0, 2], [1]):
+        with pytest.raises(CheckpointError, match=r"not all of it|never begun"):
+            finish(path, history, 3)
+        with SharedFile(path, TENSORS, {}, history) as file:
+            file.mark(places)
+    finish(path, history, 3)
+    finish(path, history, 3)
+    assert path.exists()
+
+
+def test_what_was_discarded_while_it_was_written_is_not_marked_in_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    with SharedFile(path, TENSORS, {"step": "4"}, 2) as late:
+        late.mark([0])
+        discard(path, 2, 4)
+        again = SharedFile(path, TENSORS, {"step": "4"}, 2)
+        with pytest.raises(CheckpointError, match="discarded"):
+            late.mark([0])
+        again.mark([1])
+        again.close()
+    with pytest.raises(CheckpointError, match="not all of it"):
+        finish(path, 2, 2)
+
+
+def test_only_what_is_of_the_step_is_discarded(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    SharedFile(path, TENSORS, {"step": "4"}, 2).close()
+    for step, left in ((3, True), (4, False), (4, False)):
+        discard(path, 2, step)
+        assert partial_path(path, 2).exists() is left
+    partial_path(path, 2).write_bytes(b"\1")  # its header did not fit on the disk
+    discard(path, 2, 4)
+    SharedFile(path, TENSORS, {"step": "5"}, 2).close()

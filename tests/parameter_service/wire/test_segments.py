@@ -35,21 +35,9 @@ def test_segments_are_seen_through_windows_side_by_side() -> None:
     assert window.view(0, 4).cast("f")[0] == 7
 
 
-def test_a_part_of_a_window_becomes_private_at_the_same_addresses() -> None:
+def test_addresses_are_given_back_with_the_last_tensor() -> None:
     segment, window = Segment.create("segment", PAGE), Window(PAGE)
     window.map(0, segment.fd, PAGE)
-    tensor = window.tensor(0, 1024)
-    tensor.fill_(3)
-    window.map_private(0, PAGE)
-    assert tensor.count_nonzero() == 0
-    tensor.fill_(4)
-    assert segment.tensor(torch.float32, 0, 1024).eq(3).all()
-    segment.close()
-
-
-def test_addresses_are_given_back_with_the_last_tensor() -> None:
-    window = Window(PAGE)
-    window.map_private(0, PAGE)
     address, tensor = window.address, window.tensor(0, 4)
     del window
     gc.collect()
@@ -61,10 +49,10 @@ def test_addresses_are_given_back_with_the_last_tensor() -> None:
 
 
 def test_what_is_no_page_of_a_window_is_refused() -> None:
-    window = Window(2 * PAGE)
+    segment, window = Segment.create("segment", 2 * PAGE), Window(2 * PAGE)
     for offset, nbytes in ((1, PAGE), (0, 100), (PAGE, 2 * PAGE), (-PAGE, PAGE)):
         with pytest.raises(ValueError, match="are no pages"):
-            window.map_private(offset, nbytes)
+            window.map(offset, segment.fd, nbytes)
     with pytest.raises(OSError, match="cannot map"):
         window.map(0, -1, PAGE)
 

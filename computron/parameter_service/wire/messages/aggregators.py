@@ -13,13 +13,14 @@ class BlockState(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HostedJob(msgspec.Struct, frozen=True):
-    """spec and token let a master that has lost its log take the job up again."""
+    """spec and token let a master that has lost its log take the job up again. held: it waits for an order to go on."""
 
     spec: JobSpec
     token: str
     epoch: int
     members: tuple[int, ...]
     blocks: tuple[BlockState, ...]
+    held: bool = False
 
 
 class Register(msgspec.Struct, tag="register", frozen=True):
@@ -111,7 +112,8 @@ class HeldCommit(msgspec.Struct, frozen=True, array_like=True):
 
 class Held(msgspec.Struct, tag="held", frozen=True):
     """blocks: that are complete here, those included whose move was announced but not accepted: `leaving`. Whoever was
-    to have one of these may have it. empty: blocks that are here and have got no state yet.
+    to have one of these may have it. empty: blocks that are here and have got no state yet. history: of all of them, as
+    in `Saved`.
     """
 
     job: str
@@ -120,6 +122,7 @@ class Held(msgspec.Struct, tag="held", frozen=True):
     commits: tuple[HeldCommit, ...]
     leaving: tuple[int, ...] = ()
     empty: tuple[int, ...] = ()
+    history: int = 0
 
 
 class Complete(msgspec.Struct, tag="complete", frozen=True):
@@ -213,7 +216,8 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     """An order could not be carried out. order: "hold", "complete", "host", "move", "step", "save" (of a snapshot) or
     "publish"; "restore" if the snapshot that blocks were to come from is damaged, "find" if it is not there. message:
     NO_FOLDER where nothing can be saved or published at all. step: the last that any block here has seen, of an order
-    to save; of an order to publish that of the version, which `version` names.
+    to save; of an order to publish that of the version, which `version` names, with its file's path if it has one, and
+    its history, as in `Saved`.
     """
 
     job: str
@@ -222,6 +226,8 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     message: str
     step: int = 0
     version: str = ""
+    path: str = ""
+    history: int = 0
 
 
 class Stop(msgspec.Struct, tag="stop", frozen=True):

@@ -230,7 +230,7 @@ class Expecting(msgspec.Struct, tag="expecting", frozen=True):
 
 class Adopt(msgspec.Struct, tag="adopt", frozen=True):
     """From now on the receiver owns an expected block. Where memory is not shared its state follows as payload.
-    limited: whether steps are, by the last complete snapshot.
+    kept: as `Kept.step`, as far as the sender has heard.
     """
 
     job: str
@@ -239,7 +239,7 @@ class Adopt(msgspec.Struct, tag="adopt", frozen=True):
     applied: int
     updates: int
     memory: str
-    limited: bool = True
+    kept: int | None = 0
 
 
 class Adopted(msgspec.Struct, tag="adopted", frozen=True):

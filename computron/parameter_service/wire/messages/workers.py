@@ -87,12 +87,12 @@ class Progress(msgspec.Struct, tag="progress", frozen=True):
 
 
 class Unreachable(msgspec.Struct, tag="unreachable", frozen=True):
-    """This worker has lost that aggregator and cannot connect to it any more."""
+    """This worker cannot connect to that aggregator; said again as long as that is so."""
 
     job: str
     rank: int
     epoch: int
-    aggregator: str
+    address: Address
     reason: str
 
 
