@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from computron.scheduling.board import Board
+from computron.scheduling.estimates import distribution, soon
 from computron.scheduling.models import ModelState
 from computron.scheduling.policies.default import Default
 from computron.scheduling.tuning import Tuning
@@ -23,6 +24,7 @@ from computron.simulation.systems import SYSTEMS, Setup, System
 from computron.simulation.systems.computron2023 import POLLING, TICK, published
 
 WITHOUT = "without "  # before the name of a part, the name of the default policy that lacks it
+TOLD = "told"
 
 
 class OldestFirst(Default):
@@ -40,6 +42,18 @@ class LeastRecent(Default):
 
     def worth(self, board: Board, model: ModelState, within: float, now: float) -> float:
         return self.chance(model, within, now)
+
+
+class Told(Default):
+    """The default policy that need not learn: it is told by what law the arrivals are drawn, but not what was drawn."""
+
+    def __init__(self, cell: Cell) -> None:
+        self._rates = {model.name: rate for model, rate in zip(cell.models, cell.rates, strict=True)}
+        self._distribution = distribution(cell.cv**2)
+
+    def chance(self, model: ModelState, within: float, now: float) -> float:
+        shape, scale = self._distribution
+        return soon(shape, scale / self._rates[model.name], model.arrivals.silence(now), within)
 
 
 def _tuned(part: str, tuning: Tuning) -> System:
@@ -127,7 +141,8 @@ def sample(task: tuple[Cell, int], *, systems: Sequence[str]) -> Sample | None:
         return None
     latencies = {}
     for name in systems:
-        log = simulate(workload, cell.hardware, cell.models, system=_BY_NAME[name])
+        system = System(TOLD, lambda setup: setup.scheduler(Told(cell))) if name == TOLD else _BY_NAME[name]
+        log = simulate(workload, cell.hardware, cell.models, system=system)
         latencies[name] = np.array(log.finished) - np.array(log.arrived)
     return Sample(latencies, np.array(cell.reproduction(seed)), np.array(cell.reproduction(seed, SLEEPLESS)))
 

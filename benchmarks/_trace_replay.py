@@ -13,6 +13,7 @@ import numpy as np
 
 from computron.simulation.arrivals import LogNormal, Settings, generate, zipf
 from computron.simulation.hardware import Hardware, Link, SimulatedModel, StepTime
+from computron.simulation.presets import ORDER_SECONDS
 from computron.simulation.simulate import simulate
 from computron.simulation.traces import DAY, overlay, speed_up
 from computron.simulation.workload import Arrival, Workload
@@ -22,7 +23,7 @@ SHARE = 0.99  # of the requests have to be in time
 MULTIPLE, ALLOWANCE = 2.0, 2.0  # in time: within MULTIPLE x execution time + ALLOWANCE seconds
 SMALLEST, LARGEST = 2e9, 7e9
 FRAME_BYTES = 256 << 20  # coarse pages, to save events; a model has 8 to 27
-HARDWARE = Hardware(Link(25e9), FRAME_BYTES, int(40e9 // FRAME_BYTES))
+HARDWARE = Hardware(Link(25e9, ORDER_SECONDS), FRAME_BYTES, int(40e9 // FRAME_BYTES))
 
 
 @dataclass(frozen=True, slots=True)

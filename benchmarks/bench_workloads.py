@@ -7,8 +7,9 @@ three or six OPT-13B with room for two or four, 40 seeds, every system on the sa
 `cells.{models}x{resident}.{rates}.cv{cv}.mean_ratio`: mean latency of the default policy; baseline: of computron2023,
 the published system, on the same hardware. `.p99_ratio` likewise. `.over_clairvoyant`: baseline knows all requests to
 come, evicts and fetches ahead accordingly, brings models as a whole and runs one step of each at a time;
-`.over_clairvoyant_default`: the default policy, with all that it does, if it knew them; `.over_all_resident`: memory
-for all models. A mean is the mean of the seeds' means, a p99 of all their requests together.
+`.over_clairvoyant_default`: the default policy, with all that it does, if it knew them; `.over_told`: if it knew by
+what law the arrivals are drawn, each model's rate and their variation, but not when they come; `.over_all_resident`:
+memory for all models. A mean is the mean of the seeds' means, a p99 of all their requests together.
 `.over_bound`, where requests come at random: baseline is what nobody undercuts who cannot see the future (`least_mean`,
 or all models resident); `.bound_over_clairvoyant`: how far that is from who can.
 `.published`: the published mean of one run; baseline: that of computron2023 as the published client would have measured
@@ -32,14 +33,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from _cells import ABLATIONS, WITHOUT, Measured, least_mean, measure
+from _cells import ABLATIONS, TOLD, WITHOUT, Measured, least_mean, measure
 from _common import Report, arguments
 from _generations import WAYS, latencies
 from rich.console import Console
 from rich.table import Table
 
 from computron.simulation.presets import EXPERIMENT_1, EXPERIMENT_2
-from computron.simulation.systems import SYSTEMS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ COLUMNS = (
     "lru",
     "one-at-a-time",
     "all-resident",
-    "informed",
+    TOLD,
     "clairvoyant",
     "clairvoyant-prefetch",
     "clairvoyant-default",
@@ -62,7 +62,7 @@ GENERATION_SEEDS = 8
 CVS = (0.25, 1.0, 4.0)
 PARTS = tuple(system.name.removeprefix(WITHOUT) for system in ABLATIONS)
 PER_CELL = (
-    *("mean_ratio", "p99_ratio", "over_clairvoyant", "over_clairvoyant_default", "over_all_resident"),
+    *("mean_ratio", "p99_ratio", "over_clairvoyant", "over_clairvoyant_default", "over_told", "over_all_resident"),
     *("published", "lowest", "highest"),
 )
 NAMES = (
@@ -79,9 +79,8 @@ NAMES = (
 
 def main() -> None:
     options = arguments(__doc__ or "", _flags)
-    systems = tuple(name for name in COLUMNS if name in SYSTEMS)
     seeds = range(options.seed, options.seed + (QUICK_SEEDS if options.quick else options.seeds))
-    cells = measure((*systems, *(system.name for system in ABLATIONS)), seeds, options.jobs)
+    cells = measure((*COLUMNS, *(system.name for system in ABLATIONS)), seeds, options.jobs)
     report = Report("Workloads of experiment 2, simulated", options, NAMES)
     for cell in cells:
         _add_cell(report, cell)
@@ -92,7 +91,7 @@ def main() -> None:
     _add_ablation(report, cells)
     _add_generations(report, seeds)
     report.plot(lambda axes: _draw(axes, cells))
-    _print_means(cells, systems)
+    _print_means(cells, COLUMNS)
     _print_reproduction(cells)
     report.finish()
 
@@ -109,6 +108,7 @@ def _add_cell(report: Report, cell: Measured) -> None:
         ("mean_ratio", "computron2023"),
         ("over_clairvoyant", FORESEEING),
         ("over_clairvoyant_default", STRICTEST),
+        ("over_told", TOLD),
         ("over_all_resident", "all-resident"),
     ):
         baseline = cell.mean(other)

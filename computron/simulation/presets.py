@@ -12,6 +12,9 @@ the source (github.com/dlzou/computron) or from experiment 1, two models that di
 - A batch of 0.0574 s, as the engine sees it, is compute and three polls of 5 ms on average: of two workers, and of the
   engine. The published engine overhead, 17 to 23 ms a request, is no constant here: it is two turns of its loop.
 
+Not from the paper: `ORDER_SECONDS` is what groups of two and of four nodes took on a machine of 2 cores from the last
+page of a piece to the first of the next one (0.5 to 1.1 ms), `HTTP_SECONDS` what `bench_overhead` measured there.
+
 `EXPERIMENT_1` and `EXPERIMENT_2` are its runs.
 """
 
@@ -34,6 +37,7 @@ DUPLEX = 0.78
 MODEL_BYTES = 26_000_000_000  # OPT-13B, fp16
 POLL_SECONDS = 0.005  # half of what lies between two looks of a worker or the engine
 COMPUTE_SECONDS = 0.0574 - 3 * POLL_SECONDS  # of a batch, both stages of 2x2
+ORDER_SECONDS = 0.0008  # in which the link stands still while a group orders the next transfer
 HTTP_SECONDS = 0.001  # each way, of systems whose clients are not in the scheduler's process (bench_overhead)
 DURATION = 30.0  # seconds, experiments/sim.py
 
@@ -47,7 +51,7 @@ def a100s(resident: int, nodes: int = 4, stages: int = 2) -> Hardware:
     """Memory for so many whole models, and not a byte more."""
     frames = resident * opt_13b("", 1, nodes).pages(FRAME_BYTES)
     return Hardware(
-        Link(LINK_BANDWIDTH, duplex=DUPLEX),
+        Link(LINK_BANDWIDTH, ORDER_SECONDS, DUPLEX),
         FRAME_BYTES,
         frames,
         stages,

@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 
 from computron.scheduling.board import Board
-from computron.scheduling.estimates import distribution, soon
 from computron.scheduling.models import ModelState
 from computron.scheduling.policies.default import Default, whole_swap_seconds
 from computron.scheduling.tuning import Tuning
@@ -55,23 +54,6 @@ class Clairvoyant(Default):
         return expected if math.isfinite(expected) else None
 
 
-class Informed(Default):
-    """The default policy, except that it need not learn how often and how regularly each model is asked for.
-
-    What it lacks to `Clairvoyant` is chance, what the default policy lacks to it is what there was to learn.
-    """
-
-    name = "informed"
-
-    def __init__(self, future: Future) -> None:
-        self._future = future
-        self._distribution = distribution(future.variation())
-
-    def chance(self, model: ModelState, within: float, now: float) -> float:
-        mean, (shape, scale) = self._future.mean_interval(model.name), self._distribution
-        return soon(shape, scale * mean, model.arrivals.silence(now), within) if math.isfinite(mean) else 0.0
-
-
 def _foreseeing(name: str, *, prefetch: bool) -> System:
     """Clairvoyant about what leaves, on pages, and with prefetch about what comes: swap-ins come as a whole, and a
     model has one step at a time.
@@ -86,7 +68,6 @@ def _foreseeing(name: str, *, prefetch: bool) -> System:
 
 
 ALL_RESIDENT = System("all-resident", lambda setup: setup.scheduler("default"), hardware=_room_for_all)
-INFORMED = System("informed", lambda setup: setup.scheduler(Informed(setup.future)))
 CLAIRVOYANT = _foreseeing("clairvoyant", prefetch=False)
 CLAIRVOYANT_PREFETCH = _foreseeing("clairvoyant-prefetch", prefetch=True)
 CLAIRVOYANT_DEFAULT = System(
