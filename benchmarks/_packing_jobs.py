@@ -1,6 +1,6 @@
 """Training jobs that bench_packing emulates, how they are started, and how fast they are.
 
-A job's parameters and compute time are those of a published model and measurement, both divided by SCALE: what share
+A job's parameters and compute time are those of a published model and measurement, both divided by a scale: what share
 of an aggregator's time its work takes stays the same. So that all of it fits two cores, a job has one worker process,
 which stands for all of its workers: its compute time is shortened by as much as the missing additions of gradients
 shorten the aggregation, by the costs of the trace's simulation.
@@ -22,9 +22,10 @@ from _emulated_worker import PROGRESS, Task
 from computron.parameter_service.simulation.trace import Costs
 
 WORKER = Path(__file__).parent / "_emulated_worker.py"
-SCALE = 2
+EQUAL_SCALE = 2
+MIXED_SCALE = 1  # short steps are lost among those of other processes that share the cores
 COSTS = Costs()
-BLOCK_ELEMENTS = (1 << 20) // SCALE
+BLOCK_ELEMENTS = 1 << 20
 JITTER = 0.02  # of compute times
 START = 60.0  # seconds within which a job has to take steps
 EQUAL_LIMIT = 0.1  # loss limit of jobs; AutoPS's
@@ -42,11 +43,10 @@ class Shape:
     compute: float
     workers: int = 2
 
-    @property
-    def emulated_compute(self) -> float:
+    def emulated_compute(self, scale: int) -> float:
         """Seconds of the one worker that stands for all."""
         apply = COSTS.adam if self.optimizer == "adamw" else COSTS.sgd
-        return self.compute / SCALE * apply / (apply + (self.workers - 1) * COSTS.add)
+        return self.compute / scale * apply / (apply + (self.workers - 1) * COSTS.add)
 
 
 _BERT_LAYER = (2_363_904, 4_723_968)  # attention, feed-forward; norms with them
@@ -92,16 +92,18 @@ MIXED = (ALEXNET, VGG19, AWD_LM, BERT, RESNET50, RECOMMENDER, LORA, OUTER_STEPS)
 class Job:
     """One that trains until it is stopped."""
 
-    def __init__(self, master: str, name: str, shape: Shape, loss_limit: float, folder: Path, seed: int) -> None:
+    def __init__(
+        self, master: str, name: str, shape: Shape, scale: int, loss_limit: float, folder: Path, seed: int
+    ) -> None:
         self.name, self.shape = name, shape
         path = folder / f"progress-{name}"
         path.write_bytes(bytes(PROGRESS.size))
         with path.open("r+b") as file:
             self._progress = mmap.mmap(file.fileno(), PROGRESS.size)
-        tensors = tuple(-(-count // SCALE) for count in shape.tensors)
+        tensors = tuple(-(-count // scale) for count in shape.tensors)
         task = Task(
-            master, name, shape.optimizer, tensors, BLOCK_ELEMENTS, shape.emulated_compute, JITTER, loss_limit, seed,
-            str(path),
+            master, name, shape.optimizer, tensors, BLOCK_ELEMENTS // scale, shape.emulated_compute(scale), JITTER,
+            loss_limit, seed, str(path),
         )  # fmt: skip
         self._worker = subprocess.Popen([sys.executable, str(WORKER), msgspec.json.encode(task).decode()])
 

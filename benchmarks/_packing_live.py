@@ -8,13 +8,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from _common import Report
-from _packing_jobs import EQUAL, EQUAL_LIMIT, MIXED, MIXED_LIMIT, Job, Shape, iteration_times
+from _packing_jobs import (
+    EQUAL,
+    EQUAL_LIMIT,
+    EQUAL_SCALE,
+    MIXED,
+    MIXED_LIMIT,
+    MIXED_SCALE,
+    Job,
+    Shape,
+    iteration_times,
+)
 from _service import Service, cpu_seconds, service
 
 MOST = 8
-MEMORY = "3GiB"
+MEMORY = "6GiB"  # of an aggregator; never what decides
 INTERVAL, HYSTERESIS = 1.0, 1.0  # seconds between two looks; for which an aggregator must have been dispensable
-CALM = 14.0  # seconds without a change after which the master has settled: longer than it waits after a loss
+CALM = 16.0  # seconds without a change after which the master has settled: longer than it waits after a loss
 SETTLES = 300.0  # seconds within which it must have
 ATTEMPTS = 5  # at a measurement in which aggregators neither come nor leave
 WINDOW, QUICK_WINDOW = 10.0, 4.0  # seconds of one measurement
@@ -58,9 +68,10 @@ class Found:
 class Live:
     """A service whose master packs, and the jobs on it."""
 
-    def __init__(self, running: Service, loss_limit: float, seed: int) -> None:
+    def __init__(self, running: Service, scale: int, loss_limit: float, seed: int) -> None:
         self.service = running
         self.jobs: list[Job] = []
+        self._scale = scale
         self._loss_limit = loss_limit
         self._seed = seed
 
@@ -68,8 +79,9 @@ class Live:
         number = len(self.jobs)
         name = f"{shape.name}-{number + 1}"
         seed = self._seed + 10 * number
-        self.jobs.append(Job(self.service.url, name, shape, self._loss_limit, self.service.folder, seed))
-        self.jobs[-1].wait()
+        job = Job(self.service.url, name, shape, self._scale, self._loss_limit, self.service.folder, seed)
+        self.jobs.append(job)
+        job.wait()
 
     def settle(self) -> int:
         """Wait until the master changes nothing any more; how many aggregators there are then."""
@@ -142,10 +154,10 @@ class Live:
 
 
 @contextmanager
-def live(loss_limit: float, seed: int) -> Iterator[Live]:
+def live(scale: int, loss_limit: float, seed: int) -> Iterator[Live]:
     options = ("--aggregators", f"1:{MOST}", "--interval", f"{INTERVAL:g}s", "--hysteresis", f"{HYSTERESIS:g}s")
     with service(1, *options, memory=MEMORY) as running:
-        found = Live(running, loss_limit, seed)
+        found = Live(running, scale, loss_limit, seed)
         try:
             yield found
         finally:
@@ -156,7 +168,7 @@ def live(loss_limit: float, seed: int) -> Iterator[Live]:
 def measure_equal(report: Report, *, quick: bool, seed: int) -> None:
     shapes, counts = (EQUAL[:1], QUICK_COUNTS) if quick else (EQUAL, COUNTS)
     for shape in shapes:
-        with live(EQUAL_LIMIT, seed) as running:
+        with live(EQUAL_SCALE, EQUAL_LIMIT, seed) as running:
             running.arrive(shape)
             for count in counts:
                 running.arrive(shape)
@@ -166,7 +178,7 @@ def measure_equal(report: Report, *, quick: bool, seed: int) -> None:
 
 
 def measure_mixed(report: Report, *, seed: int) -> None:
-    with live(MIXED_LIMIT, seed) as running:
+    with live(MIXED_SCALE, MIXED_LIMIT, seed) as running:
         for shape in MIXED:
             running.arrive(shape)
         found = running.compare(MIXED_WINDOW, MIXED_ROUNDS)

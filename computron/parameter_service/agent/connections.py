@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 QUICK_TRIES = 3
 QUICK_PAUSE = 0.1  # seconds
-PAUSE = 1.0  # seconds, once the quick tries have failed
+PAUSE = 0.5  # seconds, once the quick tries have failed
 
 
 class Connections:

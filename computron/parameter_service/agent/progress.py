@@ -31,6 +31,7 @@ from computron.parameter_service.agent.actions import (
 )
 from computron.parameter_service.agent.ledger import Ledger
 from computron.parameter_service.agent.loads import Loads
+from computron.parameter_service.agent.norm import Norm
 from computron.parameter_service.specs import PARAMETERS
 from computron.parameter_service.wire import refusals
 from computron.parameter_service.wire.messages import (
@@ -71,12 +72,10 @@ class Progress:
         self._token, self._incarnation, self._eager = token, incarnation, eager
         self._unwritten: set[int] = set()  # blocks whose first parameters this worker brings
         self._offered: set[tuple[str, int]] = set()  # blocks that an aggregator has, before their owner gave them away
+        self._passed_on: dict[tuple[str, int], Address] = {}  # given away by who is not known yet to have had it
         self._wish: Wish | None = None
         self._wished: set[int] = set()
-        self._norm_scale: float | None = None  # norms were asked for: again where others may still wait for them
-        self._times_asked = 0  # in this step
-        self._asked: set[str] = set()
-        self._norms: dict[int, float] = {}
+        self._norm = Norm(blocks)  # asked for: again where others may still wait for it
 
     @property
     def step(self) -> int:
@@ -90,9 +89,7 @@ class Progress:
     @property
     def squared_norm(self) -> float | None:
         """Of the gradient, once all blocks' owners have answered."""
-        if len(self._norms) < len(self.blocks):
-            return None
-        return sum(self._norms[index] for index in range(len(self.blocks)))
+        return self._norm.squared
 
     @property
     def wants_step(self) -> bool:
@@ -100,7 +97,7 @@ class Progress:
 
     @property
     def wants_norm(self) -> bool:
-        return self._norm_scale is not None and self._wish is None and self.squared_norm is None
+        return self._norm.scale is not None and self._wish is None and self.squared_norm is None
 
     # Wishes of the training thread.
 
@@ -127,10 +124,7 @@ class Progress:
         """`squared_norm` has the answer later. All blocks must be staged."""
         if step != self.step + 1:
             return []
-        self._norm_scale = scale
-        self._times_asked += 1
-        self._asked.clear()
-        self._norms.clear()
+        self._norm.want(scale)
         return self._advance(())
 
     def join(self, aggregator: str) -> list[Action]:
@@ -149,6 +143,7 @@ class Progress:
         self.loads.placed(placement)
         self._unwritten = set(range(len(self.blocks))) if placement.initialise and not placement.loading else set()
         self._offered.clear()
+        self._passed_on.clear()
         jumps = first or not (placement.applied == self.step or completes)
         for index, block in enumerate(self.blocks):
             block.owner = placement.addresses[placement.owners[index]].aggregator
@@ -166,8 +161,7 @@ class Progress:
             self._begin_step(placement.applied)
         else:
             self.ledger.begin(self.step)
-        self._asked.clear()
-        self._norms.clear()
+        self._norm.ask_anew()
         actions: list[Action] = []
         wanted = {address.aggregator: address for address in placement.addresses}
         for name, peer in list(self.peers.items()):
@@ -188,7 +182,7 @@ class Progress:
 
     def lost(self, aggregator: str) -> list[Action]:
         peer = self.peers.pop(aggregator, None)
-        self._asked.discard(aggregator)
+        self._norm.ask_again(aggregator)
         owned = [index for index, block in enumerate(self.blocks) if block.owner == aggregator]
         if peer is None or not owned:  # until it gets a block: another one may have its name by then
             return [Disconnect(aggregator)]
@@ -207,6 +201,7 @@ class Progress:
         touched = []
         for hosted in message.blocks:
             block = self.blocks[hosted.block]
+            self._passed_on.pop((sender, hosted.block), None)
             if block.hosted and block.owner != sender:
                 self._offered.add((sender, hosted.block))
                 continue
@@ -255,17 +250,26 @@ class Progress:
     def moved(self, sender: str, message: Moved) -> list[Action]:
         if message.epoch != self.epoch:
             return []
-        moving = [index for index in message.blocks if self.blocks[index].owner == sender]
-        for index in moving:
+        moving: dict[Address, set[int]] = defaultdict(set)
+        for index in message.blocks:
+            if self.blocks[index].owner != sender:  # who gave it to the sender has not been heard yet
+                self._passed_on[sender, index] = message.to
+                continue
             self._leave_owner(index)
-            self.blocks[index].owner = message.to.aggregator
-        if not moving:
-            return []
-        self._asked.clear()
-        self._unwritten.difference_update(moving)
-        offered = self._offered.intersection((message.to.aggregator, index) for index in moving)
-        self._offered -= offered
-        return self._know(message.to) or (self.join(message.to.aggregator) if offered else [])
+            to = message.to
+            while (further := self._passed_on.pop((to.aggregator, index), None)) is not None:
+                to = further
+            self.blocks[index].owner = to.aggregator
+            moving[to].add(index)
+        if moving:
+            self._norm.ask_all_again()
+        actions: list[Action] = []
+        for to, blocks in moving.items():
+            self._unwritten -= blocks
+            offered = self._offered.intersection((to.aggregator, index) for index in blocks)
+            self._offered -= offered
+            actions += self._know(to) or (self.join(to.aggregator) if offered else [])
+        return actions
 
     def pushed(self, sender: str, message: Pushed) -> list[Action]:
         peer = self.peers.get(sender)
@@ -280,14 +284,14 @@ class Progress:
         return self._advance(touched)
 
     def norms(self, sender: str, message: Norms) -> list[Action]:
-        if (message.step, message.time) == (self.step + 1, self._times_asked) and self._norm_scale is not None:
-            self._norms.update((block, value) for block, value in message.blocks if self.blocks[block].owner == sender)
+        if (message.step, message.time) == (self.step + 1, self._norm.times) and self._norm.scale is not None:
+            self._norm.answered((i, square) for i, square in message.blocks if self.blocks[i].owner == sender)
         return []
 
     def refused(self, sender: str, message: Refused) -> list[Action]:
         if message.code not in RETRIED:
             return [Fail(message.code, message.message)]
-        self._asked.discard(sender)
+        self._norm.ask_again(sender)
         for index, block in enumerate(self.blocks):
             if block.owner == sender and (index in message.blocks or message.code != refusals.NOT_OWNER):
                 self._leave_owner(index)
@@ -300,12 +304,14 @@ class Progress:
         actions: list[Action] = []
         for index in touched:
             actions += self._push(index)
-        if self._wish is None and self._norm_scale is None:
+        if self._wish is None and self._norm.scale is None:
             return actions
-        if self._norm_scale is not None or self.ledger.missing <= self._wished:
+        if self._norm.scale is not None or self.ledger.missing <= self._wished:
             actions += self._flush()
-        if self._norm_scale is not None and not self.ledger.unplaced:
-            actions += self._ask()
+        if self._norm.scale is not None and not self.ledger.unplaced:
+            asked = AskNorms(self.job, self.epoch, self.step + 1, self._norm.scale, self._norm.times)
+            owners = {block.owner for block in self.blocks if block.hosted}
+            actions += [Send(name, asked) for name in self._norm.left_to_ask(owners)]
         if self._wish is not None:
             if self._eager:
                 actions += self._commit_blocks(index for index in touched if self.blocks[index].placed)
@@ -342,13 +348,6 @@ class Progress:
                 actions.append(Send(name, Flush(self.job, self.step + 1)))
         return actions
 
-    def _ask(self) -> list[Action]:
-        assert self._norm_scale is not None
-        asked = AskNorms(self.job, self.epoch, self.step + 1, self._norm_scale, self._times_asked)
-        owners = {block.owner for block in self.blocks if block.hosted} - self._asked
-        self._asked |= owners
-        return [Send(name, asked) for name in sorted(owners)]
-
     def _commit_blocks(self, indices: Iterable[int]) -> list[Action]:
         wish = self._wish
         assert wish is not None
@@ -383,15 +382,13 @@ class Progress:
 
     def _begin_step(self, done: int) -> None:
         self._wish, self._wished = None, set()
-        self._norm_scale = None
-        self._times_asked = 0
-        self._norms.clear()
+        self._norm.new_step()
         self.ledger.begin(done)
 
     def _leave_owner(self, index: int) -> None:
         self._not_flushed(index)
         self.ledger.leave_owner(index)
-        self._norms.pop(index, None)
+        self._norm.forget(index)
 
     def _not_flushed(self, index: int) -> None:
         """The answer to a Flush that is on its way says nothing of this block."""

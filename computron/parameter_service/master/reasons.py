@@ -31,12 +31,13 @@ def look_for_members(state: State, job: Job, now: float) -> None:
 
 def look_for_doubts(state: State, job: Job, now: float) -> None:
     """Aggregators that a member or, for long, the master cannot reach, while the job stands still: they count as lost
-    for it. Those that only the master misses are waited for where nothing else has what they have.
+    for it. Steps may be long, and a link that broke comes back: a member has to have said so again and again. Those
+    that only the master misses are waited for where nothing else has what they have.
     """
-    for aggregator, since in list(job.doubted.items()):
-        if job.progressed > since or job.change is not None:
+    for aggregator, doubt in list(job.doubted.items()):
+        if job.progressed > doubt.first or job.change is not None:
             del job.doubted[aggregator]
-        elif now - since >= state.limits.unreachable:
+        elif doubt.last - doubt.first >= state.limits.unreachable:
             del job.doubted[aggregator]
             job.exclude([aggregator], now + state.limits.exclusion)
     if job.change is None and job.linked and newest(job):

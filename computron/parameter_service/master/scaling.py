@@ -1,8 +1,8 @@
 """How many aggregators there are, and which jobs share them: looked at again every few seconds.
 
-1. A job loses more than its limit, and did so before: its blocks are moved, to aggregators that are started first if
-   there are none. If it should not have lost that much it shares with nobody for a while, the longer the more often
-   that comes about.
+1. A job loses more than its limit, and did so already in reports of which none counts any more: its blocks are moved,
+   to aggregators that are started first if there are none. If it should not have lost that much it shares with nobody
+   for a while, the longer the more often that comes about.
 2. Nothing of the kind for a while, and the others can carry the work of the least loaded aggregator: it is drained.
    Where somebody else starts the aggregators, one fewer is wanted, and whoever stops one has it drained first.
 3. An aggregator that is drained and empty is stopped.
@@ -20,7 +20,7 @@ from computron.parameter_service.master.loads import fleet_of, is_measured, obse
 from computron.parameter_service.master.moves import Moves
 from computron.parameter_service.master.placement import LeastMemory
 from computron.parameter_service.master.records import AggregatorGone
-from computron.parameter_service.master.state import Aggregator, Phase, State
+from computron.parameter_service.master.state import REPORTS, Aggregator, Phase, State
 from computron.parameter_service.packing import DoesNotFit, Fleet, Packer
 from computron.parameter_service.packing import Move as PackedMove
 from computron.parameter_service.wire.messages import Stop
@@ -28,7 +28,6 @@ from computron.parameter_service.wire.messages import Stop
 log = logging.getLogger(__name__)
 
 LONGEST_DELAY = 30.0  # seconds until an aggregator that dies at once is started again
-LOOKS = 2  # after one another at which a job loses more than its limit before anything is done
 ALONE = 10.0  # times the hysteresis: for how long a job that was slower than predicted shares with nobody, at first
 CALM = 10.0  # times the hysteresis: for how long no aggregator is given up after a job lost too much
 
@@ -62,7 +61,7 @@ class Scaling:
         self._start_after = now
         self._delay = 0.0
         self._company: dict[str, object] = {}  # where each job was at the last look, and with which others
-        self._losing: dict[str, int] = {}  # looks after one another
+        self._losing: dict[str, int] = {}  # reports that there were of a job when it was first seen to lose too much
         self.predicted: dict[str, float] = {}
 
     @property
@@ -176,16 +175,19 @@ class Scaling:
         self._company = company
 
     def _observed(self, fleet: Fleet) -> dict[str, float]:
-        """Losses of the jobs that have been losing more than they may for long enough, or not at all."""
+        """Losses of the jobs that have been losing more than they may since none of the present reports was there, or
+        not at all: one slow moment moves nothing.
+        """
         losing = {}
         observed = {}
         for name, load in fleet.jobs.items():
             loss = observed_loss(self._state, self._state.jobs[name])
             if loss is None:
                 continue
+            reports = min(worker.reports for worker in self._state.jobs[name].workers.values())
             if loss > self._packer.limits.loss_of(load):
-                losing[name] = self._losing.get(name, 0) + 1
-            if losing.get(name, LOOKS) >= LOOKS:
+                losing[name] = min(reports, self._losing.get(name, reports))
+            if reports - losing.get(name, 0) >= REPORTS:
                 observed[name] = loss
         self._losing = losing
         return observed

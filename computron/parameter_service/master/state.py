@@ -24,12 +24,12 @@ class Limits:
 
     hold: within which an aggregator must answer. join: how long a worker waits for others that come with it. loss: how
     long both of a worker's links must be down. absence: how long a member may be away from the master while the job
-    stands still. unreachable: how long a job may stand still because a member cannot reach an aggregator that is up.
-    away: how long a job may stand still while an aggregator of it is away from the master. exclusion: how long an
-    aggregator that did not answer or could not be reached gets nothing of the job. idle: after which a job that nobody
-    works on gives its memory back. forget: how long an aggregator that has nothing is remembered without a link. still:
-    how long nothing of a job is moved after a move that failed. read_rate: bytes a second at which a snapshot is read
-    or written at the least.
+    stands still. unreachable: how long a member may say, while the job stands still, that it cannot reach an aggregator
+    that is up. away: how long a job may stand still while an aggregator of it is away from the master. exclusion: how
+    long an aggregator that did not answer or could not be reached gets nothing of the job. idle: after which a job that
+    nobody works on gives its memory back. forget: how long an aggregator that has nothing is remembered without a link.
+    still: how long nothing of a job is moved after a move that failed. read_rate: bytes a second at which a snapshot is
+    read or written at the least.
     """
 
     hold: float = 2.0
@@ -65,8 +65,8 @@ class Aggregator:
 @dataclass(slots=True)
 class Worker:
     """unlinked: since when it has no link. lost: an aggregator has said that its connection ended. compute, wait:
-    seconds of an iteration, medians of the last reports. times: these reports, of where the job is now. load: what it
-    last said of a state that it loads.
+    seconds of an iteration, medians of the last reports. times: these reports, of where the job is now. reports: how
+    many there were of all. load: what it last said of a state that it loads.
     """
 
     rank: int
@@ -81,6 +81,7 @@ class Worker:
     compute: float = 0.0
     wait: float = 0.0
     times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=REPORTS))
+    reports: int = 0
     load: Load | None = None
 
     def lives(self) -> None:
@@ -88,6 +89,7 @@ class Worker:
         self.lost = self.lost_for_certain = False
 
     def took(self, compute: float, wait: float) -> None:
+        self.reports += 1
         self.times.append((compute, wait))
         self.compute, self.wait = map(statistics.median, zip(*self.times, strict=True))
 
@@ -130,9 +132,17 @@ class Unfinished:
 
 
 @dataclass(slots=True)
+class Doubt:
+    """When members first and last said since the last step that they cannot reach an aggregator."""
+
+    first: float
+    last: float
+
+
+@dataclass(slots=True)
 class Job:
     """excluded: aggregators that count as lost for this job, until when. silent: those of them that only did not answer
-    in time: what they have counts if they do. doubted: those that a member cannot reach, since when. mismatch: an
+    in time: what they have counts if they do. doubted: those that a member says it cannot reach. mismatch: an
     aggregator has something else than what the book says. mismatch_of_log: the log did not have the job, an aggregator
     had. step: the highest heard of. progressed: when it last rose. cpu: seconds of compute thread a step, by block.
     cpu_total: seconds of it so far. saving: by version ("" for a snapshot), step, path and history. hosts: aggregators
@@ -157,7 +167,7 @@ class Job:
     excluded: dict[str, float] = field(default_factory=dict)
     silent: set[str] = field(default_factory=set)
     missing: set[str] = field(default_factory=set)
-    doubted: dict[str, float] = field(default_factory=dict)
+    doubted: dict[str, Doubt] = field(default_factory=dict)
     mismatch: bool = False
     mismatch_of_log: bool = False
     unbrought: bool = False

@@ -10,7 +10,7 @@ from computron.parameter_service.layout import Layout
 from computron.parameter_service.master.differences import difference_of
 from computron.parameter_service.master.reconfiguration import Reconfiguration
 from computron.parameter_service.master.records import JobBook, JobCreated, MemberGone
-from computron.parameter_service.master.state import Job, State, Worker, memory_of
+from computron.parameter_service.master.state import Doubt, Job, State, Worker, memory_of
 from computron.parameter_service.specs import layout_of
 from computron.parameter_service.versions.names import check_job
 from computron.parameter_service.wire import refusals
@@ -126,7 +126,7 @@ class Workers:
             job.name, worker.rank, name, message.reason,
         )  # fmt: skip
         if self._state.is_linked(name):
-            job.doubted.setdefault(name, now)
+            job.doubted.setdefault(name, Doubt(now, now)).last = now
         else:
             job.exclude([name], now + self._state.limits.exclusion)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from computron.parameter_service.agent.actions import Connect, Disconnect, Fail, Send, Wish
@@ -41,6 +41,7 @@ def check_history(world):
 
 
 @settings(max_examples=300, deadline=None)
+@example(32998996, 3, 3, 6, False, ["run", "work", "work", "run", "run", "move", "break_link", "work", "move", "move"])
 @given(
     seed=st.integers(0, 2**32),
     workers=st.integers(1, 3),
@@ -100,6 +101,22 @@ def started(*, members=(0,), owners=(0, 1), shared=True, applied=0, eager=False)
 
 def commit(step, *blocks):
     return Commit("job", 1, step, GROUPS, blocks)
+
+
+def test_a_block_that_was_given_on_before_the_worker_heard_of_it_is_found():
+    progress = started(owners=(0, 1, 2))
+    assert progress.joined("a2", Joined("job", 1, (Hosted(0, 0, "m0"),))) == []
+    assert progress.moved("a1", Moved("job", 1, 0, (0,), address("a2"))) == []
+    assert progress.moved("a0", Moved("job", 1, 0, (0,), address("a1"))) == progress.join("a2")
+    assert progress.blocks[0].owner == "a2"
+
+
+def test_a_block_that_comes_back_to_who_gave_it_on_stays_there():
+    progress = started(owners=(0, 1, 2))
+    progress.moved("a1", Moved("job", 1, 0, (0,), address("a2")))
+    progress.joined("a1", Joined("job", 1, (Hosted(0, 0, "m0"),)))
+    progress.moved("a0", Moved("job", 1, 0, (0,), address("a1")))
+    assert progress.blocks[0].owner == "a1"
 
 
 def test_an_aggregator_that_has_the_name_of_one_that_has_gone_is_another_one():

@@ -11,6 +11,7 @@ from computron.parameter_service.layout import Layout
 from computron.parameter_service.master.events import Exited, Finished
 from computron.parameter_service.specs import block_bytes
 from computron.parameter_service.wire.messages import (
+    Address,
     BlockState,
     Denied,
     Failed,
@@ -40,6 +41,12 @@ def loading(*names: str, **fields: Any) -> Small:
     bench.answer(bench.owner, {0: 5, 1: 5})
     assert bench.heard("lm", Placement)[-1].loading
     return bench
+
+
+def say_unreachable_for_long(bench: Small, address: Address) -> None:
+    for _ in range(4):
+        bench.say("lm", Unreachable("lm", 0, 1, address, "connection refused"))
+        bench.wait(0.5)
 
 
 @pytest.mark.parametrize("snapshot_every", [0, 10])
@@ -131,9 +138,20 @@ def test_that_another_aggregator_of_the_same_name_has_gone_does_not_count() -> N
     bench.snapshot(0)
     bench.at(5)
     before = msgspec.structs.replace(address_of("one"), port=1)
-    bench.say("lm", Unreachable("lm", 0, 1, before, "connection refused"))
-    bench.wait(5)
+    say_unreachable_for_long(bench, before)
     assert bench.master.state.jobs["lm"].change is None
+    say_unreachable_for_long(bench, address_of("one"))
+    assert bench.master.state.jobs["lm"].change is not None
+
+
+def test_an_aggregator_that_once_could_not_be_reached_keeps_a_job_of_long_steps() -> None:
+    bench = Small("one", snapshot_every=10)
+    bench.snapshot(0)
+    bench.at(5)
     bench.say("lm", Unreachable("lm", 0, 1, address_of("one"), "connection refused"))
     bench.wait(5)
-    assert bench.master.state.jobs["lm"].change is not None
+    assert bench.master.state.jobs["lm"].change is None
+    bench.at(6)
+    bench.say("lm", Unreachable("lm", 0, 1, address_of("one"), "connection refused"))
+    bench.wait(0.1)
+    assert bench.master.state.jobs["lm"].change is None

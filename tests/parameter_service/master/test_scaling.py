@@ -164,6 +164,20 @@ def test_a_job_that_loses_too_much_gets_another_aggregator_and_is_moved_there() 
     assert owners[0].isdisjoint(owners[1])
 
 
+def test_a_job_that_lost_too_much_for_a_moment_stays_where_it_is() -> None:
+    bench = Bench(minimum=1, maximum=3)
+    bench.begin(*bench.wait())
+    bench.train("a")
+    bench.train("b")
+    started: list[str] = []
+    waits = [0.020] * 6 + [0.050] * 4 + [0.020] * 6  # for four looks it is the median of five
+    for step, wait in enumerate(waits, 1):
+        for job in "ab":
+            bench.report(job, compute=0.010, wait=wait, cpu=0.010, step=step)
+        started += bench.wait(1.0)
+    assert started == []
+
+
 def test_an_aggregator_that_is_not_needed_is_drained_and_stopped_after_a_while() -> None:
     bench = Bench(minimum=1, maximum=3)
     bench.tell(CountAsked(2))

@@ -76,7 +76,7 @@ def test_while_an_aggregator_is_on_its_way_no_further_one_is_started() -> None:
 
 def test_a_job_slower_than_predicted_is_alone_for_a_while() -> None:
     bench = together()
-    for name in train(bench, {"a": 0.2, "b": HANDLING}, 6):
+    for name in train(bench, {"a": 0.2, "b": HANDLING}, 9):
         bench.begin(name, 2)
     train(bench, {"a": 0.2, "b": HANDLING}, 2)
     assert owners(bench, "a").isdisjoint(owners(bench, "b"))
@@ -89,7 +89,7 @@ def test_a_job_slower_than_predicted_is_alone_for_a_while() -> None:
 
 def test_asking_for_a_number_does_not_add_to_those_that_are_needed() -> None:
     bench = together()
-    train(bench, {"a": 0.2, "b": HANDLING}, 6)
+    train(bench, {"a": 0.2, "b": HANDLING}, 9)
     assert bench.master.scaling.wanted == 2
     bench.tell(CountAsked(2))
     assert bench.master.scaling.wanted == 2
