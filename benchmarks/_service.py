@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,10 @@ def cpu_seconds(pid: int) -> float:
     except FileNotFoundError:
         raise ProcessLookupError(pid) from None
     return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+class RefusedError(RuntimeError):
+    """The master does not do what it was asked for; the text says why, and what it logged."""
 
 
 class Service:
@@ -62,9 +67,13 @@ class Service:
             return json.load(response)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Raises RefusedError."""
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), method="POST")
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return json.load(response)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            raise RefusedError(f"{path}: {error}: {error.read().decode()}\n{self.said()}") from error
 
     def aggregators(self) -> list[dict[str, Any]]:
         """Those that run now."""

@@ -35,7 +35,7 @@ import torch
 from _common import Report, arguments
 from _fault_worker import NEVER, TARGET, WORKERS, mapped, reference
 from _moving_worker import COMPUTE, JOB, MOMENT
-from _service import Service, service
+from _service import RefusedError, Service, service
 
 from computron.parameter_service.wire.machine import SHARED_VARIABLE
 
@@ -191,8 +191,12 @@ class Learning:
     def move(self, chance: random.Random, names: Sequence[str]) -> None:
         """Random blocks to any aggregator; mostly wait until they are there, and sometimes not."""
         count = self.view["blocks"]
-        blocks = chance.sample(range(count), chance.randint(1, count))
-        self._running.post(f"/v1/jobs/{self.name}/move", {"blocks": blocks, "to": chance.choice(names)})
+        order = {"blocks": chance.sample(range(count), chance.randint(1, count)), "to": chance.choice(names)}
+        try:
+            self._running.post(f"/v1/jobs/{self.name}/move", order)
+        except RefusedError:  # all of them are on their way
+            self.settle()
+            self._running.post(f"/v1/jobs/{self.name}/move", order)
         if chance.random() < WAITED_FOR:
             self.settle()
 
