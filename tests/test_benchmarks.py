@@ -104,7 +104,14 @@ PROMISED = {
             )
             for cv in ("0.25", "1", "4")
             for row in (
-                *("mean_ratio", "p99_ratio", "over_clairvoyant", "over_clairvoyant_default", "over_all_resident"),
+                *(
+                    "mean_ratio",
+                    "p99_ratio",
+                    "over_clairvoyant",
+                    "over_clairvoyant_default",
+                    "over_told",
+                    "over_all_resident",
+                ),
                 *("published", "lowest", "highest"),
             )
         ),
