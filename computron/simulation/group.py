@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -118,6 +118,7 @@ class VirtualGroup:
         self.live: dict[int, Live] = {}
         self._swaps: dict[str, Swap] = {}
         self._steps: dict[str, deque[VirtualStep]] = {}  # under way, of each model, in order
+        self._present: Counter[str] = Counter()  # pages that have come and not left
         self._wake: float | None = None
 
     @property
@@ -194,6 +195,7 @@ class VirtualGroup:
 
     def _came(self, model: str, transfer: Transfer) -> None:
         swap = self._swaps.pop(model)
+        self._present[model] += len(swap.pages)
         self._log_swap(model, transfer, transfer.frames, cancelled=False)
         for step in self._steps.get(model, ()):
             if step.arrivals is None and all(step is not held for held, _ in self._held):
@@ -233,6 +235,7 @@ class VirtualGroup:
         self._contents.give(model, missing, len(missing))
         gone = set(missing)
         arrived = tuple(page for page in swap.pages if page not in gone)
+        self._present[model] += len(arrived)
         self._log_swap(model, swap.transfer, swap.transfer.arrived, cancelled=True)
         self._let_go(model)
         self._pipeline.go_on()
@@ -243,12 +246,14 @@ class VirtualGroup:
     def _log_swap(self, model: str, transfer: Transfer, frames: int, *, cancelled: bool) -> None:
         epoch = self._future.begin
         ordered, ended = transfer.ordered - epoch, self._clock.now - epoch
+        complete = self._present[model] == self._page_counts[model]
         self._log.swaps.append(
-            SwapRow(self.number, model, ordered, ended, transfer.busy, frames, transfer.urgency, cancelled)
+            SwapRow(self.number, model, ordered, ended, transfer.busy, frames, transfer.urgency, cancelled, complete)
         )
 
     def _evict(self, action: Evict) -> None:
         model, now = action.model, self._clock.now
+        self._present[model] -= len(action.pages)
         frames = self._contents.give(model, action.pages, len(action.pages))
         written = 0.0
         if self._surroundings.write_back:

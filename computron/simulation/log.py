@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 
 class SwapRow(NamedTuple):
-    """A transfer. ordered <= ended; it had the link for `busy` seconds between. `frames`: as many as came."""
+    """A transfer. ordered <= ended; it had the link for `busy` seconds between. `frames`: as many as came. `complete`:
+    after it all of the model was there.
+    """
 
     group: int
     model: str
@@ -18,6 +20,7 @@ class SwapRow(NamedTuple):
     frames: int
     urgency: int
     cancelled: bool
+    complete: bool
 
 
 class StepRow(NamedTuple):

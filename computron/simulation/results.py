@@ -82,7 +82,8 @@ class Summary:
     fairness: Jain's index over the models' mean latencies, (sum x)^2 / (n sum x^2): 1.0 if all models wait alike, 1/n
     if one waits for all others. Models of unequal execution times are not alike in a perfect system either, so that
     it compares systems on one workload, not workloads.
-    swaps: transfers that brought at least one frame. bytes: that came to one node. *_per_request: per finished one.
+    swaps: swap-ins, in however many pieces; not counted is what brought nothing, or was given up. bytes: that came to
+    one node. *_per_request: per finished one.
     hidden_swap_share: of the time that transfers had the link, the share during which the device computed, for
     whichever model. A transfer is taken to have had the link just before its end, a step to compute evenly.
     device_utilisation: seconds of compute over stages x groups x span. link_utilisation: seconds of transfers over
@@ -149,8 +150,8 @@ def summarise(log: Log, workload: Workload, hardware: Hardware, *, targets: Sequ
         attainment=_attainment(workload, latency, first_token, targets),
         longest_wait=_longest_wait(log, arrived, rejected),
         fairness=_fairness([model.latency.mean for model in models.values() if model.latency is not None]),
-        swaps=int((frames > 0).sum()),
-        swaps_per_request=_share(int((frames > 0).sum()), done),
+        swaps=int(_whole(log).sum()),
+        swaps_per_request=_share(int(_whole(log).sum()), done),
         bytes=moved,
         bytes_per_request=_share(moved, done),
         hidden_swap_share=_share(Busy(steps, compute).within(swaps), link) if link else None,
@@ -161,6 +162,11 @@ def summarise(log: Log, workload: Workload, hardware: Hardware, *, targets: Sequ
         mean_batch=_share(float(_column(log.steps, "requests").sum()), len(log.steps)),
         models=models,
     )
+
+
+def _whole(log: Log) -> Flags:
+    """Which transfers ended a swap-in."""
+    return np.fromiter((row.complete and row.frames > 0 for row in log.swaps), np.bool_, len(log.swaps))
 
 
 def _by_model(
@@ -181,7 +187,7 @@ def _by_model(
     requests, finished, refused = (
         np.bincount(chosen, minlength=count) for chosen in (which, which[ended], which[rejected])
     )
-    swaps = np.bincount(swapped[frames > 0], minlength=count + 1)
+    swaps = np.bincount(swapped[_whole(log)], minlength=count + 1)
     moved = np.bincount(swapped, weights=frames, minlength=count + 1) * hardware.frame_bytes
     bounds = np.concatenate(([0], np.cumsum(finished)))
     by_latency, by_first = (_sorted_within(which[ended], values[ended]) for values in (latency, first_token))

@@ -117,7 +117,7 @@ class WorkerGroup(VirtualGroup):
                 if self._copying[message] == 0:
                     del self._copying[message]
                     if load:
-                        row = SwapRow(self.number, model, sent - epoch, now - epoch, busy, frames, 0, False)
+                        row = SwapRow(self.number, model, sent - epoch, now - epoch, busy, frames, 0, False, True)
                         self._log.swaps.append(row)
                         if self._observer is not None:
                             self._observer.pages_came(self.number, model, frames)

@@ -218,6 +218,16 @@ def test_cancelled_swap_tells_what_came():
     assert [(row.frames, row.cancelled) for row in log.swaps] == [(2, True)]
 
 
+def test_only_the_last_piece_makes_a_model_complete():
+    pieces = [SwapIn("a", pages, DEMAND) for pages in ((0, 1), (2, 3), (1, 2, 3))]
+    leave = Evict("a", (3, 2, 1), EvictionReason.DEMAND)
+    script = Script(RequestArrived=[[pieces[0]]], SwapFinished=[[pieces[1]], [leave, pieces[2]]])
+    clock, made, log = group(script, model("a", 4, 1.0))
+    made.arrive(0, Arrival(0.0, "a"))
+    run(clock)
+    assert [row.complete for row in log.swaps] == [False, True, True]
+
+
 def test_later_wake_replaces_an_earlier_one():
     script = Script(RequestArrived=[[WakeAt(1.0), WakeAt(2.0)]])
     clock, made, _ = group(script, model("a", 1, 1.0))

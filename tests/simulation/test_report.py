@@ -91,9 +91,9 @@ def page_data(page: str) -> dict:
 def test_a_timeline_has_lanes_for_runs_and_swaps_of_every_group():
     steps = [StepRow(0, "a", 0.0, 1.0, 0.25, 3), StepRow(1, "b", 0.0, 1.0, 1.0, 1)]
     swaps = [
-        SwapRow(0, "b", 0.0, 2.0, 1.5, 7, URGENT, False),
-        SwapRow(0, "c", 2.0, 3.0, 1.0, 1, AHEAD, False),
-        SwapRow(0, "a", 4.0, 5.0, 1.0, 0, URGENT, True),
+        SwapRow(0, "b", 0.0, 2.0, 1.5, 7, URGENT, False, True),
+        SwapRow(0, "c", 2.0, 3.0, 1.0, 1, AHEAD, False, True),
+        SwapRow(0, "a", 4.0, 5.0, 1.0, 0, URGENT, True, False),
     ]
     data = page_data(timeline.page({"lru": log_with(steps, swaps, groups=2)}, "title"))
     lanes = {lane["name"]: lane for lane in data["lanes"]}
@@ -114,7 +114,7 @@ def test_bars_at_one_time_lie_in_different_lanes():
 
 
 def test_models_of_a_page_are_in_the_order_of_their_names_and_rows_have_different_ones():
-    swaps = [SwapRow(0, f"m-{n}", 0.0, 1.0, 1.0, 1, URGENT, False) for n in (10, 9, 1)]
+    swaps = [SwapRow(0, f"m-{n}", 0.0, 1.0, 1.0, 1, URGENT, False, True) for n in (10, 9, 1)]
     data = page_data(timeline.page({"s": log_with(swaps=swaps)}, "t"))
     assert data["models"] == ["m-1", "m-9", "m-10"]
     assert [lane["name"] for lane in data["lanes"]] == [

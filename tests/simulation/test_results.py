@@ -32,8 +32,10 @@ def step(started: float, ended: float, compute: float | None = None, *, group: i
     return StepRow(group, "a", started, ended, ended - started if compute is None else compute, requests)
 
 
-def swap(ordered: float, ended: float, busy: float | None = None, *, group: int = 0, frames: int = 1) -> SwapRow:
-    return SwapRow(group, "a", ordered, ended, ended - ordered if busy is None else busy, frames, 0, False)
+def swap(
+    ordered: float, ended: float, busy: float | None = None, *, group: int = 0, frames: int = 1, complete: bool = True
+) -> SwapRow:
+    return SwapRow(group, "a", ordered, ended, ended - ordered if busy is None else busy, frames, 0, False, complete)
 
 
 def hidden(swaps, steps, groups=1):
@@ -105,7 +107,7 @@ def test_fairness_is_jains_index_of_mean_latencies(b, fairness):
 
 def test_swaps_and_bytes_are_counted_overall_per_request_and_per_model():
     log = log_of((0.0, 0.0, 1.0, 2.0), (0.0, 0.0, 1.0, 2.0))
-    log.swaps = [swap(0.0, 1.0, frames=3), swap(1.0, 1.5, frames=0)]
+    log.swaps = [swap(0.0, 0.5, frames=2, complete=False), swap(0.5, 1.0), swap(1.0, 1.5, frames=0)]
     found = summarise(log, workload(Arrival(0.0, "a"), Arrival(0.0, "b")), HARDWARE)
     assert (found.swaps, found.bytes, found.swaps_per_request, found.bytes_per_request) == (1, 3 * MIB, 0.5, 1.5 * MIB)
     assert (found.models["a"].swaps, found.models["a"].bytes, found.models["b"].swaps) == (1, 3 * MIB, 0)
