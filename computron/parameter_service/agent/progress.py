@@ -71,8 +71,7 @@ class Progress:
         self.blocks = self.ledger.blocks
         self._token, self._incarnation, self._eager = token, incarnation, eager
         self._unwritten: set[int] = set()  # blocks whose first parameters this worker brings
-        self._offered: set[tuple[str, int]] = set()  # blocks that an aggregator has, before their owner gave them away
-        self._passed_on: dict[tuple[str, int], Address] = {}  # given away by who is not known yet to have had it
+        self._spoken_of: set[tuple[str, int]] = set()  # blocks that an aggregator has or had, which is not their owner
         self._wish: Wish | None = None
         self._wished: set[int] = set()
         self._norm = Norm(blocks)  # asked for: again where others may still wait for it
@@ -142,8 +141,7 @@ class Progress:
         self.epoch, self.rank, self.members = placement.epoch, placement.rank, placement.members
         self.loads.placed(placement)
         self._unwritten = set(range(len(self.blocks))) if placement.initialise and not placement.loading else set()
-        self._offered.clear()
-        self._passed_on.clear()
+        self._spoken_of.clear()
         jumps = first or not (placement.applied == self.step or completes)
         for index, block in enumerate(self.blocks):
             block.owner = placement.addresses[placement.owners[index]].aggregator
@@ -201,9 +199,8 @@ class Progress:
         touched = []
         for hosted in message.blocks:
             block = self.blocks[hosted.block]
-            self._passed_on.pop((sender, hosted.block), None)
             if block.hosted and block.owner != sender:
-                self._offered.add((sender, hosted.block))
+                self._spoken_of.add((sender, hosted.block))
                 continue
             touched.append(hosted.block)
             block.owner, block.hosted = sender, True
@@ -250,25 +247,23 @@ class Progress:
     def moved(self, sender: str, message: Moved) -> list[Action]:
         if message.epoch != self.epoch:
             return []
-        moving: dict[Address, set[int]] = defaultdict(set)
-        for index in message.blocks:
-            if self.blocks[index].owner != sender:  # who gave it to the sender has not been heard yet
-                self._passed_on[sender, index] = message.to
-                continue
+        moving = [index for index in message.blocks if self.blocks[index].owner == sender]
+        self._spoken_of.update((sender, index) for index in message.blocks if index not in moving)
+        for index in moving:
             self._leave_owner(index)
-            to = message.to
-            while (further := self._passed_on.pop((to.aggregator, index), None)) is not None:
-                to = further
-            self.blocks[index].owner = to.aggregator
-            moving[to].add(index)
-        if moving:
-            self._norm.ask_all_again()
-        actions: list[Action] = []
-        for to, blocks in moving.items():
-            self._unwritten -= blocks
-            offered = self._offered.intersection((to.aggregator, index) for index in blocks)
-            self._offered -= offered
-            actions += self._know(to) or (self.join(to.aggregator) if offered else [])
+            self.blocks[index].owner = message.to.aggregator
+        if not moving:
+            return []
+        self._norm.ask_all_again()
+        self._unwritten.difference_update(moving)
+        # Whoever was heard of these blocks before may have them by now, or know who has: they came and went faster than
+        # the word of those that gave them. An aggregator that is asked tells how things stand, so that to ask in vain
+        # costs one message.
+        asked = {name for name, index in self._spoken_of if index in moving}
+        self._spoken_of = {known for known in self._spoken_of if known[1] not in moving}
+        actions = self._know(message.to)
+        for name in sorted(asked):
+            actions += self.join(name)
         return actions
 
     def pushed(self, sender: str, message: Pushed) -> list[Action]:

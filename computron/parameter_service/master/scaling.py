@@ -61,7 +61,7 @@ class Scaling:
         self._start_after = now
         self._delay = 0.0
         self._company: dict[str, object] = {}  # where each job was at the last look, and with which others
-        self._losing: dict[str, int] = {}  # reports that there were of a job when it was first seen to lose too much
+        self._losing: dict[str, dict[int, int]] = {}  # each rank's reports when its job was first seen to lose
         self.predicted: dict[str, float] = {}
 
     @property
@@ -184,10 +184,13 @@ class Scaling:
             loss = observed_loss(self._state, self._state.jobs[name])
             if loss is None:
                 continue
-            reports = min(worker.reports for worker in self._state.jobs[name].workers.values())
-            if loss > self._packer.limits.loss_of(load):
-                losing[name] = min(reports, self._losing.get(name, reports))
-            if reports - losing.get(name, 0) >= REPORTS:
+            if loss <= self._packer.limits.loss_of(load):
+                observed[name] = loss
+                continue
+            before = self._losing.get(name, {})
+            reports = {rank: worker.reports for rank, worker in self._state.jobs[name].workers.items()}
+            losing[name] = {rank: min(count, before.get(rank, count)) for rank, count in reports.items()}
+            if all(count - losing[name][rank] >= REPORTS for rank, count in reports.items()):
                 observed[name] = loss
         self._losing = losing
         return observed

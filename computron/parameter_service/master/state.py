@@ -24,12 +24,12 @@ class Limits:
 
     hold: within which an aggregator must answer. join: how long a worker waits for others that come with it. loss: how
     long both of a worker's links must be down. absence: how long a member may be away from the master while the job
-    stands still. unreachable: how long a member may say, while the job stands still, that it cannot reach an aggregator
-    that is up. away: how long a job may stand still while an aggregator of it is away from the master. exclusion: how
-    long an aggregator that did not answer or could not be reached gets nothing of the job. idle: after which a job that
-    nobody works on gives its memory back. forget: how long an aggregator that has nothing is remembered without a link.
-    still: how long nothing of a job is moved after a move that failed. read_rate: bytes a second at which a snapshot is
-    read or written at the least.
+    stands still. unreachable: how long members may say, while the job stands still, that they cannot reach an
+    aggregator that is up; what is not repeated within `repeated` is over. away: how long a job may stand still while an
+    aggregator of it is away from the master. exclusion: how long an aggregator that did not answer or could not be
+    reached gets nothing of the job. idle: after which a job that nobody works on gives its memory back. forget: how
+    long an aggregator that has nothing is remembered without a link. still: how long nothing of a job is moved after a
+    move that failed. read_rate: bytes a second at which a snapshot is read or written at the least.
     """
 
     hold: float = 2.0
@@ -37,6 +37,7 @@ class Limits:
     loss: float = 0.2
     absence: float = 3.0
     unreachable: float = 1.0
+    repeated: float = 3.0
     away: float = 30.0
     exclusion: float = 10.0
     idle: float = 600.0
@@ -133,7 +134,7 @@ class Unfinished:
 
 @dataclass(slots=True)
 class Doubt:
-    """When members first and last said since the last step that they cannot reach an aggregator."""
+    """When members first and last said, again and again and since the last step, that they cannot reach it."""
 
     first: float
     last: float

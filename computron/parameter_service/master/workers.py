@@ -126,7 +126,10 @@ class Workers:
             job.name, worker.rank, name, message.reason,
         )  # fmt: skip
         if self._state.is_linked(name):
-            job.doubted.setdefault(name, Doubt(now, now)).last = now
+            doubt = job.doubted.get(name)
+            if doubt is None or now - doubt.last > self._state.limits.repeated:
+                doubt = job.doubted[name] = Doubt(now, now)
+            doubt.last = now
         else:
             job.exclude([name], now + self._state.limits.exclusion)
 

@@ -65,6 +65,18 @@ def test_no_step_is_lost_or_taken_twice(seed, workers, aggregators, blocks, shar
     assert len({worker.step for worker in world.workers}) == 1
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_blocks_that_hardly_rest_are_found(eager):
+    for seed in range(150):
+        world = World(seed, 2, 2 + seed % 3, 4, seed % 2 == 0, eager=eager)
+        for _ in range(60):
+            event = world.random.choice(["run", "run", "work", "move", "move", "move", "break_link"])
+            world.run(world.random.randint(1, 10)) if event == "run" else getattr(world, event)()
+        world.settle(max(worker.step for worker in world.workers) + 2)
+        world.run()
+        check_history(world)
+
+
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32), shared=st.booleans(), events=st.lists(st.sampled_from(EVENTS[:-2]), max_size=40))
 def test_blocks_are_committed_one_by_one_where_nothing_lasts(seed, shared, events):
@@ -107,16 +119,20 @@ def test_a_block_that_was_given_on_before_the_worker_heard_of_it_is_found():
     progress = started(owners=(0, 1, 2))
     assert progress.joined("a2", Joined("job", 1, (Hosted(0, 0, "m0"),))) == []
     assert progress.moved("a1", Moved("job", 1, 0, (0,), address("a2"))) == []
-    assert progress.moved("a0", Moved("job", 1, 0, (0,), address("a1"))) == progress.join("a2")
+    asked = progress.moved("a0", Moved("job", 1, 0, (0,), address("a1")))
+    assert asked == [*progress.join("a1"), *progress.join("a2")]
+    progress.moved("a1", Moved("job", 1, 0, (0,), address("a2")))  # as it answers
     assert progress.blocks[0].owner == "a2"
 
 
-def test_a_block_that_comes_back_to_who_gave_it_on_stays_there():
-    progress = started(owners=(0, 1, 2))
-    progress.moved("a1", Moved("job", 1, 0, (0,), address("a2")))
-    progress.joined("a1", Joined("job", 1, (Hosted(0, 0, "m0"),)))
+def test_an_old_word_does_not_hide_where_a_block_is():
+    progress = started(owners=(0, 1))
     progress.moved("a0", Moved("job", 1, 0, (0,), address("a1")))
-    assert progress.blocks[0].owner == "a1"
+    progress.moved("a0", Moved("job", 1, 0, (0,), address("a1")))  # asked once more, it says so again
+    progress.joined("a1", Joined("job", 1, (Hosted(0, 0, "m0"),)))
+    progress.lost("a0")
+    assert Connect(address("a0")) in progress.moved("a1", Moved("job", 1, 0, (0,), address("a0")))
+    assert progress.blocks[0].owner == "a0"
 
 
 def test_an_aggregator_that_has_the_name_of_one_that_has_gone_is_another_one():

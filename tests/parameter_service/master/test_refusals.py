@@ -151,6 +151,9 @@ def test_an_aggregator_that_once_could_not_be_reached_keeps_a_job_of_long_steps(
     bench.say("lm", Unreachable("lm", 0, 1, address_of("one"), "connection refused"))
     bench.wait(5)
     assert bench.master.state.jobs["lm"].change is None
+    bench.say("lm", Unreachable("lm", 0, 1, address_of("one"), "connection refused"))  # in the same step, much later
+    bench.wait(0.1)
+    assert bench.master.state.jobs["lm"].change is None
     bench.at(6)
     bench.say("lm", Unreachable("lm", 0, 1, address_of("one"), "connection refused"))
     bench.wait(0.1)
