@@ -9,10 +9,10 @@ from functools import partial
 from multiprocessing import get_context
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from computron.scheduling.board import Board
-from computron.scheduling.estimates import distribution, soon
 from computron.scheduling.models import ModelState
 from computron.scheduling.policies.default import Default
 from computron.scheduling.tuning import Tuning
@@ -48,12 +48,28 @@ class Told(Default):
     """The default policy that need not learn: it is told by what law the arrivals are drawn, but not what was drawn."""
 
     def __init__(self, cell: Cell) -> None:
-        self._rates = {model.name: rate for model, rate in zip(cell.models, cell.rates, strict=True)}
-        self._distribution = distribution(cell.cv**2)
+        self._rates = {model.name: float(rate) for model, rate in zip(cell.models, cell.rates, strict=True)}
+        self._variation = cell.cv**2
+
+    def rate(self, model: ModelState) -> float:
+        return self._rates[model.name]
 
     def chance(self, model: ModelState, within: float, now: float) -> float:
-        shape, scale = self._distribution
-        return soon(shape, scale / self._rates[model.name], model.arrivals.silence(now), within)
+        """Of Gamma intervals."""
+        silence, scale = model.arrivals.silence(now), self._variation / self.rate(model)
+        silent, still_silent = _survival(1.0 / self._variation, (silence / scale, (silence + within) / scale))
+        return 1.0 - still_silent / silent if silent > 0.0 else 1.0
+
+    def next_request(self, model: ModelState, now: float) -> float | None:
+        if self._variation > Tuning().regular:
+            return None
+        return max(now, now - model.arrivals.silence(now) + 1.0 / self.rate(model))
+
+
+def _survival(shape: float, times: tuple[float, float]) -> list[float]:
+    """How likely a Gamma interval of scale 1 is longer than each of the times."""
+    found: list[float] = torch.special.gammaincc(torch.tensor(shape).double(), torch.tensor(times).double()).tolist()
+    return found
 
 
 def _tuned(part: str, tuning: Tuning) -> System:

@@ -46,6 +46,10 @@ class Default:
         """How likely the model is asked for within so many seconds."""
         return model.arrivals.chance(within, now)
 
+    def rate(self, model: ModelState) -> float:
+        """Requests a second that are expected for the model."""
+        return model.arrivals.rate
+
     def next_to_run(self, board: Board, ready: Sequence[ModelState], now: float) -> ModelState:
         first = ready[0]
         for model in ready:
@@ -75,7 +79,7 @@ class Default:
         seconds = swap_seconds(board, model) + model.expected_service()
         if seconds == 0.0:
             return math.inf
-        served = min(model.work, model.spec.max_batch_size) + model.arrivals.rate * seconds
+        served = min(model.work, model.spec.max_batch_size) + self.rate(model) * seconds
         return served / seconds * (1.0 + waited / seconds)
 
     def offers(
@@ -116,13 +120,13 @@ class Default:
         """Requests that will wait for each second of link that the model lacks: whether one comes within so many
         seconds, and those that come behind it.
         """
-        return self.chance(model, within, now) * (1.0 + model.arrivals.rate * whole_swap_seconds(board, model))
+        return self.chance(model, within, now) * (1.0 + self.rate(model) * whole_swap_seconds(board, model))
 
     def _may_be_used(self, board: Board, target: ModelState, victim: ModelState, now: float) -> bool:
         """May `target` be asked for before `victim` usually is? Else its pages would come and go again between two
         requests of the other, for next to nothing.
         """
-        rate = victim.arrivals.rate
+        rate = self.rate(victim)
         return not rate or self.chance(target, 1.0 / rate, now) >= board.tuning.fetch_chance
 
     def _unhidden(self, board: Board, model: ModelState, now: float) -> float:
