@@ -69,6 +69,8 @@ class ParameterService:
             number, workers = None if rank is None else int(rank), int(os.environ.get("WORLD_SIZE", "1"))
         except ValueError as error:
             raise ConfigError(f"RANK and WORLD_SIZE must be numbers: {error}") from None
+        if number is not None and number >= workers:
+            raise ConfigError(f"RANK = {number}, but WORLD_SIZE = {workers}: ranks are 0 to {workers - 1}")
         return cls(master, job, os.environ.get(TOKEN_VARIABLE, ""), number, workers)
 
     def extra_tensors(self) -> dict[str, Tensor]:

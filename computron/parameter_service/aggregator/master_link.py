@@ -58,22 +58,23 @@ class MasterLink:
 
     async def run(self) -> None:
         """Until cancelled."""
-        delay = FIRST_RETRY
+        delay, told = FIRST_RETRY, ""
         async with aiohttp.ClientSession(headers=self._headers) as session:
             while True:
                 try:
                     async with session.ws_connect(self._url, heartbeat=HEARTBEAT, max_msg_size=LARGEST) as socket:
-                        log.info("connected to the master")
                         if await self._talk(socket):
-                            delay = FIRST_RETRY
+                            delay, told = FIRST_RETRY, ""
                         reason = f"closed ({socket.close_code})"
                         if socket.close_code == aiohttp.WSCloseCode.POLICY_VIOLATION:
-                            reason += ": is the service's key right?"
+                            reason += ": is the service's key that of the file that the master names at its start?"
                 except (aiohttp.ClientError, OSError, TimeoutError) as error:
                     reason = str(error)
                 finally:
                     self._socket = None
-                log.warning("no connection to the master: %s", reason)
+                if reason != told:  # it may be away for long
+                    log.warning("no connection to the master: %s; trying again and again", reason)
+                told = reason
                 self._away()
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, LAST_RETRY)
@@ -88,6 +89,8 @@ class MasterLink:
         try:
             async for message in socket:
                 if message.type == aiohttp.WSMsgType.BINARY:
+                    if not heard:
+                        log.info("connected to the master")
                     heard = True
                     self._take(message.data)
         finally:

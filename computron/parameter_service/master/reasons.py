@@ -97,19 +97,27 @@ def why_nothing_is_left(job: Job) -> str:
 
 
 def look_for_idleness(state: State, job: Job, now: float) -> None:
-    """A job that nobody has worked on for long gives its memory back, if it can be taken up from a snapshot, or nothing
-    of it lasts.
+    """The last step of a job that nobody works on is saved, in case nobody comes back. One that nobody has worked on
+    for long gives its memory back, if it can be taken up from a snapshot, or nothing of it lasts.
     """
     if job.workers:
         job.idle_since = job.kept_by = None
-    elif job.idle_since is None:
+        return
+    if job.idle_since is None:
         job.idle_since = now
-    elif now - job.idle_since >= state.limits.idle and (newest(job) or job.book.spec.optimizer == "sum"):
-        alive = state.aggregators.keys()
-        if alive & job.unfenced.keys() or not all(map(state.is_linked, alive & job.holders)):
-            return  # somebody may still train it with an aggregator that cannot be told
-        if job.change is None and _is_kept(state, job, now):
-            unhost(state, job)
+    if job.change is not None or not (newest(job) or job.book.spec.optimizer == "sum"):
+        return
+    alive = state.aggregators.keys()
+    if alive & job.unfenced.keys() or not all(map(state.is_linked, alive & job.holders)):
+        return  # somebody may still train it with an aggregator that cannot be told
+    over = job.idle_since + state.limits.idle
+    if now >= over and job.kept_by is not None and job.kept_by < over:
+        job.kept_by = None  # it could not be saved then: once more
+    if _is_kept(state, job, now) and now >= over and job.book.owners:
+        snapshot = newest(job)
+        if job.book.placed is not None and snapshot is not None and snapshot.step < job.step:
+            log.warning("steps_dropped job=%s step=%d: they could not be saved", job.name, job.step)
+        unhost(state, job)
 
 
 def _is_kept(state: State, job: Job, now: float) -> bool:
@@ -125,10 +133,7 @@ def _is_kept(state: State, job: Job, now: float) -> bool:
         job.kept_by = now + state.limits.hold + size / state.limits.read_rate
         for name in sorted(set(job.book.owners)):
             state.tell(name, Keep(job.name, placed.epoch))
-    if now < job.kept_by:
-        return False
-    log.warning("steps_dropped job=%s step=%d: they could not be saved", job.name, job.step)
-    return True
+    return now >= job.kept_by
 
 
 def unhost(state: State, job: Job) -> None:

@@ -86,8 +86,12 @@ class Requests:
             raise BadRequest(f"job {job.name} has blocks 0 to {count - 1}, not {wrong[0]}", param="blocks")
         if job.failed is not None:
             raise BadRequest(f"job {job.name} has failed: {job.failed}")
-        if job.change is not None or job.book.placed is None:
+        if job.book.placed is None:
+            raise BadRequest(f"job {job.name} waits for its workers, and is in no aggregator's memory")
+        if job.change is not None:
             raise BadRequest(f"job {job.name} is being placed; ask again in a second")
+        if not job.book.owners or not any(map(self._state.is_linked, job.book.owners)):
+            raise BadRequest(f"job {job.name} is in no aggregator's memory; it comes back when a worker does")
         ordered = self._moves.order(job, blocks, event.to, now)
         if not ordered and any(job.book.owners[b] != event.to and job.book.moving.get(b) != event.to for b in blocks):
             raise BadRequest(f"nothing of job {job.name} can be moved now; ask again in a few seconds")

@@ -236,7 +236,10 @@ class MasterServer:
             if self._key is not None and request.path not in OPEN_TO_ALL:
                 given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
                 if not hmac.compare_digest(given, self._key):
-                    raise Unauthorized("the API key is missing or wrong; send it as `Authorization: Bearer KEY`")
+                    raise Unauthorized(
+                        "the API key is missing or wrong; send it as `Authorization: Bearer KEY`, or give it to "
+                        "`computron parameter-service` by --api-key or COMPUTRON_API_KEY"
+                    )
             return await handler(request)
         except ComputronError as error:
             return rest.error_response(error)

@@ -16,13 +16,14 @@ def job_view(master: Master, job: Job) -> dict[str, Any]:
     iteration = iteration_of(job)
     spec = job.book.spec
     places = _places(master, job)
+    snapshot = max((saved.step for saved in job.book.counted), default=None)
     return {
         "id": job.name,
         "object": "job",
         "state": state_of(job),
-        "reason": job.failed or (job.change.reason if job.change is not None else job.trouble or job.unpublished),
+        "reason": _reason(job),
         "epoch": job.book.epoch,
-        "step": job.step,
+        "step": max(job.step, snapshot or 0),  # a master that began anew has not heard of the steps of idle jobs
         "workers": sorted(set(job.book.members) - set(job.book.gone)),
         "connected_workers": [worker.rank for worker in job.linked],
         "optimizer": spec.optimizer,
@@ -42,10 +43,20 @@ def job_view(master: Master, job: Job) -> dict[str, Any]:
         "late_seconds": job.late,
         "migrations": job.book.moves,
         "lost_steps": job.book.lost,
-        "snapshot_step": max((saved.step for saved in job.book.counted), default=None),
+        "snapshot_step": snapshot,
         "versions": sorted(job.book.versions),
         "quota": master.state.book.quotas.get(job.name, master.state.limits.max_job_memory),
     }
+
+
+def _reason(job: Job) -> str:
+    if job.failed:
+        return job.failed
+    if job.change is not None:
+        return job.change.reason
+    if job.book.placed is None:
+        return f"{len(job.linked)} of {job.book.spec.workers} workers have come"
+    return job.trouble or job.unpublished
 
 
 def state_of(job: Job) -> str:
