@@ -91,14 +91,14 @@ def train(options: argparse.Namespace, rank: int) -> None:
     text = Text(options.text)
     model = LanguageModel()
     optimizer = AdamW(model.named_parameters(), lr=LEARNING_RATE)  # <-- the same line; `environment` says which job
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(options.steps))
+    rate = learning_rate(options.steps)
     report = Report(model, text, shown=rank == 0)
-    for step in range(options.steps):
+    while (step := optimizer.steps) < options.steps:  # of the job, which may have been trained before
         report.before(step)
+        optimizer.param_groups[0]["lr"] = rate(step)
         model.loss(text.batch(step, rank)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
     report.end(options.steps)
 
 
@@ -107,17 +107,17 @@ def train_plain(options: argparse.Namespace) -> None:
     text = Text(options.text)
     model = LanguageModel()
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=LEARNING_RATE, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(options.steps))
+    rate = learning_rate(options.steps)
     report = Report(model, text, shown=True)
     for step in range(options.steps):
         report.before(step)
+        optimizer.param_groups[0]["lr"] = rate(step)
         for rank in range(options.workers):
             model.loss(text.batch(step, rank)).backward()  # adds to what the ranks before have left
         for parameter in model.parameters():
             parameter.grad = parameter.grad / options.workers if parameter.grad is not None else None
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
     report.end(options.steps)
 
 
@@ -149,7 +149,7 @@ def manual() -> bytes:
 
 def learning_rate(steps: int) -> Callable[[int], float]:
     """Rises for WARM_UP steps, then falls along a cosine."""
-    return lambda step: min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    return lambda step: LEARNING_RATE * min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 class Report:
