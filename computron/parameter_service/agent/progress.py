@@ -247,7 +247,7 @@ class Progress:
     def moved(self, sender: str, message: Moved) -> list[Action]:
         if message.epoch != self.epoch:
             return []
-        moving = [index for index in message.blocks if self.blocks[index].owner == sender]
+        moving = {index for index in message.blocks if self.blocks[index].owner == sender}
         self._spoken_of.update((sender, index) for index in message.blocks if index not in moving)
         for index in moving:
             self._leave_owner(index)
@@ -255,7 +255,7 @@ class Progress:
         if not moving:
             return []
         self._norm.ask_all_again()
-        self._unwritten.difference_update(moving)
+        self._unwritten -= moving
         # Whoever was heard of these blocks before may have them by now, or know who has: they came and went faster than
         # the word of those that gave them. An aggregator that is asked tells how things stand, so that to ask in vain
         # costs one message.

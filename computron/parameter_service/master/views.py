@@ -23,7 +23,7 @@ def job_view(master: Master, job: Job) -> dict[str, Any]:
         "state": state_of(job),
         "reason": _reason(job),
         "epoch": job.book.epoch,
-        "step": max(job.step, snapshot or 0),  # a master that began anew has not heard of the steps of idle jobs
+        "step": job.step or snapshot or 0,  # a master that began anew has not heard of the steps of idle jobs
         "workers": sorted(set(job.book.members) - set(job.book.gone)),
         "connected_workers": [worker.rank for worker in job.linked],
         "optimizer": spec.optimizer,

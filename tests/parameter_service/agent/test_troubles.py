@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import computron.parameter_service as service
-from computron.errors import JobRefused
+from computron.errors import ConfigError, JobRefused
 from computron.parameter_service.agent.master_link import MasterLink
 from computron.parameter_service.wire.messages import Denied, Enlist, Unpublished, encoder
 from tests.parameter_service.agent.conftest import told
@@ -93,3 +93,12 @@ def test_tied_parameters_are_no_extras():
     model[1].weight = model[0].weight
     settings = service.ParameterService("http://127.0.0.1:1", "job", extras=model)
     assert sorted(settings.extra_tensors()) == ["2.num_batches_tracked", "2.running_mean", "2.running_var"]
+
+
+@pytest.mark.parametrize(("rank", "words"), [("3", "ranks are 0 to 1"), ("one", "must be numbers")])
+def test_a_rank_that_there_is_not_is_refused_at_once(monkeypatch, rank, words):
+    values = {"COMPUTRON_PARAMETER_SERVICE": "http://127.0.0.1:1", "COMPUTRON_JOB": "job", "WORLD_SIZE": "2"}
+    for name, value in {**values, "RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=words):
+        service.ParameterService.from_environment()

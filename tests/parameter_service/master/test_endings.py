@@ -217,6 +217,9 @@ def test_an_idle_job_keeps_its_last_step_when_its_memory_is_taken() -> None:
     bench.wait(0.1)
     assert bench.heard("one", Drop)
     assert bench.job.book.placed is None
+    bench.job.step = 0  # as a master that began anew knows it
+    shown = job_view(bench.master, bench.job)
+    assert (shown["step"], shown["reason"]) == (62, "0 of 1 workers have come")
     bench.come_again("b")
     assert bench.heard("one", Host)[-1].source == SNAPSHOT.format(62, 1)
 
