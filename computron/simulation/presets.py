@@ -13,8 +13,9 @@ the source (github.com/dlzou/computron) or from experiment 1, two models that di
   engine. The published engine overhead, 17 to 23 ms a request, is no constant here: it is two turns of its loop.
 
 Not from the paper: `ORDER_SECONDS` is what groups of two and of four nodes took on a machine of 2 cores from the last
-page of a piece to the first of the next one (0.5 to 1.1 ms). Every transfer of every system takes it, also those of the
-published one, whose loads of 260 ms and more it makes 0.3 % longer. `HTTP_SECONDS` is what `bench_overhead` measured.
+page of a piece to the first of the next one (0.5 to 1.1 ms, from the times and `seconds` of `swap_in_piece` in their
+logs). Every transfer of every system takes it, also those of the published one, whose loads of 260 ms and more it
+makes 0.3 % longer. `HTTP_SECONDS` is what `bench_overhead` measured.
 
 `EXPERIMENT_1` and `EXPERIMENT_2` are its runs.
 """

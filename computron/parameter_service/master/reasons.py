@@ -115,7 +115,7 @@ def look_for_idleness(state: State, job: Job, now: float) -> None:
         job.kept_by = None  # it could not be saved then: once more
     if _is_kept(state, job, now) and now >= over and job.book.owners:
         snapshot = newest(job)
-        if job.book.placed is not None and snapshot is not None and snapshot.step < job.step:
+        if snapshot is not None and snapshot.step < job.step:
             log.warning("steps_dropped job=%s step=%d: they could not be saved", job.name, job.step)
         unhost(state, job)
 

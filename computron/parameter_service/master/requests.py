@@ -90,7 +90,7 @@ class Requests:
             raise BadRequest(f"job {job.name} waits for its workers, and is in no aggregator's memory")
         if job.change is not None:
             raise BadRequest(f"job {job.name} is being placed; ask again in a second")
-        if not job.book.owners or not any(map(self._state.is_linked, job.book.owners)):
+        if not any(map(self._state.is_linked, job.book.owners)):
             raise BadRequest(f"job {job.name} is in no aggregator's memory; it comes back when a worker does")
         ordered = self._moves.order(job, blocks, event.to, now)
         if not ordered and any(job.book.owners[b] != event.to and job.book.moving.get(b) != event.to for b in blocks):

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from computron.errors import BadRequest
 from computron.parameter_service.master.events import Closed, DrainAsked, Exited, Finished, MoveAsked
 from computron.parameter_service.master.records import Book
 from computron.parameter_service.master.views import aggregator_view, job_view
@@ -220,6 +221,8 @@ def test_an_idle_job_keeps_its_last_step_when_its_memory_is_taken() -> None:
     bench.job.step = 0  # as a master that began anew knows it
     shown = job_view(bench.master, bench.job)
     assert (shown["step"], shown["reason"]) == (62, "0 of 1 workers have come")
+    with pytest.raises(BadRequest, match="waits for its workers"):
+        bench.tell(MoveAsked("lm", (0,), "one"))
     bench.come_again("b")
     assert bench.heard("one", Host)[-1].source == SNAPSHOT.format(62, 1)
 
@@ -276,3 +279,7 @@ def test_blocks_of_an_idle_job_are_nowhere_when_their_aggregator_is_dead() -> No
             assert aggregator_view(bench.master, bench.master.state.aggregators["one"])["jobs"] == {}
         shown = job_view(bench.master, bench.job)
         assert (shown["state"], shown["aggregators"], shown["blocks_nowhere"]) == ("idle", {}, 2)
+    bench.register("two", pid=8)
+    bench.job.book.placed = msgspec.structs.replace(bench.job.book.placed, owners=("gone", "gone"))
+    with pytest.raises(BadRequest, match="in no aggregator's memory"):
+        bench.tell(MoveAsked("lm", (0,), "two"))
