@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -18,25 +17,21 @@ from typing import Any
 import aiohttp
 
 from computron.config import Config
+from tests.end_to_end.ports import free_ports
 
 STARTING = 120.0  # seconds
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.end_to_end.node_process"])
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 class Group:
     """The nodes of a group, started one by one. Requests go to the leader over HTTP."""
 
     def __init__(self, config: Config, logs: Path) -> None:
-        self.config = replace(config, server=replace(config.server, port=free_port(), log_level="info"))
+        port = free_ports(2)
+        self.config = replace(config, server=replace(config.server, port=port, log_level="info"))
         self.logs = logs
-        self._master_port = free_port()
+        self._master_port = port + 1
         self._processes: dict[int, Any] = {}
         self.session: aiohttp.ClientSession
 
