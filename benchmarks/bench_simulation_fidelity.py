@@ -73,6 +73,7 @@ MEMORY = {"embed": 118, "generate": 128}  # MiB: room for two of six, and some p
 BANDWIDTH = 200  # MB/s: a swap takes ten steps and more
 ZIPF = 1.0
 PAUSE = 2.0  # seconds between two workloads
+REST = 0.5  # seconds between two calls of a profile, as between requests of the workloads
 PERCENTILES = (50, 99)
 # One core computes, the other has the event loop, the copies and the load.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
@@ -137,7 +138,7 @@ async def profile(url: str, quick: bool) -> Measured:
     """The server's first model, which all others are like."""
     async with Server(url) as server:
         first = (await server.models())[0]
-        return await measure(server, models=[first.id], seconds=4.0 if quick else 12.0)
+        return await measure(server, models=[first.id], seconds=4.0 if quick else 12.0, pause=REST)
 
 
 async def send(url: str, task: str, workload: Workload) -> Replay:

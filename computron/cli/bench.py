@@ -31,6 +31,10 @@ def profile(
     api_key: ApiKey = None,
     models: Annotated[str | None, typer.Option(help="Only these: `a,b`.", show_default="all")] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="About how long the steps of each model are measured.")] = 20,
+    pause: Annotated[
+        float,
+        typer.Option(min=0.0, help="Rest before each call, in seconds: as between requests, so that caches forget."),
+    ] = 0.1,
     body: Annotated[
         list[str] | None,
         typer.Option(help="`MODEL=FILE.json`: a request to a custom model, may be repeated.", show_default=False),
@@ -58,13 +62,19 @@ def profile(
         fail(f"there is no folder {out.parent} to write {out.name} to", ASKED_WRONGLY)
     if out.is_dir():
         fail(f"{out} is a folder: say which file to write", ASKED_WRONGLY)
-    if not math.isfinite(seconds):
-        fail("--seconds must be a number", ASKED_WRONGLY)
+    for name, value in (("--seconds", seconds), ("--pause", pause)):
+        if not math.isfinite(value):
+            fail(f"{name} must be a number", ASKED_WRONGLY)
 
     async def run() -> Measured:
         async with Server(url, api_key) as server:
             return await measure(
-                server, models=names, seconds=seconds, bodies=bodies, progress=lambda what: errors.print(what)
+                server,
+                models=names,
+                seconds=seconds,
+                pause=pause,
+                bodies=bodies,
+                progress=lambda what: errors.print(what),
             )
 
     try:

@@ -28,10 +28,11 @@ async def measure(
     *,
     models: Sequence[str] = (),
     seconds: float,
+    pause: float,
     bodies: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Measured:
-    """Measure these models, or all, each for about so many seconds.
+    """Measure these models, or all, each for about so many seconds, with so many seconds of rest before each call.
 
     `bodies`: of requests to custom models. `progress` is told in words what is measured now.
     The server must be idle but for this. Raises CannotProfile.
@@ -49,7 +50,7 @@ async def measure(
     steps = {}
     for model in chosen:
         progress(f"measuring the steps of {model.id}")
-        steps[model.id] = await measure_steps(server, model, seconds, (bodies or {}).get(model.id))
+        steps[model.id] = await measure_steps(server, model, seconds, pause, (bodies or {}).get(model.id))
     progress("measuring the link")
     link = await measure_link(server, chosen)
     call_overhead = statistics.median(each.call_overhead for each in steps.values())

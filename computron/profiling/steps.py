@@ -20,7 +20,6 @@ from computron.profiling.shapes import Shape, shapes_for
 ROUNDS = 3  # at least so many calls of each shape are timed, after one that is not
 FEWEST = 2  # of calls that took equally many steps, for a median
 STEP_TOKENS = 2048  # of prompts in one call; more may be read in several steps
-PAUSE = 0.1  # seconds between two calls: between requests a server rests, and the caches of its cores forget
 FOREIGN = 0.05  # share of calls between which others' requests to the model may come
 DISTURBED = 0.3  # share of calls that may be discarded, those and others that joined steps in another way
 GENERATES = ("base", "per_prompt_token", "per_sequence", "per_context_token", "opening")
@@ -47,8 +46,12 @@ Asks = Callable[[Shape], Sequence[Question]]
 """The calls, to be made at once, that together are of this shape."""
 
 
-async def measure_steps(server: Server, model: Details, seconds: float, body: Any = None) -> MeasuredSteps:
+async def measure_steps(
+    server: Server, model: Details, seconds: float, pause: float, body: Any = None
+) -> MeasuredSteps:
     """Call the model again and again for about so many seconds. `body`: of a request, for models that read no text.
+
+    `pause`: seconds of rest before each call, as between requests, in which a processor's caches forget the weights.
 
     Raises CannotProfile, also if somebody else asks the model meanwhile.
     """
@@ -57,7 +60,7 @@ async def measure_steps(server: Server, model: Details, seconds: float, body: An
     await server.load(model.id)
     for shape in shapes:
         await _ask(server, asks(shape))
-    timings, made = await _time_shapes(server, model, shapes, asks, seconds)
+    timings, made = await _time_shapes(server, model, shapes, asks, seconds, pause)
     calls = [
         Timed(shape.name, shape.work(steps), statistics.median(seconds for seconds, _ in samples), len(samples))
         for (shape, steps), samples in sorted(timings.items(), key=lambda timed: shapes.index(timed[0][0]))
@@ -104,7 +107,7 @@ Timings = dict[tuple[Shape, int], list[tuple[float, float]]]
 
 
 async def _time_shapes(
-    server: Server, model: Details, shapes: Sequence[Shape], asks: Asks, seconds: float
+    server: Server, model: Details, shapes: Sequence[Shape], asks: Asks, seconds: float, pause: float
 ) -> tuple[Timings, int]:
     """And how many calls were made."""
     timings: Timings = defaultdict(list)
@@ -115,7 +118,7 @@ async def _time_shapes(
     while rounds < ROUNDS or time.monotonic() < end:
         rounds += 1
         for shape in order.sample(shapes, len(shapes)):  # what one call leaves behind shall not meet the same always
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(pause)
             before = await server.counts(model.id)
             whole = await _ask(server, asks(shape))
             now = await server.counts(model.id)

@@ -8,15 +8,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import pytest
 from aiohttp import web
 
-from computron.profiling import steps
 from tests.profiling.stand_in import StandIn
 
 Serving = Callable[[StandIn], AbstractAsyncContextManager[str]]
-
-
-@pytest.fixture(autouse=True)
-def _without_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "PAUSE", 0.0)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ async def test_profile_is_written_and_shown(serving: Serving, tmp_path: Path) ->
     out, body = tmp_path / "profile.json", tmp_path / "body.json"
     body.write_text('{"text": "hello"}')
     server = StandIn({"chat": CHAT, "custom": CUSTOM}, key="secret")
-    flags = ("--seconds", 0, "--body", f"custom={body}", "--api-key", "secret")
+    flags = ("--seconds", 0, "--pause", 0, "--body", f"custom={body}", "--api-key", "secret")
     async with serving(server) as address:
         result = await asyncio.to_thread(run, "--url", address, "--out", out, *flags)
     assert result.exit_code == 0, result.output
@@ -48,7 +48,8 @@ async def test_profile_is_written_and_shown(serving: Serving, tmp_path: Path) ->
 async def test_fit_that_misses_is_warned_of(serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("computron.cli.bench.MISS", -1.0)
     async with serving(StandIn({"chat": CHAT})) as address:
-        result = await asyncio.to_thread(run, "--url", address, "--out", tmp_path / "profile.json", "--seconds", 0)
+        flags = ("--out", tmp_path / "profile.json", "--seconds", 0, "--pause", 0)
+        result = await asyncio.to_thread(run, "--url", address, *flags)
     assert "warning: the fit misses by more than -100% for the steps of chat, the link: the machine was busy" in (
         result.stderr
     )
@@ -65,19 +66,20 @@ async def test_what_is_wrong_is_one_line(serving: Serving, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("out", "seconds", "words"),
+    ("out", "flags", "words"),
     [
-        ("none/profile.json", "1", "there is no folder"),
-        (".", "1", "is a folder"),
-        ("profile.json", "inf", "--seconds must be a number"),
+        ("none/profile.json", (), "there is no folder"),
+        (".", (), "is a folder"),
+        ("profile.json", ("--seconds", "inf"), "--seconds must be a number"),
+        ("profile.json", ("--pause", "nan"), "--pause must be a number"),
     ],
 )
 async def test_what_is_asked_wrongly_is_told_before_anything_is_measured(
-    serving: Serving, tmp_path: Path, out: str, seconds: str, words: str
+    serving: Serving, tmp_path: Path, out: str, flags: tuple[str, ...], words: str
 ) -> None:
     server = StandIn({"chat": CHAT})
     async with serving(server) as address:
-        result = await asyncio.to_thread(run, "--url", address, "--out", tmp_path / out, "--seconds", seconds)
+        result = await asyncio.to_thread(run, "--url", address, "--out", tmp_path / out, *flags)
     assert result.exit_code == 2
     assert words in result.stderr
     assert not server.counted["chat"]

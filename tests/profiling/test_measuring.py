@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ CUSTOM = StepTime(0.003, per_sequence=2e-3)
 
 async def measured(serving: Serving, server: StandIn, key: str | None = None, **asked: object) -> Measured:
     async with serving(server) as address, Server(address, key) as client:
-        return await measure(client, seconds=0.0, **asked)  # type: ignore[arg-type]
+        return await measure(client, seconds=0.0, pause=0.0, **asked)  # type: ignore[arg-type]
 
 
 async def test_profile_of_a_server_has_its_numbers(serving: Serving, tmp_path: Path) -> None:
@@ -47,6 +48,16 @@ async def test_custom_model_is_sent_what_it_takes(serving: Serving) -> None:
     found = await measured(serving, server, bodies={"custom": {"text": "hello"}})
     assert found.profile.models[0].step.seconds(1) == pytest.approx(CUSTOM.base)
     assert set(server.asked) == {'{"text": "hello"}'}
+
+
+async def test_server_rests_before_each_call(serving: Serving) -> None:
+    pause = 0.01
+    server = StandIn({"embed": EMBED})
+    async with serving(server) as address, Server(address) as client:
+        began = time.monotonic()
+        found = await measure(client, seconds=0.0, pause=pause)
+        took = time.monotonic() - began
+    assert took >= pause * found.steps["embed"].made > 0.0
 
 
 async def test_only_the_models_asked_for_are_touched(serving: Serving) -> None:
@@ -120,4 +131,4 @@ async def test_requests_to_other_models_are_noticed_while_the_link_is_measured(s
 async def test_no_server_is_told() -> None:
     async with Server("127.0.0.1:9") as client:
         with pytest.raises(CannotProfile, match=r"no server at http://127\.0\.0\.1:9"):
-            await measure(client, seconds=0.0)
+            await measure(client, seconds=0.0, pause=0.0)

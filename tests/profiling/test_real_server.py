@@ -50,7 +50,7 @@ async def test_profile_of_a_real_server(
     try:
         await node.startup()
         async with Server(url(runner)) as server:
-            measured = await measure(server, seconds=0.0)
+            measured = await measure(server, seconds=0.0, pause=0.0)
     finally:
         await node.shutdown(drain=1.0)
         await runner.cleanup()
