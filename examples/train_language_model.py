@@ -223,14 +223,22 @@ def launch(workers: int, aggregators: int) -> int:
                 process.wait()
 
 
+def positive(number: str) -> int:
+    if int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return int(number)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2, help="how many train together (default: 2)")
-    parser.add_argument("--aggregators", type=int, default=1, help="that share the work (default: 1)")
-    parser.add_argument("--steps", type=int, default=300, help="how long (default: 300)")
+    parser.add_argument("--workers", type=positive, default=2, help="how many train together (default: 2)")
+    parser.add_argument("--aggregators", type=positive, default=1, help="that share the work (default: 1)")
+    parser.add_argument("--steps", type=positive, default=300, help="how long (default: 300)")
     parser.add_argument("--text", type=Path, help="what to learn from (default: Python's manual)")
     parser.add_argument("--plain", action="store_true", help="without the Parameter Service, in one process")
     options = parser.parse_args()
+    if options.text is not None and not options.text.is_file():
+        parser.error(f"--text: there is no file {options.text}")
     torch.manual_seed(0)
     torch.set_num_threads(1)  # a worker takes one core; and sums come in the same order everywhere
     if options.plain:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_language_model.py"
 
 
@@ -39,3 +41,16 @@ def test_a_worker_that_fails_ends_all_with_its_words(tmp_path: Path) -> None:
     ended = run("--steps", "4", "--text", str(tmp_path / "short.txt"))
     assert ended.returncode == 1
     assert "short.txt is too short: give at least 5120 bytes" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--workers", "0"), "--workers: 0 is less than 1"),
+        (("--text", "/nowhere"), "--text: there is no file /nowhere"),
+    ],
+)
+def test_what_is_asked_wrongly_is_told_before_anything_is_started(arguments: tuple[str, ...], words: str) -> None:
+    ended = run(*arguments)
+    assert ended.returncode == 2
+    assert ended.stderr.endswith(f"{words}\n")

@@ -57,7 +57,7 @@ def test_without_anything_said_something_useful_is_simulated():
 
 
 def test_systems_are_compared_on_the_same_requests_and_a_seed_gives_them_again(tmp_path: Path):
-    asked = (*QUICK, "--policy", "default", "--system", "all-resident", "--seed", 3)
+    asked = (*QUICK, "--policy", "default", "--policy", "all-resident", "--seed", 3)
     first, again = results(tmp_path, *asked), results(tmp_path, *asked)
     assert first == again
     assert list(first["systems"]) == ["default", "all-resident"]
@@ -184,7 +184,7 @@ def test_a_trace_without_models_is_spread_over_them(tmp_path: Path):
         (("--bandwidth", "0GB/s"), '--bandwidth: must be more than nothing, not "0GB/s"'),
         (("--memory", "10GB"), "model model-0 takes 13 GB of a device with 10 GB: raise --memory"),
         (("--frame", "50GB"), "--memory: 40 GB has no room for one page of 50 GB (--frame)"),
-        (("--system", "defualt"), '--system: "defualt" is not known; did you mean "default"?'),
+        (("--policy", "defualt"), '--policy: "defualt" is not known; did you mean "default"?'),
         (("--router", "x"), '--router: "x" is not known; choose from hash, '),
         (("--slo", "2"), '--slo: "2" has no unit; write it like "30s"; targets are like 2s, first=1s and 2x+2s'),
         (("--slo", "2x+1s"), "--slo: this workload does not tell execution times"),
@@ -252,7 +252,7 @@ def test_a_profile_that_cannot_be_is_told(profile: Path, part: tuple, values: di
 def test_one_request_can_be_simulated_by_every_system(tmp_path: Path):
     path = tmp_path / "trace.csv"
     path.write_text("time,model\n0,chat\n")
-    every = [word for system in SYSTEMS for word in ("--system", system)]
+    every = [word for system in SYSTEMS for word in ("--policy", system)]
     result = run("--trace", path, *every)
     assert result.exit_code == 0, result.output
     assert row(result.output, "finished") == ["1"] * len(SYSTEMS)

@@ -68,7 +68,6 @@ Overlay = Annotated[
 Systems = Annotated[
     list[str] | None,
     _system(
-        "--system",
         "--policy",
         help=f"What is simulated; again, to compare. {', '.join(SYSTEMS)}.",
         show_default="default",

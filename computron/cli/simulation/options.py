@@ -99,7 +99,7 @@ def experiment(
 ) -> Asked:
     """Raises ValueError with the option and the remedy, or OSError."""
     for name in system.systems:
-        _choose("--system", name, SYSTEMS)
+        _choose("--policy", name, SYSTEMS)
     _choose("--router", system.router, ROUTERS)
     loads = _listed("--sweep-load", system.sweep_load, float, "numbers above 0; write it like 0.5,1,2")
     counts = _listed("--sweep-groups", system.sweep_groups, int, "whole numbers above 0; write it like 1,2,4")

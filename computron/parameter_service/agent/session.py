@@ -105,7 +105,7 @@ class Session:
             raise RuntimeError("an optimizer of the Parameter Service works only in the process that made it")
         if self._error is not None:
             if isinstance(self._error, ParameterServiceError):
-                raise type(self._error)(self._error.message) from self._error
+                raise type(self._error)(self._error.message) from None  # all that is known is in the words
             raise ParameterServiceError(f"the agent of job {self.spec.job} failed: {self._error!r}") from self._error
 
     def wait(self, done: Callable[[], bool]) -> None:

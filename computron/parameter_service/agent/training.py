@@ -54,6 +54,8 @@ class Trainer:
             self.close("it did not begin")
             raise
         self._take(None)
+        if self.steps:
+            log.warning("job %s has been trained before: it goes on from step %d", spec.job, self.steps)
 
     @property
     def steps(self) -> int:

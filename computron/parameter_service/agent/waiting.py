@@ -9,7 +9,10 @@ from computron.parameter_service.agent.progress import Progress
 def waits_for(progress: Progress, load: int) -> str:
     """load: the number of the load that this worker wants; 0 for none."""
     if progress.epoch == 0:
-        return "the master's placement, which comes when a master is there and so are all workers of the job"
+        return (
+            "the master's placement, which comes when a master is there and so are all workers that the job waits for; "
+            "`computron parameter-service jobs` tells how many are"
+        )
     away = {block.owner for block in progress.blocks if not block.hosted}
     if away:
         states = ", ".join(f"{name} ({_state(progress.peers[name])})" for name in sorted(away))

@@ -102,7 +102,9 @@ class Requests:
             raise no_aggregator(self._state, name)
         others = [a for a in self._state.aggregators.values() if a.id != name and a.link is not None and not a.draining]
         if not others:
-            raise BadRequest(f"{name} is the only aggregator: start another one first")
+            raise BadRequest(
+                f"{name} is the only aggregator: start another one first, with `computron parameter-service aggregator`"
+            )
         known.draining = True
 
     def _drop(self, job: Job) -> None:
