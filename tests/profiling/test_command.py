@@ -71,7 +71,7 @@ async def test_what_is_wrong_is_one_line(serving: Serving, tmp_path: Path) -> No
         ("none/profile.json", (), "there is no folder"),
         (".", (), "is a folder"),
         ("profile.json", ("--seconds", "inf"), "--seconds must be a number"),
-        ("profile.json", ("--pause", "nan"), "--pause must be a number"),
+        ("profile.json", ("--pause", "inf"), "--pause must be a number"),
     ],
 )
 async def test_what_is_asked_wrongly_is_told_before_anything_is_measured(
