@@ -1,6 +1,6 @@
 """Does the simulator foretell what a live server does?
 
-Six workloads on an emulated link, six models of random weights with room for two of them and a part. A server is
+Six workloads on an emulated link, twelve models of random weights with room for two of them and a part. A server is
 measured as `computron bench profile` does it. Then another one, which remembers nothing, gets the workloads of its task
 over HTTP, open-loop, one after the other, and the very same arrivals are simulated with what was measured. A row's
 baseline is the live figure, its value the simulated one; `*_error` is the difference, relative to the live figure.
@@ -68,11 +68,11 @@ task = "{task}"
 seed = {seed}
 max_batch_size = 8
 """
-MODELS = 6
-MEMORY = {"embed": 118, "generate": 128}  # MiB: room for two of six, and some pages
+MODELS = 12
+MEMORY = {"embed": 118, "generate": 128}  # MiB: room for two of twelve, and some pages
 BANDWIDTH = 200  # MB/s: a swap takes ten steps and more
 ZIPF = 1.0
-RATE = 3.0  # requests a second, of all models: medians lie among swaps, not between hits and swaps
+RATE = 2.0  # requests a second, of all models: medians lie among swaps, not between hits and swaps
 PAUSE = 2.0  # seconds between two workloads
 REST = 0.5  # seconds between two calls of a profile, as between requests of the workloads
 PERCENTILES = (50, 99)
@@ -134,11 +134,11 @@ def one_after_another(workloads: Sequence[Workload], duration: float) -> tuple[W
     return Workload("all", workloads[0].models, tuple(arrivals)), places
 
 
-async def profile(url: str, quick: bool) -> Measured:
+async def profile(url: str) -> Measured:
     """The server's first model, which all others are like."""
     async with Server(url) as server:
         first = (await server.models())[0]
-        return await measure(server, models=[first.id], seconds=4.0 if quick else 12.0, pause=REST)
+        return await measure(server, models=[first.id], seconds=0.0, pause=REST)  # three rounds
 
 
 async def send(url: str, task: str, workload: Workload) -> Replay:
@@ -184,7 +184,7 @@ def compare(
     duration = 5.0 if options.quick else 60.0
     config = serve_config(task, folder)
     with computron_serve(config, ENVIRONMENT) as url:
-        measured = runner.run(profile(url, options.quick))
+        measured = runner.run(profile(url))
     described = for_all(measured.profile, names(task))
     cases = [case for case in CASES if case.task == task]
     workload, places = one_after_another([case.workload(duration, options.seed) for case in cases], duration)

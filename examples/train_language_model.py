@@ -237,7 +237,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="what to learn from (default: Python's manual)")
     parser.add_argument("--plain", action="store_true", help="without the Parameter Service, in one process")
     options = parser.parse_args()
-    if options.text is not None and not options.text.is_file():
+    if options.text is not None and not options.text.exists():
         parser.error(f"--text: there is no file {options.text}")
     torch.manual_seed(0)
     torch.set_num_threads(1)  # a worker takes one core; and sums come in the same order everywhere

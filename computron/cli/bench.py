@@ -30,10 +30,16 @@ def profile(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     models: Annotated[str | None, typer.Option(help="Only these: `a,b`.", show_default="all")] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="About how long the steps of each model are measured.")] = 20,
+    seconds: Annotated[
+        float,
+        typer.Option(min=0.0, help="About how long the steps of each model are measured, but at least three rounds."),
+    ] = 20,
     pause: Annotated[
         float,
-        typer.Option(min=0.0, help="Rest before each call, in seconds: as between requests, so that caches forget."),
+        typer.Option(
+            min=0.0,
+            help="Rest before each call, in seconds: as between requests to the server that is to be simulated.",
+        ),
     ] = 0.1,
     body: Annotated[
         list[str] | None,

@@ -51,7 +51,7 @@ async def measure_steps(
 ) -> MeasuredSteps:
     """Call the model again and again for about so many seconds. `body`: of a request, for models that read no text.
 
-    `pause`: seconds of rest before each call, as between requests, in which a processor's caches forget the weights.
+    `pause`: seconds of rest before each call. At least ROUNDS calls of each shape are timed, however long they take.
 
     Raises CannotProfile, also if somebody else asks the model meanwhile.
     """

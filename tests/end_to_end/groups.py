@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 
 from computron.config import Config
-from tests.end_to_end.ports import free_ports
+from tests.ports import ports_in_a_row
 
 STARTING = 120.0  # seconds
 _context = multiprocessing.get_context("forkserver")
@@ -28,7 +28,7 @@ class Group:
     """The nodes of a group, started one by one. Requests go to the leader over HTTP."""
 
     def __init__(self, config: Config, logs: Path) -> None:
-        port = free_ports(2)
+        port = ports_in_a_row(2)
         self.config = replace(config, server=replace(config.server, port=port, log_level="info"))
         self.logs = logs
         self._master_port = port + 1

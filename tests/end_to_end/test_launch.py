@@ -26,7 +26,7 @@ from tests.end_to_end.launched import (
     stopped,
 )
 from tests.end_to_end.load import BROKEN, HUNG, REFUSED, RIGHT, WRONG, Clients, counted
-from tests.end_to_end.ports import free_ports
+from tests.ports import ports_in_a_row
 
 NODES = 4
 NODE_TIMEOUT = 2.0  # seconds
@@ -68,7 +68,7 @@ class Served:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def served(tmp_path_factory) -> AsyncIterator[Served]:
     path = tmp_path_factory.mktemp("launch")
-    folder, port = checkpoint(path / "llama"), free_ports(NODES)
+    folder, port = checkpoint(path / "llama"), ports_in_a_row(NODES)
     config = configuration(path / "serve.toml", folder, 2, 2, port=port, node_timeout=NODE_TIMEOUT)
     async with launched(config, path / "log") as launch:
         url = f"http://127.0.0.1:{port}"
@@ -153,7 +153,7 @@ async def test_stopping_lets_open_requests_end_and_leaves_no_process(served):
 @pytest.fixture
 def small(served, tmp_path) -> tuple[Path, str]:
     """The configuration of two nodes, and where they will serve."""
-    port = free_ports(2)
+    port = ports_in_a_row(2)
     config = configuration(tmp_path / "serve.toml", served.folder, 2, 1, port=port, node_timeout=10.0)
     return config, f"http://127.0.0.1:{port}"
 

@@ -153,7 +153,9 @@ class Thread(threading.Thread):
         return True
 
 
-def test_workers_come_and_go_and_gradients_are_averaged_over_those_that_are_there(service: Callable[..., Any]) -> None:
+def test_workers_come_and_go_and_gradients_are_averaged_over_those_that_are_there(
+    service: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     """Rank r's gradient is 2^r, so that each step tells whose it was."""
     leave, seen = [threading.Event() for _ in range(3)], [0.0]
 
@@ -188,6 +190,7 @@ def test_workers_come_and_go_and_gradients_are_averaged_over_those_that_are_ther
         for worker in workers:
             worker.finish()
     assert [change for change, _ in itertools.groupby(changes())] == [1.5, 2.333, 3.0, 2.0]
+    assert caplog.text.count("already: this worker goes on from there") == 1, "only the one that came later says so"
 
 
 class Published(nn.Module):

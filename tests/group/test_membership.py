@@ -13,6 +13,7 @@ from computron.errors import ConfigError
 from computron.group.environment import Place
 from computron.group.hub import HELLO_LIMIT, Hub
 from computron.group.link import Link
+from tests.ports import ports_in_a_row
 
 SETTINGS = {"models": "a, b"}
 
@@ -39,9 +40,7 @@ class Heard:
 
 @pytest.fixture
 def place() -> Place:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return Place(0, 3, 0, 3, "127.0.0.1", found.getsockname()[1])
+    return Place(0, 3, 0, 3, "127.0.0.1", ports_in_a_row(1))
 
 
 @pytest.fixture

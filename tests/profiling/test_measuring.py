@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import pytest
 
 from computron.profiling.link import measure_link
 from computron.profiling.measuring import Measured, measure
-from computron.profiling.server import CannotProfile, Server
+from computron.profiling.questions import Question
+from computron.profiling.server import Answer, CannotProfile, Server
 from computron.simulation.hardware import Profile, StepTime
 from tests.profiling.conftest import Serving
 from tests.profiling.stand_in import BANDWIDTH, FRAME, FRAMES, StandIn
@@ -50,14 +51,24 @@ async def test_custom_model_is_sent_what_it_takes(serving: Serving) -> None:
     assert set(server.asked) == {'{"text": "hello"}'}
 
 
-async def test_server_rests_before_each_call(serving: Serving) -> None:
-    pause = 0.01
-    server = StandIn({"embed": EMBED})
-    async with serving(server) as address, Server(address) as client:
-        began = time.monotonic()
+async def test_server_rests_before_each_call(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    pause, did = 0.00123, []
+    sleep, ask = asyncio.sleep, Server.ask
+
+    async def noted_sleep(seconds: float) -> None:
+        did.extend(["rest"] if seconds == pause else [])
+        await sleep(seconds)
+
+    async def noted_ask(server: Server, question: Question) -> Answer:
+        did.append("ask")
+        return await ask(server, question)
+
+    monkeypatch.setattr(asyncio, "sleep", noted_sleep)
+    monkeypatch.setattr(Server, "ask", noted_ask)
+    async with serving(StandIn({"embed": EMBED})) as address, Server(address) as client:
         found = await measure(client, seconds=0.0, pause=pause)
-        took = time.monotonic() - began
-    assert took >= pause * found.steps["embed"].made > 0.0
+    steps = found.steps["embed"]
+    assert did == ["ask"] * len(steps.calls) + ["rest", "ask"] * steps.made  # the first of each shape is not timed
 
 
 async def test_only_the_models_asked_for_are_touched(serving: Serving) -> None:

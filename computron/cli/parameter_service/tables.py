@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 UNKNOWN = "-"
+EXPLAINED = ("gathering", "failed")  # states of which the reason is shown, too
 
 
 def aggregators_table(aggregators: list[dict[str, Any]]) -> Table:
@@ -36,7 +37,7 @@ def jobs_table(jobs: list[dict[str, Any]]) -> Table:
             places += f", {UNKNOWN}: {job['blocks_nowhere']}"
         table.add_row(
             job["id"],
-            job["state"],
+            f"{job['state']}: {job['reason']}" if job["state"] in EXPLAINED else job["state"],
             str(len(job["workers"])),
             str(job["step"]),
             UNKNOWN if job["steps_per_second"] is None else f"{job['steps_per_second']:.2f}",

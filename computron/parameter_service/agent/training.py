@@ -55,7 +55,7 @@ class Trainer:
             raise
         self._take(None)
         if self.steps:
-            log.warning("job %s has been trained before: it goes on from step %d", spec.job, self.steps)
+            log.warning("job %s is at step %d already: this worker goes on from there", spec.job, self.steps)
 
     @property
     def steps(self) -> int:

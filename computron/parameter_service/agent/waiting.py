@@ -10,8 +10,8 @@ def waits_for(progress: Progress, load: int) -> str:
     """load: the number of the load that this worker wants; 0 for none."""
     if progress.epoch == 0:
         return (
-            "the master's placement, which comes when a master is there and so are all workers that the job waits for; "
-            "`computron parameter-service jobs` tells how many are"
+            "the master's placement, which comes when a master, an aggregator and all workers of the job are there; "
+            "`computron parameter-service jobs` tells what is not"
         )
     away = {block.owner for block in progress.blocks if not block.hosted}
     if away:

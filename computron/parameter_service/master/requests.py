@@ -103,7 +103,7 @@ class Requests:
         others = [a for a in self._state.aggregators.values() if a.id != name and a.link is not None and not a.draining]
         if not others:
             raise BadRequest(
-                f"{name} is the only aggregator: start another one first, with `computron parameter-service aggregator`"
+                f"no other aggregator could take what {name} has: start another one, or ask the master for more, first"
             )
         known.draining = True
 

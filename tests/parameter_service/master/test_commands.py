@@ -65,6 +65,17 @@ async def test_jobs_and_aggregators_are_shown(tmp_path: Path) -> None:
     await beside(tmp_path, look)
 
 
+async def test_a_job_that_waits_for_its_workers_tells_how_many_have_come(tmp_path: Path) -> None:
+    async def look(url: str) -> None:
+        async with FakeAgent(url) as agent:
+            await agent.enlist(job_spec("late", workers=2))
+            async with asyncio.timeout(START):
+                while "late gathering: 1 of 2 workers have" not in (await typed(url, "jobs"))[1]:
+                    await asyncio.sleep(0.01)
+
+    await beside(tmp_path, look)
+
+
 async def test_blocks_are_moved_aggregators_drained_and_jobs_deleted(tmp_path: Path) -> None:
     async def look(url: str) -> None:
         assert (

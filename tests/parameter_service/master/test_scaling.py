@@ -281,7 +281,7 @@ def test_a_move_that_does_not_end_stops_no_other_jobs() -> None:
 def test_the_last_aggregator_is_not_drained() -> None:
     bench = Bench(minimum=1, maximum=2)
     bench.begin(*bench.wait())
-    with pytest.raises(BadRequest, match="the only aggregator"):
+    with pytest.raises(BadRequest, match="no other aggregator could take what aggregator-1 has: start another one"):
         bench.tell(DrainAsked("aggregator-1"))
 
 
