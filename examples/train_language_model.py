@@ -126,9 +126,9 @@ class Text:
 
     def __init__(self, path: Path | None) -> None:
         text = path.read_bytes() if path else manual()
-        symbols = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-        if len(symbols) * HELD_OUT < 2 * CONTEXT:
+        if len(text) * HELD_OUT < 2 * CONTEXT:
             raise SystemExit(f"{path} is too short: give at least {math.ceil(2 * CONTEXT / HELD_OUT)} bytes")
+        symbols = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
         end = int(len(symbols) * (1 - HELD_OUT))
         self._learned = symbols[:end]
         self.held_out = symbols[end:].unfold(0, CONTEXT + 1, CONTEXT)[:32]
@@ -237,7 +237,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="what to learn from (default: Python's manual)")
     parser.add_argument("--plain", action="store_true", help="without the Parameter Service, in one process")
     options = parser.parse_args()
-    if options.text is not None and not options.text.exists():
+    if options.text is not None and (not options.text.exists() or options.text.is_dir()):
         parser.error(f"--text: there is no file {options.text}")
     torch.manual_seed(0)
     torch.set_num_threads(1)  # a worker takes one core; and sums come in the same order everywhere

@@ -31,7 +31,8 @@ LOOKS = ("base", "per_sequence")
 class MeasuredSteps:
     """`call_overhead`: seconds of a call beside its steps. `step_overhead`: between two steps; None: it has but one.
 
-    `discarded`: of the calls that were `made`, those whose steps were not known to hold what they should.
+    `discarded`: of the calls that were `made`, those whose steps were not known to hold what they should, or which
+    alone of their shape took so many steps.
     """
 
     calls: tuple[Timed, ...]
@@ -68,7 +69,7 @@ async def measure_steps(
     ]
     terms = GENERATES if kind == "generate" else LOOKS if kind == "other" else READS
     call_overhead, step_overhead = _overheads(timings)
-    kept = sum(map(len, timings.values()))
+    kept = sum(call.repeats for call in calls)
     return MeasuredSteps(tuple(calls), fit(calls, terms), call_overhead, step_overhead, made, made - kept)
 
 

@@ -48,6 +48,7 @@ def test_a_worker_that_fails_ends_all_with_its_words(tmp_path: Path) -> None:
     [
         (("--workers", "0"), "--workers: 0 is less than 1"),
         (("--text", "/nowhere"), "--text: there is no file /nowhere"),
+        (("--text", "/"), "--text: there is no file /"),
     ],
 )
 def test_what_is_asked_wrongly_is_told_before_anything_is_started(arguments: tuple[str, ...], words: str) -> None:
