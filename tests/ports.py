@@ -24,7 +24,7 @@ def ports_in_a_row(count: int) -> int:
         start = _random.choice(candidates)
         if all(map(_free, range(start, start + count))):
             return start
-    raise RuntimeError(f"no {count} free ports in a row from {candidates.start} to {candidates.stop}")
+    raise RuntimeError(f"no {count} free ports in a row")
 
 
 def _free(port: int) -> bool:
